@@ -1,0 +1,198 @@
+"""The error tree, grouped by what the caller should do about it.
+
+::
+
+    StillframeError
+    ├── UsageError          2   mend the call
+    ├── RefusedError        3   change the VM, or choose another mode; it is not safe as it is
+    ├── BusyError           4   wait, then try again: somebody else is snapshotting this VM
+    ├── HostError           5   mend the host: a kernel feature, a permission or a program is missing
+    ├── MachineError        6   look at the VM: its monitor or the process itself went away
+    ├── SinkError           7   mend the destination: disk full, no permission, a closed pipe
+    ├── DataError           8   the snapshot or stream is damaged, truncated or hostile
+    ├── NotFoundError       9   name another VM, file or block
+    ├── TrustError         10   read the snapshot's command line, then say --trust
+    ├── SnapshotFailed     11   the snapshot would have been wrong; the guest is fine, take another
+    ├── SnapshotCancelled 130   nothing: the caller asked for it
+    └── InternalError      70   report it: a bug of ours
+
+Every error carries ``guest_state``: what the guest does *now*, after the error.
+The numbers are the exit codes of the command line; they never change their meaning.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+GuestState = Literal["running", "paused", "unknown", "none"]
+"""``none``: no guest was involved (a file was read, for instance)."""
+
+
+class StillframeError(Exception):
+    """Root of all errors that Stillframe raises on purpose.
+
+    Args:
+        what: one line: what happened, and to what.
+        why: the reason, if it is known and not in ``what``.
+        remedy: what to do about it.
+        guest_state: what the guest does now.
+    """
+
+    exit_code: ClassVar[int] = 70
+    kind: ClassVar[str] = "internal"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        why: str | None = None,
+        remedy: str | None = None,
+        guest_state: GuestState = "none",
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.remedy = remedy
+        self.guest_state: GuestState = guest_state
+
+    def __str__(self) -> str:
+        text = self.what
+        if self.why:
+            text += f": {self.why}"
+        if self.remedy:
+            text += f"; {self.remedy}"
+        return text
+
+    def as_dict(self) -> dict[str, object]:
+        """The error as the command line's ``--json`` shows it."""
+        return {
+            "error": self.kind,
+            "what": self.what,
+            "why": self.why,
+            "remedy": self.remedy,
+            "guest_state": self.guest_state,
+            "exit_code": self.exit_code,
+        }
+
+
+class UsageError(StillframeError):
+    """The call's arguments do not make sense together, or one of them is malformed."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class RefusedError(StillframeError):
+    """The VM cannot be snapshotted safely as it is; nothing was done to it.
+
+    Args:
+        reasons: each hindrance as (name, reason, remedy).
+    """
+
+    exit_code = 3
+    kind = "refused"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        why: str | None = None,
+        remedy: str | None = None,
+        guest_state: GuestState = "running",
+        reasons: tuple[tuple[str, str, str], ...] = (),
+    ) -> None:
+        super().__init__(what, why=why, remedy=remedy, guest_state=guest_state)
+        self.reasons = reasons
+
+    def as_dict(self) -> dict[str, object]:
+        return super().as_dict() | {
+            "reasons": [{"name": n, "reason": r, "remedy": m} for n, r, m in self.reasons]
+        }
+
+
+class BusyError(StillframeError):
+    """Another snapshot or migration of the same VM is under way."""
+
+    exit_code = 4
+    kind = "busy"
+
+
+class HostError(StillframeError):
+    """The host lacks a kernel feature, a permission or a program; the error names it."""
+
+    exit_code = 5
+    kind = "host"
+
+
+class MachineError(StillframeError):
+    """The VM's monitor went away, answered with an error, or the VM exited."""
+
+    exit_code = 6
+    kind = "machine"
+
+
+class SinkError(StillframeError):
+    """The destination could not take the stream (full, not permitted, closed)."""
+
+    exit_code = 7
+    kind = "sink"
+
+
+class DataError(StillframeError):
+    """A snapshot or stream is damaged, truncated, hostile, or of a kind we do not read.
+
+    Args:
+        offset_bytes: where in the stream or file it was noticed, if known.
+    """
+
+    exit_code = 8
+    kind = "data"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        why: str | None = None,
+        remedy: str | None = None,
+        guest_state: GuestState = "none",
+        offset_bytes: int | None = None,
+    ) -> None:
+        if offset_bytes is not None:
+            what = f"{what} (at byte {offset_bytes})"
+        super().__init__(what, why=why, remedy=remedy, guest_state=guest_state)
+        self.offset_bytes = offset_bytes
+
+
+class NotFoundError(StillframeError):
+    """No such VM, file, block or page."""
+
+    exit_code = 9
+    kind = "not-found"
+
+
+class TrustError(StillframeError):
+    """A snapshot that is not the caller's own wants to start a program."""
+
+    exit_code = 10
+    kind = "trust"
+
+
+class SnapshotFailed(StillframeError):  # noqa: N818 - a state of the job, in QEMU's word
+    """The snapshot would not have shown one instant, so it was given up."""
+
+    exit_code = 11
+    kind = "failed"
+
+
+class SnapshotCancelled(StillframeError):  # noqa: N818 - a state of the job, in QEMU's word
+    """The caller cancelled the snapshot; the guest runs, and nothing was left behind."""
+
+    exit_code = 130
+    kind = "cancelled"
+
+
+class InternalError(StillframeError):
+    """A bug in Stillframe."""
+
+    exit_code = 70
+    kind = "internal"

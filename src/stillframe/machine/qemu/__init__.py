@@ -1,0 +1,1 @@
+"""A running stock QEMU as a machine."""

@@ -1,0 +1,257 @@
+"""The RAM blocks of a running QEMU: names, lengths, host addresses, and what lies under them.
+
+Three ways, the first that agrees with the monitor's ``info ramblock`` counts:
+
+1. ``ram_list`` in QEMU's memory (``ram_list``), compared field by field;
+2. the host addresses that ``info ramblock`` prints from QEMU 8.0 on;
+3. the mappings' shape, anchored by ``gpa2hva`` (``ramblock_search``), for older builds.
+
+A wrong block would make a wrong snapshot, so where nothing agrees the VM is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from pathlib import Path
+
+from stillframe.errors import RefusedError
+from stillframe.machine.qemu.proc_maps import (
+    AddressSpace,
+    Vma,
+    file_system_types,
+    proc_error,
+    read_maps,
+)
+from stillframe.machine.qemu.ram_list import (
+    HEAD_OFFSETS,
+    RAM_MIGRATABLE,
+    ListedBlock,
+    RamList,
+    RamListError,
+)
+from stillframe.machine.qemu.ramblock_search import search_blocks
+from stillframe.machine.qemu.ramblock_text import MonitorBlock, parse_info_ramblock
+from stillframe.model import Backing, RamBlock
+from stillframe.qmp.client import QmpClient
+
+_TRIES = 5
+_PAUSE_S = 0.01
+_TMPFS = ("tmpfs", "ramfs", "devtmpfs")
+
+Signature = tuple[tuple[str, int, int, int], ...]
+"""(name, hva or ram_addr, used length, maximal length) of every block, in QEMU's order."""
+
+
+class RamTable:
+    """Reads the RAM blocks of one VM, as often as wanted. The guest is not touched."""
+
+    def __init__(self, pid: int, qmp: QmpClient) -> None:
+        """Prepare reading.
+
+        Raises:
+            HostError: ``/proc/PID/mem`` may not be read.
+            MachineError: the process is gone.
+        """
+        self._pid = pid
+        self._qmp = qmp
+        self._list: RamList | None = None
+        self._head_offset: int | None = None
+        self._why_no_list = ""
+        try:
+            self._list = RamList(pid)
+        except RamListError as error:
+            self._why_no_list = str(error)
+
+    def close(self) -> None:
+        """Give descriptors back."""
+        if self._list is not None:
+            self._list.close()
+
+    def listed(self) -> list[tuple[ListedBlock, int]]:
+        """The migratable blocks with their page sizes in bytes, in QEMU's order.
+
+        Raises:
+            RefusedError: the blocks cannot be told for certain.
+            MachineError: the monitor went away.
+        """
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(_PAUSE_S)
+            monitor = parse_info_ramblock(self._qmp.hmp("info ramblock"))
+            blocks = self._agreed(monitor)
+            if blocks is not None:
+                return [
+                    (block, line.page_size_bytes)
+                    for block, line in zip(blocks, monitor, strict=True)
+                    if block.idstr and block.flags & RAM_MIGRATABLE
+                ]
+        raise RefusedError(
+            "cannot find the VM's RAM blocks",
+            why=f"QEMU's list and its monitor do not agree ({self._why_no_list or 'they differ'})",
+            remedy="use a QEMU from 8.0 on, or one that exports its symbols (built with modules)",
+        )
+
+    def _agreed(self, monitor: list[MonitorBlock]) -> list[ListedBlock] | None:
+        if self._list is not None:
+            for head_offset in HEAD_OFFSETS:
+                with contextlib.suppress(RamListError):
+                    walk = self._list.walk(head_offset)
+                    if _same(walk, monitor):
+                        self._head_offset = head_offset
+                        return walk
+        if monitor and all(line.hva for line in monitor):
+            return [_listed(line, line.hva or 0) for line in monitor]
+        if monitor and self._list is None:
+            addresses = search_blocks(self._pid, self._qmp, monitor)
+            return [_listed(line, hva) for line, hva in zip(monitor, addresses, strict=True)]
+        return None
+
+    def read(self) -> list[RamBlock]:
+        """The migratable blocks, in QEMU's order, with page size and what lies under them.
+
+        Raises:
+            RefusedError: as ``listed``; or a block is not mapped as it should be.
+            MachineError, HostError: as ``read_maps``.
+        """
+        listed = self.listed()
+        space = read_maps(self._pid)
+        types = file_system_types(self._pid)
+        files = _open_files(self._pid)
+        return [_ram_block(block, size, space, types, files) for block, size in listed]
+
+    def signature(self) -> Signature:
+        """What must not change while a snapshot is made: cheap to read, and to compare.
+
+        From QEMU's memory once ``read`` found the list there (well under a millisecond, without
+        the monitor), else from the monitor.
+
+        Raises:
+            MachineError: the monitor went away.
+        """
+        if self._list is not None and self._head_offset is not None:
+            for _ in range(_TRIES):
+                with contextlib.suppress(RamListError):
+                    return tuple(
+                        (b.idstr, b.hva, b.used_length_bytes, b.max_length_bytes)
+                        for b in self._list.walk(self._head_offset)
+                    )
+                time.sleep(_PAUSE_S)
+        lines = parse_info_ramblock(self._qmp.hmp("info ramblock"))
+        return tuple(
+            (b.name, b.hva or b.ram_addr, b.used_length_bytes, b.max_length_bytes) for b in lines
+        )
+
+
+def read_ram_blocks(pid: int, qmp: QmpClient) -> list[RamBlock]:
+    """The migratable RAM blocks of a VM; ``RamTable`` is for reading them more than once.
+
+    Raises:
+        RefusedError, HostError, MachineError: as ``RamTable``.
+    """
+    table = RamTable(pid, qmp)
+    try:
+        return table.read()
+    finally:
+        table.close()
+
+
+def _listed(line: MonitorBlock, hva: int) -> ListedBlock:
+    # Only a registered block has a name, and registering makes it migratable
+    # (migration/savevm.c: vmstate_register_ram).
+    return ListedBlock(
+        idstr=line.name,
+        hva=hva,
+        ram_addr=line.ram_addr,
+        used_length_bytes=line.used_length_bytes,
+        max_length_bytes=line.max_length_bytes,
+        flags=RAM_MIGRATABLE if line.name else 0,
+    )
+
+
+def _same(walk: list[ListedBlock], monitor: list[MonitorBlock]) -> bool:
+    return len(walk) == len(monitor) and all(
+        block.idstr == line.name
+        and block.ram_addr == line.ram_addr
+        and block.used_length_bytes == line.used_length_bytes
+        and block.max_length_bytes == line.max_length_bytes
+        and line.hva in (None, block.hva)
+        for block, line in zip(walk, monitor, strict=True)
+    )
+
+
+def _open_files(pid: int) -> dict[tuple[tuple[int, int], int], int]:
+    """The VMM's regular files: (device, inode) to its lowest descriptor of that file."""
+    files: dict[tuple[tuple[int, int], int], int] = {}
+    directory = f"/proc/{pid}/fd"
+    try:
+        names = sorted(os.listdir(directory), key=int)  # noqa: PTH208 - names, not paths
+    except OSError as error:
+        raise proc_error(pid, "the open files", error) from error
+    for name in names:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            info = Path(directory, name).stat()
+            if stat.S_ISREG(info.st_mode):
+                device = (os.major(info.st_dev), os.minor(info.st_dev))
+                files.setdefault((device, info.st_ino), int(name))
+    return files
+
+
+def _ram_block(
+    block: ListedBlock,
+    page_size_bytes: int,
+    space: AddressSpace,
+    types: dict[tuple[int, int], str],
+    files: dict[tuple[tuple[int, int], int], int],
+) -> RamBlock:
+    vmas = space.covering(block.hva, block.used_length_bytes)
+    first = vmas[0] if vmas else None
+    if vmas is None or first is None or any(not _continues(first, vma) for vma in vmas):
+        raise RefusedError(
+            f"RAM block {block.idstr} is not mapped as one piece in the VM",
+            why=f"at {block.hva:#x}, {block.used_length_bytes} bytes",
+            remedy="report it, with the VM's command line",
+        )
+    backing = _backing(first, page_size_bytes, types)
+    named = first.inode != 0
+    return RamBlock(
+        idstr=block.idstr,
+        hva=block.hva,
+        used_length_bytes=block.used_length_bytes,
+        max_length_bytes=block.max_length_bytes,
+        page_size_bytes=page_size_bytes,
+        backing=backing,
+        shared=first.shared,
+        readonly=not first.writable,
+        backing_fd=files.get((first.device, first.inode)) if named else None,
+        backing_offset_bytes=first.offset_bytes + block.hva - first.start if named else 0,
+        backing_path=first.path.removesuffix(" (deleted)") if named else None,
+    )
+
+
+def _continues(first: Vma, vma: Vma) -> bool:
+    """Whether a mapping shows the same thing as the first, further on."""
+    if (vma.shared, vma.writable, vma.device, vma.inode) != (
+        first.shared,
+        first.writable,
+        first.device,
+        first.inode,
+    ):
+        return False
+    return vma.inode == 0 or vma.offset_bytes - first.offset_bytes == vma.start - first.start
+
+
+def _backing(vma: Vma, page_size_bytes: int, types: dict[tuple[int, int], str]) -> Backing:
+    if vma.inode == 0:
+        return "anonymous"
+    if vma.path.startswith("/memfd:"):
+        return "memfd"
+    kind = types.get(vma.device)
+    if kind == "hugetlbfs" or vma.path.startswith("/anon_hugepage"):
+        return "hugetlbfs"
+    # QEMU's shared memory without a name lies on the kernel's own, unmounted tmpfs.
+    if kind in _TMPFS or vma.path.startswith(("/dev/zero", "/SYSV")):
+        return "shmem"
+    return "file"

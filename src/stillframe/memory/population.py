@@ -1,0 +1,83 @@
+"""Which pages of a RAM block were ever populated; the others are zero and are never read.
+
+Called after the block was protected: a page that is populated later faults first.
+Source: Linux ``Documentation/admin-guide/mm/pagemap.rst``, lseek(2) (SEEK_DATA).
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+
+from stillframe.errors import HostError
+from stillframe.memory._capture import Capture
+from stillframe.model import RamBlock
+
+_ENTRY_BYTES = 8
+_PAGEMAP_PAGE_BYTES = 4096
+_ENTRIES_A_READ = 1 << 16
+
+
+def mark_populated(
+    capture: Capture, index: int, block: RamBlock, pid: int, file_fd: int | None
+) -> None:
+    """Tell ``capture`` which pages of block ``index`` to read.
+
+    Args:
+        file_fd: our own descriptor of the file behind the block, if it has one.
+    """
+    if block.backing == "hugetlbfs":
+        # SEEK_DATA knows no holes here, and pread of a hole gives zeros without filling it.
+        capture.mark_populated(index, 0, block.pages)
+        return
+    if file_fd is not None:
+        _from_file(capture, index, block, file_fd)
+    if not block.shared:
+        _from_pagemap(capture, index, block, pid)
+
+
+def _from_file(capture: Capture, index: int, block: RamBlock, fd: int) -> None:
+    start = block.backing_offset_bytes
+    end = start + block.pages * block.page_size_bytes
+    at = start
+    while at < end:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # nothing but a hole up to the end
+            raise
+        if data >= end:
+            return
+        at = min(end, os.lseek(fd, data, os.SEEK_HOLE))
+        first = (data - start) // block.page_size_bytes
+        last = (at - 1 - start) // block.page_size_bytes
+        capture.mark_populated(index, first, last - first + 1)
+
+
+def _from_pagemap(capture: Capture, index: int, block: RamBlock, pid: int) -> None:
+    per_page = block.page_size_bytes // _PAGEMAP_PAGE_BYTES
+    entries_left = block.pages * per_page
+    entry = 0
+    try:
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(
+            "the VM's page map cannot be read",
+            why=error.strerror,
+            remedy="run as root",
+            guest_state="running",
+        ) from error
+    try:
+        base = block.hva // _PAGEMAP_PAGE_BYTES * _ENTRY_BYTES
+        while entry < entries_left:
+            want = min(_ENTRIES_A_READ, entries_left - entry) * _ENTRY_BYTES
+            content = os.pread(fd, want, base + entry * _ENTRY_BYTES)
+            entries = array.array("Q", content)
+            if not entries:
+                raise HostError("the VM's page map ends too early", guest_state="running")
+            capture.mark_populated_from_pagemap(index, entries, entry // per_page)
+            entry += len(entries)
+    finally:
+        os.close(fd)

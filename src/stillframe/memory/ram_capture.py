@@ -1,0 +1,272 @@
+"""Capture of a machine's RAM at one instant, while the machine runs.
+
+Owns the userfaultfd, the fault thread and the native core; raises our errors where the core
+returns numbers. The order of calls is that of DESIGN section 2::
+
+    register → start → arm → settle │ stop → protect_written → devices → instant → cont │
+    workers until the end → finish → close
+
+``release`` and ``close`` may be called at any moment, in this order, and leave every page
+writable and nobody waiting.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from stillframe.errors import HostError, InternalError, MachineError, SnapshotFailed
+from stillframe.memory import _capture
+from stillframe.memory.population import mark_populated
+from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.model import RamBlock, StoppedWrite
+
+SLAB_BYTES = 1 << 20
+MOST_PAGE_BYTES = 64 << 20
+"""Larger huge pages would stall the guest for too long at each fault."""
+_MAX_WINDOW_BYTES = 1 << 20
+_PROTECT_STEP_BYTES = 64 << 20
+_UNREGISTER_STEP_BYTES = 16 << 20
+_FIRST_SPILL_BYTES = 32 << 20
+_FAULT_THREAD_NICE = -15
+_SETTLE_PASSES = 3
+_SETTLED_PAGES = 256
+
+_LOST = {
+    _capture.LOST_REMOVED: "RAM was dropped (balloon or free page reporting)",
+    _capture.LOST_UNMAPPED: "RAM was unmapped (hot-unplug or resize)",
+    _capture.LOST_HOLE: "RAM was punched out of its file (balloon or virtio-mem)",
+}
+
+
+class RamCapture:
+    """The RAM blocks of one process under capture. Guest state: running, unless said."""
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        pid: int,
+        blocks: Sequence[RamBlock],
+        *,
+        spill_bytes: int,
+        section_id: int,
+        on_fault_thread_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare; nothing of the guest is touched.
+
+        Args:
+            spill_bytes: most memory for faulted pages; at least two slabs are used.
+            section_id: id of the stream's ``ram`` section.
+            on_fault_thread_end: called (from that thread) if it ends by an error.
+        """
+        self._uffd = uffd
+        self._pid = pid
+        self._blocks = tuple(blocks)
+        self._on_end = on_fault_thread_end
+        self._registered = [0] * len(self._blocks)
+        self._files: list[int] = []
+        self._thread: threading.Thread | None = None
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._slab_bytes = max([SLAB_BYTES, *(block.page_size_bytes for block in self._blocks)])
+        self._spill_bytes = max(spill_bytes, 2 * self._slab_bytes)
+        self._readers = [self._open_file(block) for block in self._blocks]
+        self._core = _capture.Capture(
+            uffd.fileno(),
+            self._stop_fd,
+            pid,
+            [
+                (
+                    block.hva,
+                    block.pages,
+                    block.page_size_bytes,
+                    # Private memory is only in the VMM's page tables, so read it there.
+                    fd if fd is not None and block.shared else -1,
+                    block.backing_offset_bytes,
+                    int(block.shared and block.backing != "hugetlbfs"),
+                    block.idstr.encode(),
+                )
+                for block, fd in zip(self._blocks, self._readers, strict=True)
+            ],
+            slab_bytes=self._slab_bytes,
+            spill_slabs=self._spill_bytes // self._slab_bytes,
+            section_id=section_id,
+            max_window_bytes=_MAX_WINDOW_BYTES,
+        )
+        self._core.grow_spill(max(2, min(self._spill_bytes, _FIRST_SPILL_BYTES) // self._slab_bytes))
+
+    @property
+    def spill_bytes(self) -> int:
+        return self._spill_bytes
+
+    def _open_file(self, block: RamBlock) -> int | None:
+        if block.backing_fd is None:
+            return None
+        try:
+            # Opened anew: a duplicate would share the VMM's file position.
+            fd = os.open(f"/proc/{self._pid}/fd/{block.backing_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(
+                f"the memory behind {block.idstr} cannot be opened",
+                why=error.strerror,
+                remedy="run as root",
+                guest_state="running",
+            ) from error
+        self._files.append(fd)
+        return fd
+
+    def register(self) -> None:
+        """Register every block; the kernel still lets all writes pass."""
+        for index, block in enumerate(self._blocks):
+            length_bytes = block.pages * block.page_size_bytes
+            self._uffd.register(block.hva, length_bytes)
+            self._registered[index] = length_bytes
+
+    def start(self) -> None:
+        """Start the fault thread; from now on writes to protected pages are served."""
+        self._thread = threading.Thread(target=self._serve, name="stillframe-faults", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _FAULT_THREAD_NICE)
+        except PermissionError:
+            pass  # faults are served at normal priority
+        if self._core.fault_loop() < 0:
+            self._on_end()
+
+    def arm(self) -> None:
+        """Protect all RAM while the guest runs, and learn which pages are populated.
+
+        A write from now on un-protects its page and is noted.
+        """
+        for index, block in enumerate(self._blocks):
+            step = max(1, _PROTECT_STEP_BYTES // block.page_size_bytes)
+            for first in range(0, block.pages, step):
+                self._check(
+                    self._core.protect(index, first, min(step, block.pages - first)),
+                    f"protecting {block.idstr}",
+                )
+            mark_populated(self._core, index, block, self._pid, self._readers[index])
+
+    def settle(self) -> None:
+        """Protect again what was written while arming, while that shrinks."""
+        before = None
+        for _ in range(_SETTLE_PASSES):
+            pages = self.protect_written()
+            if pages <= _SETTLED_PAGES or (before is not None and pages > before // 2):
+                return
+            before = pages
+
+    def protect_written(self) -> int:
+        """Protect again what was written since it was protected; returns the pages."""
+        return self._check(self._core.protect_noted(), "protecting what was written")
+
+    def instant(self) -> tuple[StoppedWrite, ...]:
+        """Fix the instant: from its return on, every page is saved before it changes.
+
+        The guest must be stopped, and the monitor must not be used meanwhile: a thread of
+        the VMM that writes to RAM waits here, for microseconds.
+
+        Returns:
+            RAM that was written since the last ``protect_written``, by the VMM itself.
+        """
+        self._core.set_phase(_capture.PHASE_HOLD)
+        runs = self._core.noted_runs()
+        self.protect_written()
+        self._core.set_phase(_capture.PHASE_ACTIVE)
+        return tuple(
+            StoppedWrite(
+                idstr=self._blocks[index].idstr,
+                offset_bytes=first * self._blocks[index].page_size_bytes,
+                length_bytes=pages * self._blocks[index].page_size_bytes,
+            )
+            for index, first, pages in runs
+        )
+
+    def worker(self) -> _capture.Worker:
+        """Buffers of one worker thread; ``next`` gives the next batch of the sweep or spill."""
+        return _capture.Worker(self._core)
+
+    def check(self) -> None:
+        """Raise if the snapshot can no longer show one instant.
+
+        Raises:
+            SnapshotFailed: RAM was dropped or unmapped before it was copied.
+            MachineError: the VM exited.
+        """
+        numbers = self._core.statistics()
+        if numbers["lost"]:
+            kind, hva, length_bytes = numbers["lost"]
+            raise SnapshotFailed(
+                "the snapshot would not show one instant",
+                why=f"{_LOST[kind]}: {self._name(hva)}, {length_bytes} bytes",
+                remedy="take another one, with the balloon and memory hotplug at rest",
+                guest_state="running",
+            )
+        self._check(numbers["error"], "copying guest RAM")
+
+    def _name(self, hva: int) -> str:
+        for block in self._blocks:
+            if block.hva <= hva < block.hva + block.max_length_bytes:
+                return f"{block.idstr} at offset {hva - block.hva:#x}"
+        return f"address {hva:#x}"
+
+    def statistics(self) -> dict[str, object]:
+        return self._core.statistics()
+
+    def finish(self) -> None:
+        """After the workers found nothing more: end the protection, then the fault thread."""
+        self._unregister()
+        self._stop_thread()
+        self._core.flush()
+
+    def release(self) -> None:
+        """Give up: let every write pass without a copy. May be called at any time."""
+        self._core.set_phase(_capture.PHASE_RELEASE)
+        self._unregister()
+
+    def _unregister(self) -> None:
+        # In steps: the kernel clears a range under the lock that page faults need, and
+        # the guest would wait for all of it at once.
+        for index, block in enumerate(self._blocks):
+            step = max(1, _UNREGISTER_STEP_BYTES // block.page_size_bytes)
+            pages = self._registered[index] // block.page_size_bytes
+            self._registered[index] = 0
+            for first in range(0, pages, step):
+                # A failure means that the range is gone (the VM exited, or unplugged it).
+                self._core.unregister(index, first, min(step, pages - first))
+
+    def _stop_thread(self) -> None:
+        if self._thread is not None:
+            os.eventfd_write(self._stop_fd, 1)
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Close the userfaultfd and everything else; the kernel wakes whoever still waits."""
+        self._stop_thread()
+        self._uffd.close()
+        for fd in self._files:
+            os.close(fd)
+        self._files.clear()
+        if self._stop_fd >= 0:
+            os.close(self._stop_fd)
+            self._stop_fd = -1
+
+    def _check(self, result: int, doing: str) -> int:
+        if result >= 0:
+            return result
+        number = -result
+        if number in (errno.ESRCH, errno.EFAULT, errno.EIO, errno.ENOENT):
+            raise MachineError(
+                f"{doing} failed",
+                why="the VM exited, or a part of its RAM was removed",
+                guest_state="unknown",
+            )
+        if number == errno.ENOMEM:
+            raise HostError(
+                f"{doing} failed", why="the host is out of memory", guest_state="running"
+            )
+        raise InternalError(f"{doing} failed", why=os.strerror(number), guest_state="running")

@@ -1,0 +1,139 @@
+"""A userfaultfd in our hands: handshake, registering ranges, closing.
+
+Source: Linux ``Documentation/admin-guide/mm/userfaultfd.rst`` (write-protect notifications).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from types import TracebackType
+
+from stillframe.errors import BusyError, HostError
+from stillframe.memory import uffd_abi as abi
+
+
+class Userfaultfd:
+    """Owns one userfaultfd, of this process or of another one.
+
+    The descriptor is close-on-exec and never inherited: when this process dies, the kernel
+    releases it, un-protects all of its ranges and wakes every waiter (invariant 4).
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_inheritable(fd, False)
+        self.features = 0
+
+    @classmethod
+    def for_this_process(cls) -> Userfaultfd:
+        """Make one for our own address space.
+
+        Raises:
+            HostError: the kernel has no userfaultfd, or does not allow it to us.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = libc.syscall(abi.SYS_USERFAULTFD_X86_64, os.O_CLOEXEC | os.O_NONBLOCK)
+        if fd < 0:
+            raise host_error_for(ctypes.get_errno())
+        return cls(fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def handshake(self) -> None:
+        """Ask for the features that background snapshots need (UFFDIO_API).
+
+        Raises:
+            HostError: one is missing; the message names it and the kernel that brought it.
+        """
+        argument = bytearray(abi.API_STRUCT.pack(abi.UFFD_API, abi.FEATURES_WANTED, 0))
+        try:
+            fcntl.ioctl(self._fd, abi.UFFDIO_API, argument)
+        except OSError as error:
+            missing = self._missing_features() if error.errno == errno.EINVAL else str(error)
+            raise HostError(
+                "this kernel cannot write-protect a VM's RAM in the background",
+                why=f"it lacks {missing}",
+                remedy="use Linux 6.4 or newer, or --mode stop",
+                guest_state="running",
+            ) from error
+        self.features = abi.API_STRUCT.unpack(argument)[1]
+
+    def _missing_features(self) -> str:
+        # A failed UFFDIO_API leaves the descriptor unusable but reports nothing; a query
+        # with no features at all answers with what the kernel has.
+        argument = bytearray(abi.API_STRUCT.pack(abi.UFFD_API, 0, 0))
+        try:
+            fcntl.ioctl(self._fd, abi.UFFDIO_API, argument)
+        except OSError as error:
+            return f"userfaultfd features ({error})"
+        offered = abi.API_STRUCT.unpack(argument)[1]
+        return ", ".join(name for bit, name in abi.FEATURE_NAMES.items() if not offered & bit)
+
+    def register(self, hva: int, length_bytes: int) -> None:
+        """Register a range for write protection; nothing is protected yet.
+
+        Raises:
+            BusyError: the range belongs to another userfaultfd already.
+            HostError: this kind of memory cannot be write-protected.
+        """
+        argument = bytearray(
+            abi.REGISTER_STRUCT.pack(hva, length_bytes, abi.REGISTER_MODE_WP, 0)
+        )
+        try:
+            fcntl.ioctl(self._fd, abi.UFFDIO_REGISTER, argument)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise BusyError(
+                    "guest RAM is watched by another userfaultfd",
+                    why="another snapshot or a postcopy migration is under way",
+                    remedy="wait for it to end",
+                    guest_state="running",
+                ) from error
+            raise HostError(
+                f"guest RAM at {hva:#x} cannot be write-protected",
+                why=os.strerror(error.errno or 0),
+                remedy="it may be file-backed: use --mode stop",
+                guest_state="running",
+            ) from error
+        if not abi.REGISTER_STRUCT.unpack(argument)[3] & abi.IOCTL_BIT_WRITEPROTECT:
+            raise HostError(
+                f"guest RAM at {hva:#x} cannot be write-protected",
+                why="the kernel offers no UFFDIO_WRITEPROTECT for it",
+                remedy="use --mode stop",
+                guest_state="running",
+            )
+
+    def close(self) -> None:
+        """Close it: the kernel un-protects all that is still registered and wakes waiters."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Userfaultfd:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def host_error_for(number: int) -> HostError:
+    """The error for a userfaultfd(2) that failed with ``number`` (an errno)."""
+    if number == errno.ENOSYS:
+        return HostError(
+            "this kernel has no userfaultfd",
+            remedy="use a kernel with CONFIG_USERFAULTFD, or --mode stop",
+        )
+    return HostError(
+        "userfaultfd is not allowed here",
+        why=os.strerror(number),
+        remedy="run as root, or set vm.unprivileged_userfaultfd=1",
+    )

@@ -1,0 +1,1 @@
+"""QMP, QEMU's machine protocol: the client (``client``)."""

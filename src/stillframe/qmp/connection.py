@@ -1,0 +1,136 @@
+"""The socket under a QMP connection, and clear words when it cannot be had."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from pathlib import Path
+
+from stillframe.errors import (
+    BusyError,
+    HostError,
+    MachineError,
+    NotFoundError,
+    StillframeError,
+    UsageError,
+)
+
+Address = str | tuple[str, int]
+"""A unix socket's path, or (host, port)."""
+
+_SUN_PATH_BYTES = 107
+"""Longest path that fits a ``sockaddr_un`` (unix(7))."""
+
+_ONE_CLIENT = "a QMP monitor serves one client at a time"
+_OTHER_MONITOR = "give the VM a second -qmp socket, or stop the other client (libvirt, a QMP shell)"
+
+
+def address_text(address: Address) -> str:
+    """The address as people write it."""
+    if isinstance(address, str):
+        return address
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def open_socket(address: Address, timeout_s: float) -> socket.socket:
+    """Connect a stream socket to a monitor.
+
+    Raises:
+        NotFoundError, BusyError, HostError, MachineError, UsageError: as the reason is.
+    """
+    try:
+        if isinstance(address, str):
+            return _open_unix(address, timeout_s)
+        sock = socket.create_connection(address, timeout=timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        raise _connect_error(address, error) from error
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"bad monitor address {address!r}", why=str(error)) from error
+    return sock
+
+
+def _open_unix(path: str, timeout_s: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(timeout_s)
+    try:
+        if len(os.fsencode(path)) <= _SUN_PATH_BYTES:
+            sock.connect(path)
+            return sock
+        # Too long for a sockaddr_un: reach it through its directory's descriptor.
+        directory, name = os.path.split(path)
+        directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sock.connect(f"/proc/self/fd/{directory_fd}/{name}")
+        finally:
+            os.close(directory_fd)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _connect_error(address: Address, error: OSError) -> StillframeError:
+    where = address_text(address)
+    if isinstance(error, socket.gaierror):
+        return NotFoundError(f"no host of that name: {where}", why=error.strerror)
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return NotFoundError(f"no QMP socket {where}")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return HostError(
+            f"may not connect to {where}", why="permission denied", remedy="run as the VM's user"
+        )
+    if error.errno == errno.EAGAIN:
+        return BusyError(f"the monitor {where} is busy", why=_ONE_CLIENT, remedy=_OTHER_MONITOR)
+    if error.errno == errno.ECONNREFUSED:
+        return MachineError(
+            f"nobody listens on {where}",
+            remedy="the VM has exited, or the address is not a monitor's",
+        )
+    if error.errno in (errno.ENOTSOCK, errno.EPROTOTYPE):
+        return UsageError(f"{where} is not a stream socket", remedy="name the VM's -qmp socket")
+    return MachineError(f"cannot connect to {where}", why=error.strerror or str(error))
+
+
+def greeting_error(address: Address, cause: BaseException, timeout_s: float) -> StillframeError:
+    """Why a connected monitor did not greet us, as well as can be told from outside."""
+    where = address_text(address)
+    if isinstance(cause, TimeoutError):
+        if _has_client(address):
+            return BusyError(
+                f"the monitor {where} is in use by another client",
+                why=_ONE_CLIENT,
+                remedy=_OTHER_MONITOR,
+            )
+        return BusyError(
+            f"the monitor {where} did not greet within {timeout_s:g} s",
+            why=f"another client may hold it ({_ONE_CLIENT}), or the VM's main loop is stuck",
+            remedy=_OTHER_MONITOR,
+        )
+    if isinstance(cause, (EOFError, OSError)):
+        return MachineError(f"the monitor {where} hung up", remedy="look whether the VM still runs")
+    return MachineError(
+        f"{where} does not speak QMP",
+        remedy="name a -qmp (or -mon mode=control) socket, not the human monitor",
+    )
+
+
+def _has_client(address: Address) -> bool:
+    """Whether an accepted connection of this unix socket exists (/proc/net/unix, state 03)."""
+    if not isinstance(address, str):
+        return False
+    names = {address}
+    with contextlib.suppress(OSError):
+        names.add(str(Path(address).resolve()))
+    try:
+        lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]
+    except OSError:
+        return False
+    for line in lines:
+        parts = line.split(None, 7)
+        if len(parts) == 8 and parts[5] == "03" and parts[7] in names:
+            return True
+    return False

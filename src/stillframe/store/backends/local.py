@@ -1,0 +1,326 @@
+"""Snapshot files on a local file system.
+
+A file has no name until it is complete and synced: it is made with ``O_TMPFILE`` (open(2))
+and gets its name by linkat(2) of ``/proc/self/fd/N``. Where the file system lacks that, it is a
+hidden file under a lock, renamed at the end; leftovers of writers that died are swept away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from stillframe.errors import DataError, NotFoundError, SinkError, UsageError
+from stillframe.store.backends.oserrors import sink_error
+from stillframe.store.frames import BytesLike
+
+WRITEBACK_BYTES: Final = 16 << 20
+"""The kernel is told to write out every so many bytes, so that the last fsync has little to do."""
+
+_MODE = 0o600  # RAM holds secrets
+_SYNC_FILE_RANGE_WRITE = 2
+_NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+_HIDDEN_SUFFIX = ".still-part"
+
+
+class LocalSink:
+    """Writes one file.
+
+    Args:
+        path: its name, which appears at :meth:`commit`. Its directory must exist.
+        overwrite: whether it may replace a file of that name.
+
+    Raises:
+        UsageError: the name is taken, or is not one for a file.
+        SinkError: the directory is missing or may not be written to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        self._path = Path(path)
+        self._overwrite = overwrite
+        self._state = "open"
+        self._written_bytes = 0
+        self._started_bytes = 0
+        self._hidden_name: str | None = None
+        self._fd = -1
+        if not self._path.name or os.fspath(path).endswith("/"):
+            raise UsageError(f"{os.fspath(path)!r} is not a file name")
+        try:
+            self._directory_fd = os.open(
+                self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            )
+        except (OSError, ValueError) as error:
+            raise _as_sink_error("open the directory of", self.description, error) from error
+        try:
+            self._check_name()
+            self._open()
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def description(self) -> str:
+        return str(self._path)
+
+    def write(self, data: BytesLike) -> None:
+        """Append ``data``, and start its way to the disk.
+
+        Raises:
+            SinkError: disk full, over quota, an I/O error.
+        """
+        self._check_open()
+        rest = memoryview(data).cast("B")
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError as error:
+            raise sink_error("write to", self.description, error) from error
+        self._written_bytes += memoryview(data).nbytes
+        length = self._written_bytes - self._started_bytes
+        if length >= WRITEBACK_BYTES:
+            _start_writeback(self._fd, self._started_bytes, length)
+            self._started_bytes = self._written_bytes
+
+    def commit(self) -> None:
+        """Sync the file, give it its name, sync the directory.
+
+        Raises:
+            SinkError: it failed; the name is as it was before.
+        """
+        self._check_open()
+        try:
+            os.fsync(self._fd)
+            if self._hidden_name is not None:
+                self._rename_hidden(self._hidden_name)
+            elif self._overwrite:
+                hidden = _new_hidden_name()
+                self._link(hidden)
+                self._hidden_name = hidden
+                self._rename_hidden(hidden)
+            else:
+                self._link(self._path.name)
+            self._state = "committed"
+            self._sync_directory()
+        except FileExistsError as error:
+            raise SinkError(
+                f"cannot name the snapshot {self.description}",
+                why="somebody made a file of that name meanwhile",
+                remedy="choose another name",
+            ) from error
+        except OSError as error:
+            raise sink_error("finish", self.description, error) from error
+        finally:
+            self.abort()
+            self._close()
+
+    def abort(self) -> None:
+        """Leave nothing behind, unless it was committed."""
+        if self._state == "open":
+            self._state = "aborted"
+            if self._hidden_name is not None:
+                with suppress(OSError):
+                    os.unlink(self._hidden_name, dir_fd=self._directory_fd)
+            self._close()
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise UsageError(f"{self.description} is already {self._state}")
+
+    def _check_name(self) -> None:
+        try:
+            found = os.stat(self._path.name, dir_fd=self._directory_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise sink_error("look at", self.description, error) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(
+                f"{self.description} exists and is not a regular file",
+                remedy="choose another name, or - for standard output",
+            )
+        if not self._overwrite:
+            raise UsageError(
+                f"{self.description} exists already", remedy="choose another name, or remove it"
+            )
+
+    def _open(self) -> None:
+        with suppress(OSError):
+            sweep_leftovers(self._directory_fd)
+        try:
+            self._fd = _open_unnamed(self._directory_fd)
+            _lock(self._fd)
+            return
+        except OSError as error:
+            if error.errno not in _NO_UNNAMED_FILES:
+                raise sink_error("create", self.description, error) from error
+        hidden = _new_hidden_name()
+        try:
+            self._fd = os.open(
+                hidden,
+                os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
+                _MODE,
+                dir_fd=self._directory_fd,
+            )
+            self._hidden_name = hidden
+            _lock(self._fd)
+        except OSError as error:
+            raise sink_error("create", self.description, error) from error
+
+    def _link(self, name: str) -> None:
+        # With dir_fd, os.link calls linkat(2) with AT_SYMLINK_FOLLOW, which follows /proc's link.
+        os.link(
+            f"/proc/self/fd/{self._fd}", name, dst_dir_fd=self._directory_fd, follow_symlinks=True
+        )
+
+    def _rename_hidden(self, hidden: str) -> None:
+        name, directory = self._path.name, self._directory_fd
+        if self._overwrite:
+            os.rename(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
+        else:
+            # link(2) refuses to replace a file; rename(2) would not.
+            os.link(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
+            os.unlink(hidden, dir_fd=directory)
+        self._hidden_name = None
+
+    def _sync_directory(self) -> None:
+        try:
+            os.fsync(self._directory_fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not offered everywhere
+                raise
+
+    def _close(self) -> None:
+        for fd in (self._fd, self._directory_fd):
+            if fd >= 0:
+                with suppress(OSError):
+                    os.close(fd)
+        self._fd = self._directory_fd = -1
+
+
+def _open_unnamed(directory_fd: int) -> int:
+    fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, _MODE, dir_fd=directory_fd)
+    os.fchmod(fd, _MODE)
+    return fd
+
+
+def _new_hidden_name() -> str:
+    return f".{uuid.uuid4().hex}{_HIDDEN_SUFFIX}"
+
+
+def _lock(fd: int) -> None:
+    """Mark the file as somebody's, where locks are offered; see :func:`sweep_leftovers`."""
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _start_writeback(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    """Ask the kernel to begin writing a range out (sync_file_range(2)); only a hint."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sync_file_range(
+        fd,
+        ctypes.c_int64(offset_bytes),
+        ctypes.c_int64(length_bytes),
+        ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
+    )
+
+
+def sweep_leftovers(directory_fd: int) -> int:
+    """Remove hidden files whose writers died (nobody holds their lock); returns how many."""
+    removed = 0
+    for name in os.listdir(directory_fd):
+        if not name.startswith(".") or not name.endswith(_HIDDEN_SUFFIX):
+            continue
+        with suppress(OSError):
+            fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(name, dir_fd=directory_fd)
+                removed += 1
+            finally:
+                os.close(fd)
+    return removed
+
+
+def _as_sink_error(doing: str, description: str, error: OSError | ValueError) -> SinkError:
+    if isinstance(error, OSError):
+        return sink_error(doing, description, error)
+    return SinkError(f"cannot {doing} {description!r}", why=str(error))
+
+
+class LocalSource:
+    """Reads one file. Never mapped: a file that shrinks would kill the reader with SIGBUS.
+
+    Raises:
+        NotFoundError: no such file.
+        UsageError: not a regular file.
+        SinkError: not permitted, or not readable.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._fd = -1
+        try:
+            # Not blocking, so that a named pipe is refused rather than waited for.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+            self._status = os.fstat(self._fd)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"there is no file {self.description}") from error
+        except (OSError, ValueError) as error:
+            raise _as_sink_error("read", self.description, error) from error
+        if not stat.S_ISREG(self._status.st_mode):
+            self.close()
+            raise UsageError(f"{self.description} is not a regular file")
+
+    @property
+    def description(self) -> str:
+        return str(self._path)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._status.st_size
+
+    @property
+    def owner_uid(self) -> int | None:
+        return self._status.st_uid
+
+    @property
+    def others_may_write(self) -> bool:
+        return bool(self._status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+    def read_at(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Exactly so many bytes.
+
+        Raises:
+            DataError: the file has fewer.
+            SinkError: an I/O error.
+        """
+        parts: list[bytes] = []
+        missing = length_bytes
+        try:
+            while missing > 0:
+                part = os.pread(self._fd, missing, offset_bytes + length_bytes - missing)
+                if not part:
+                    raise DataError(
+                        f"{self.description} is truncated",
+                        why=f"{missing} bytes are missing",
+                        offset_bytes=offset_bytes + length_bytes - missing,
+                    )
+                parts.append(part)
+                missing -= len(part)
+        except (OSError, OverflowError) as error:
+            raise SinkError(f"cannot read {self.description}", why=str(error)) from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1

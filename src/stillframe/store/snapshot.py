@@ -1,0 +1,207 @@
+"""An open snapshot: its manifest, any page of its RAM, its stream, and whether it is sound."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+from stillframe.errors import DataError, NotFoundError, UsageError
+from stillframe.model import BlockRecord, Manifest
+from stillframe.store.backends import Source
+from stillframe.store.backends.local import LocalSource
+from stillframe.store.container import Container
+from stillframe.store.index import KIND_DATA, Index, PageRun
+from stillframe.store.records import check_run, payload_start, read_page, record_bytes
+from stillframe.store.verify import VerifyReport, verify_container
+
+
+class Snapshot:
+    """A snapshot file, open for reading. Safe to share between threads.
+
+    Pages are target pages (``manifest.target_page_bytes``). Use it as a context manager, or
+    call :meth:`close`.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Open a snapshot from a source, which it owns from here on.
+
+        Raises:
+            DataError: not a snapshot, damaged, or of a version that we do not know.
+        """
+        self.container = Container(source)
+        self._numbers = {entry.idstr: n for n, entry in enumerate(self.index.blocks)}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open a file.
+
+        Raises:
+            NotFoundError: no such file.
+            SinkError: not permitted.
+            DataError: not a snapshot, damaged, or of a version that we do not know.
+        """
+        return cls(LocalSource(path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.container.close()
+
+    @property
+    def id(self) -> str:
+        """64 hexadecimal digits that name the content (docs/reference/file-format.md)."""
+        return self.container.id
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.container.manifest
+
+    @property
+    def index(self) -> Index:
+        return self.container.index
+
+    @property
+    def blocks(self) -> tuple[BlockRecord, ...]:
+        """The RAM blocks; their order is the index's order."""
+        return self.manifest.blocks
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the file."""
+        return self.container.source.size_bytes
+
+    @property
+    def owner_uid(self) -> int | None:
+        """User id of the file's owner; None if it is not a file."""
+        return self.container.source.owner_uid
+
+    @property
+    def others_may_write(self) -> bool:
+        """Whether its mode lets users other than the owner change the file."""
+        return self.container.source.others_may_write
+
+    def block_number(self, block: str) -> int:
+        """Number of a block in :attr:`blocks`.
+
+        Raises:
+            NotFoundError: there is no block of this name.
+        """
+        try:
+            return self._numbers[block]
+        except KeyError:
+            names = ", ".join(self._numbers) or "none"
+            raise NotFoundError(
+                f"the snapshot has no RAM block {block!r}", remedy=f"its blocks are: {names}"
+            ) from None
+
+    def read_page(self, block: str, page: int) -> bytes:
+        """Content of one page.
+
+        Raises:
+            NotFoundError: no such block, or the file does not hold this page.
+            DataError: the file is damaged.
+        """
+        number = self.block_number(block)
+        location = self.index.lookup(number, page) if page >= 0 else None
+        if location is None:
+            raise NotFoundError(f"the snapshot does not hold page {page} of block {block!r}")
+        page_bytes = self.index.target_page_bytes
+        if location.run.kind != KIND_DATA:
+            return bytes(page_bytes)
+        raw = self.container.cached_frame(location.frame)
+        try:
+            content = read_page(raw, location.run, location.position, block, page_bytes)
+        except DataError as error:
+            raise self.container.at_frame(location.frame, error) from error
+        return bytes(page_bytes) if content is None else content
+
+    def read_range(self, block: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """Bytes of a block, from any offset.
+
+        Raises:
+            UsageError: the range leaves the block.
+            NotFoundError: no such block, or the file does not hold all pages of the range.
+            DataError: the file is damaged.
+        """
+        size = self.blocks[self.block_number(block)].used_length_bytes
+        if offset_bytes < 0 or length_bytes < 0 or offset_bytes + length_bytes > size:
+            raise UsageError(
+                f"bytes {offset_bytes} to {offset_bytes + length_bytes} are not in block {block!r}",
+                why=f"it has {size} bytes",
+            )
+        page_bytes = self.index.target_page_bytes
+        first, skip = divmod(offset_bytes, page_bytes)
+        end = -(-(offset_bytes + length_bytes) // page_bytes) if length_bytes else first
+        content = b"".join(self.read_page(block, page) for page in range(first, end))
+        return content[skip : skip + length_bytes]
+
+    def iter_runs(self, block: str) -> Iterator[tuple[PageRun, memoryview | None]]:
+        """All pages of a block, run by run in the order of the file: each frame is read once.
+
+        Yields the run, and its content: None for zero pages, else page records of
+        ``records.record_bytes`` each, of which the first ``target_page_bytes`` are a page.
+
+        Raises:
+            NotFoundError: no such block.
+            DataError: the file is damaged.
+        """
+        number = self.block_number(block)
+        page_bytes = self.index.target_page_bytes
+        by_frame: dict[int, list[PageRun]] = {}
+        for frame, run in self.index.runs_of_block(number):
+            if run.kind == KIND_DATA:
+                by_frame.setdefault(frame, []).append(run)
+            else:
+                yield run, None
+        for frame, raw in self.container.iter_frames(sorted(by_frame)):
+            for run in by_frame[frame]:
+                try:
+                    end = check_run(raw, run, block, page_bytes)
+                    start = payload_start(raw, run, block, page_bytes)
+                except DataError as error:
+                    raise self.container.at_frame(frame, error) from error
+                yield run, memoryview(raw)[start:end]
+
+    def iter_pages(self, block: str) -> Iterator[tuple[int, bytes | None]]:
+        """(page number, content) of all pages of a block; the content of a zero page is None.
+
+        In the order of the file, zero pages first; each frame is read once.
+
+        Raises:
+            NotFoundError: no such block.
+            DataError: the file is damaged.
+        """
+        page_bytes = self.index.target_page_bytes
+        stride = record_bytes(KIND_DATA, page_bytes)
+        for run, content in self.iter_runs(block):
+            for position in range(run.pages):
+                start = position * stride
+                page = None if content is None else bytes(content[start : start + page_bytes])
+                yield run.first_page + position, page
+
+    def iter_stream(self) -> Iterator[bytes]:
+        """QEMU's migration stream, piece by piece; digests and checksums are checked.
+
+        Raises:
+            DataError: the file is damaged; what was yielded before is sound.
+        """
+        for _, raw in self.container.iter_frames(range(self.index.frame_count)):
+            yield raw
+
+    def verify(
+        self, *, deep: bool = True, progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Check the file; see :func:`stillframe.store.verify.verify_container`."""
+        return verify_container(self.container, deep=deep, progress=progress)

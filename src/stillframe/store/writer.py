@@ -1,0 +1,177 @@
+"""Writes a snapshot file into a sink: payload frames, then index, manifest, trailer, seek table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from stillframe.errors import UsageError
+from stillframe.model import Manifest
+from stillframe.store.backends import Sink
+from stillframe.store.frames import (
+    FRAME_RAW_TARGET_BYTES,
+    LEVEL_DEFAULT,
+    BytesLike,
+    EncodedFrame,
+    check_level,
+    compress_frame,
+    skippable_frame,
+)
+from stillframe.store.index import Index, PageRun
+from stillframe.store.index_builder import IndexBuilder, pack_runs
+from stillframe.store.index_codec import encode_index
+from stillframe.store.trailer import (
+    INDEX_FRAME_MAGIC,
+    MANIFEST_FRAME_MAGIC,
+    encode_seek_table,
+    encode_trailer,
+    trailer_of,
+)
+
+
+class SnapshotWriter:
+    """Takes the stream frame by frame; the decompressed frames in order are the stream.
+
+    The first frames hold everything up to RAM's START section and early device sections, then
+    come RAM frames (each exactly one whole PART section, in any order), then the rest. Several
+    threads may call :meth:`encode`, which has no lock and gives up the GIL, and :meth:`append`,
+    which takes turns.
+
+    As a context manager it aborts the sink unless :meth:`finish` was reached.
+
+    Args:
+        sink: where the bytes go; the writer commits or aborts it.
+        level: compression level, or ``frames.LEVEL_NONE``.
+        later_pages_win: a page may be written several times, and the last record counts; each
+            run's first record must then name its block.
+    """
+
+    def __init__(
+        self, sink: Sink, *, level: int = LEVEL_DEFAULT, later_pages_win: bool = False
+    ) -> None:
+        self._sink = sink
+        self._level = check_level(level)
+        self._later_pages_win = later_pages_win
+        self._lock = Lock()
+        self._builder = IndexBuilder()
+        self._closed = False
+        self._stream_bytes = 0
+        self._file_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    @property
+    def stream_bytes(self) -> int:
+        """Length of the decompressed payload so far."""
+        return self._stream_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that the sink has taken so far."""
+        return self._file_bytes
+
+    def encode(self, raw: BytesLike) -> EncodedFrame:
+        """Compress one frame. Thread-safe, without side effects.
+
+        Raises:
+            UsageError: longer than ``frames.FRAME_RAW_MAX_BYTES``.
+        """
+        return compress_frame(raw, self._level)
+
+    def append(self, frame: EncodedFrame, runs: Sequence[PageRun] | BytesLike = b"") -> int:
+        """Write a frame; returns its number.
+
+        Args:
+            runs: the pages in it, as :class:`PageRun` or packed (``index_builder.PACKED_RUN``);
+                a buffer may be reused as soon as the call returns.
+
+        Raises:
+            SinkError: the sink cannot take it.
+        """
+        packed = runs if isinstance(runs, bytes | bytearray | memoryview) else pack_runs(runs)
+        with self._lock:
+            self._check_open()
+            self._write(frame.data)
+            self._stream_bytes += frame.raw_bytes
+            return self._builder.add_frame(frame, packed)
+
+    def append_stream(self, raw: BytesLike) -> None:
+        """Compress and write a piece of the stream without pages, in as many frames as it needs.
+
+        Raises:
+            SinkError: the sink cannot take it.
+        """
+        view = memoryview(raw)
+        for start in range(0, view.nbytes, FRAME_RAW_TARGET_BYTES):
+            self.append(self.encode(view[start : start + FRAME_RAW_TARGET_BYTES]))
+
+    def finish(self, manifest: Manifest) -> str:
+        """Write index, manifest, trailer and seek table, commit the sink, return the id.
+
+        Args:
+            manifest: its ``stream_bytes`` is set to what was written.
+
+        Raises:
+            SinkError: the sink cannot take it; it is aborted.
+            InternalError: the runs do not make a correct index.
+        """
+        with self._lock:
+            self._check_open()
+            manifest = msgspec.structs.replace(manifest, stream_bytes=self._stream_bytes)
+            index = self._builder.build(
+                manifest.blocks,
+                target_page_bytes=manifest.target_page_bytes,
+                later_pages_win=self._later_pages_win,
+            )
+            snapshot_id = self._write_tail(index, manifest)
+            self._closed = True
+        self._sink.commit()
+        return snapshot_id
+
+    def abort(self) -> None:
+        """Give up: nothing stays behind in the sink. Does nothing after :meth:`finish`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._sink.abort()
+
+    def _write_tail(self, index: Index, manifest: Manifest) -> str:
+        index_content = encode_index(index)
+        manifest_content = encode_manifest(manifest)
+        trailer = trailer_of(index_content, manifest_content, self._file_bytes)
+        own = (
+            skippable_frame(INDEX_FRAME_MAGIC, index_content),
+            skippable_frame(MANIFEST_FRAME_MAGIC, manifest_content),
+            encode_trailer(trailer),
+        )
+        for frame in own:
+            self._write(frame)
+        self._write(encode_seek_table([*index.frame_sizes(), *((len(frame), 0) for frame in own)]))
+        return trailer.snapshot_id
+
+    def _write(self, data: bytes) -> None:
+        self._sink.write(data)
+        self._file_bytes += len(data)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this snapshot is already finished or given up")
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as the file holds it: JSON, indented, with a final newline."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"

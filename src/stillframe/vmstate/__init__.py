@@ -1,0 +1,1 @@
+"""QEMU's migration stream: bytes and records, no I/O."""

@@ -1,0 +1,245 @@
+"""Device sections: cut the device state into them, patch the run state, describe them.
+
+Sources: QEMU ``migration/savevm.c`` (``qemu_save_device_state``, ``save_section_header``),
+``migration/global_state.c``, ``scripts/analyze-migration.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from struct import Struct
+from typing import Any
+
+import msgspec
+
+from stillframe.errors import DataError, UsageError
+from stillframe.vmstate.footers import SectionSpan, find_chain
+from stillframe.vmstate.wire import NAME_LIMIT_BYTES, STREAM_MAGIC, STREAM_VERSION, SectionType
+
+EARLY_SUFFIX = "virtio-mem-device-early"
+"""The only sections that QEMU (8.0 to 10.2) puts before the RAM pages (``early_setup``)."""
+
+GLOBAL_STATE_IDSTR = "globalstate"
+GLOBAL_STATE_BYTES = 104
+"""be32 size of the name with its NUL, then 100 bytes, in all versions."""
+RUN_STATE_LIMIT_BYTES = 31
+"""From QEMU 9.0 on the name has 32 bytes of the 100, with its NUL."""
+
+_STREAM_HEADER = Struct(">II")
+_U32 = Struct(">I")
+_HEAD = Struct(">BIB")
+_TAIL = Struct(">II")
+
+
+class DeviceSection(msgspec.Struct, frozen=True, kw_only=True):
+    """One FULL section of the stream.
+
+    ``payload``: what the device's handler wrote. ``raw``: the whole section, from its type
+    byte to the end of its footer.
+    """
+
+    section_id: int
+    idstr: str
+    instance_id: int
+    version_id: int
+    payload: bytes
+    raw: bytes
+
+
+def make_section(
+    *, section_id: int, idstr: str, instance_id: int, version_id: int, payload: bytes
+) -> DeviceSection:
+    """Build a FULL section with header and footer.
+
+    Raises:
+        UsageError: a number does not fit its field, or the name is empty, too long or not ASCII.
+    """
+    name = encode_name(idstr)
+    for what, value in (
+        ("section id", section_id),
+        ("instance id", instance_id),
+        ("version", version_id),
+    ):
+        if not 0 <= value <= 0xFFFFFFFF:
+            raise UsageError(f"{what} {value} of section '{idstr}' does not fit 32 bits")
+    raw = b"".join(
+        (
+            _HEAD.pack(SectionType.FULL, section_id, len(name)),
+            name,
+            _TAIL.pack(instance_id, version_id),
+            payload,
+            section_footer(section_id),
+        )
+    )
+    return DeviceSection(
+        section_id=section_id,
+        idstr=idstr,
+        instance_id=instance_id,
+        version_id=version_id,
+        payload=payload,
+        raw=raw,
+    )
+
+
+def section_footer(section_id: int) -> bytes:
+    """The footer that follows every section."""
+    return bytes((SectionType.FOOTER,)) + _U32.pack(section_id)
+
+
+def encode_name(name: str) -> bytes:
+    """A section's or block's name as bytes, without its length byte.
+
+    Raises:
+        UsageError: empty, longer than 255 bytes, or not ASCII.
+    """
+    try:
+        encoded = name.encode("ascii")
+    except UnicodeEncodeError:
+        raise UsageError(f"name {name!r} is not ASCII") from None
+    if not 0 < len(encoded) <= NAME_LIMIT_BYTES:
+        raise UsageError(f"name {name[:40]!r} must have 1 to {NAME_LIMIT_BYTES} bytes")
+    return encoded
+
+
+def section_from_span(data: bytes, span: SectionSpan) -> DeviceSection:
+    """The section that ``span`` delimits in ``data``."""
+    header = span.header
+    return DeviceSection(
+        section_id=header.section_id,
+        idstr=header.idstr,
+        instance_id=header.instance_id,
+        version_id=header.version_id,
+        payload=data[header.payload_start : span.payload_end],
+        raw=data[header.start : span.end],
+    )
+
+
+def split_device_state(data: bytes) -> tuple[DeviceSection, ...]:
+    """Cut what ``xen-save-devices-state`` wrote into its sections, in order.
+
+    The data is the stream header, FULL sections with footers, and an EOF byte; see
+    :mod:`stillframe.vmstate.footers` for how the sections' ends are found.
+
+    Raises:
+        DataError: not such data, damaged, ambiguous, or written without section footers.
+    """
+    start = _STREAM_HEADER.size
+    if len(data) < start + 1:
+        raise DataError(
+            "the device state is truncated",
+            why=f"it has {len(data)} bytes",
+            offset_bytes=len(data),
+        )
+    magic, version = _STREAM_HEADER.unpack_from(data)
+    if magic != STREAM_MAGIC:
+        raise DataError(
+            "the device state does not start with QEMU's magic",
+            why=f"found 0x{magic:08x}",
+            offset_bytes=0,
+        )
+    if version != STREAM_VERSION:
+        raise DataError(
+            f"the device state has stream version {version}, only version 3 is known",
+            offset_bytes=4,
+        )
+    last = len(data) - 1
+    if data[last] != SectionType.EOF:
+        raise DataError(
+            "the device state does not end with EOF",
+            why="it is truncated, or something follows it",
+            offset_bytes=last,
+        )
+    if last == start:
+        return ()
+    spans = find_chain(data, start, is_end=lambda offset: offset == last)
+    return tuple(section_from_span(data, span) for span in spans)
+
+
+def is_early(section: DeviceSection) -> bool:
+    """Whether the section belongs before the RAM pages."""
+    return section.idstr.endswith(EARLY_SUFFIX)
+
+
+def find_section(
+    sections: Iterable[DeviceSection], idstr: str, instance_id: int = 0
+) -> DeviceSection | None:
+    """The section with this name and instance, or None."""
+    for section in sections:
+        if section.idstr == idstr and section.instance_id == instance_id:
+            return section
+    return None
+
+
+def run_state(sections: Iterable[DeviceSection]) -> str:
+    """The run state in the ``globalstate`` section: the VM's state after loading.
+
+    Raises:
+        DataError: there is no such section, or it is malformed.
+    """
+    section = find_section(sections, GLOBAL_STATE_IDSTR)
+    if section is None:
+        raise DataError("the device state has no globalstate section")
+    _check_global_state(section)
+    (size,) = _U32.unpack_from(section.payload)
+    name = section.payload[4 : 4 + size]
+    if not name.endswith(b"\0") or b"\0" in name[:-1] or not name[:-1].isascii():
+        raise DataError("the globalstate section's state name is malformed")
+    return name[:-1].decode("ascii")
+
+
+def with_run_state(section: DeviceSection, state: str) -> DeviceSection:
+    """A copy of the ``globalstate`` section that stores another run state.
+
+    A restored VM starts by itself only if ``running`` is stored; anything else becomes its
+    run state.
+
+    Raises:
+        DataError: ``section`` is not a globalstate section of 104 bytes.
+        UsageError: the state's name is empty, too long or not ASCII.
+    """
+    _check_global_state(section)
+    name = encode_name(state)
+    if len(name) > RUN_STATE_LIMIT_BYTES:
+        raise UsageError(f"run state {state!r} has more than {RUN_STATE_LIMIT_BYTES} bytes")
+    # The bytes after the name's 32 hold other fields since QEMU 9.0: they stay.
+    kept = section.payload[4 + RUN_STATE_LIMIT_BYTES + 1 :]
+    payload = _U32.pack(len(name) + 1) + name.ljust(RUN_STATE_LIMIT_BYTES + 1, b"\0") + kept
+    return make_section(
+        section_id=section.section_id,
+        idstr=section.idstr,
+        instance_id=section.instance_id,
+        version_id=section.version_id,
+        payload=payload,
+    )
+
+
+def _check_global_state(section: DeviceSection) -> None:
+    if section.idstr != GLOBAL_STATE_IDSTR or len(section.payload) != GLOBAL_STATE_BYTES:
+        raise DataError(
+            f"section '{section.idstr}' is not a globalstate section",
+            why=f"it has {len(section.payload)} bytes, not {GLOBAL_STATE_BYTES}",
+        )
+    (size,) = _U32.unpack_from(section.payload)
+    if not 1 < size <= GLOBAL_STATE_BYTES - 4:
+        raise DataError(f"the globalstate section has a state name of {size} bytes")
+
+
+def describe(sections: Sequence[DeviceSection], *, target_page_bytes: int) -> dict[str, Any]:
+    """A vmdescription for these sections, with one ``buffer`` field for each payload.
+
+    ``xen-save-devices-state`` writes no description. With this one QEMU's loader is silent
+    and QEMU's ``scripts/analyze-migration.py`` reads the file to its end.
+    """
+    return {
+        "page_size": target_page_bytes,
+        "devices": [
+            {
+                "name": section.idstr,
+                "instance_id": section.instance_id,
+                "vmsd_name": section.idstr,
+                "version": section.version_id,
+                "fields": [{"name": "data", "type": "buffer", "size": len(section.payload)}],
+            }
+            for section in sections
+        ],
+    }

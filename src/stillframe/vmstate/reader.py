@@ -1,0 +1,336 @@
+"""Reading QEMU's migration stream, version 3: strict, in bounded memory.
+
+Streams of QEMU 6 to 10.2 are read: configuration, RAM with whole, zero, XBZRLE and compressed
+pages, mapped-ram, device sections, informing commands, description. Refused by name, since
+the stream does not hold the whole VM: postcopy, COLO, RDMA, multifd, other iterable sections
+(``block``, ``dirty-bitmap``, VFIO). A multifd stream of QEMU 8.0 and older does not say what it
+is: it is a stream without pages, as one with ignored RAM is.
+
+Sources: QEMU ``migration/savevm.c`` (``qemu_loadvm_state``), ``migration/ram.c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stillframe.errors import DataError
+from stillframe.vmstate.commands import read_command
+from stillframe.vmstate.configuration import (
+    CAPABILITY_IGNORE_SHARED,
+    CAPABILITY_MAPPED_RAM,
+    read_configuration,
+)
+from stillframe.vmstate.description import (
+    DESCRIPTION_LIMIT_BYTES,
+    described_sizes,
+    follow_sizes,
+    split_description,
+)
+from stillframe.vmstate.devices import section_from_span
+from stillframe.vmstate.early import is_early_header, peek_full_header, read_early_section
+from stillframe.vmstate.footers import find_chain
+from stillframe.vmstate.ram_reader import PageLookup, RamReader
+from stillframe.vmstate.records import (
+    BlockSummary,
+    Configuration,
+    Description,
+    Device,
+    Eof,
+    Event,
+    Header,
+    Pages,
+    RamBlocks,
+    StreamSummary,
+    ZeroRun,
+)
+from stillframe.vmstate.source import Source, StreamSource
+from stillframe.vmstate.wire import (
+    MULTIFD_MAGIC,
+    RAM_IDSTR,
+    RAM_INSTANCE_ID,
+    RAM_VERSION,
+    STREAM_MAGIC,
+    STREAM_VERSION,
+    CommandCode,
+    SectionType,
+)
+
+DEVICE_LIMIT_BYTES = 64 << 20
+DEFAULT_PAGE_BYTES = 4096
+
+_COMMAND_LIMIT = 1 << 16
+_EARLY_LIMIT = 4096
+"""More commands or early sections than this are an attack: each is an event."""
+
+_OTHER_MAGICS = {
+    b"\x28\xb5\x2f\xfd": "zstd-compressed data",
+    b"\x1f\x8b": "gzip-compressed data",
+    b"\xfd7zX": "xz-compressed data",
+    b"BZh": "bzip2-compressed data",
+    b"QFI\xfb": "a qcow2 disk image",
+    b"\x7fELF": "an ELF file",
+    b"\x16\x03": "a TLS connection",
+    MULTIFD_MAGIC.to_bytes(4, "big"): "a multifd channel, which carries pages only",
+}
+
+
+class StreamReader:
+    """Parses one stream, once.
+
+    Args:
+        source: read to its end, never further than needed; a file or pipe at the stream's
+            start. With ``seek`` and ``tell`` mapped-ram is read too.
+        page_lookup: gives a page's content from the pages yielded so far, for XBZRLE.
+        device_limit_bytes: how much of device sections may be held in memory.
+        page_bytes: the target's page size, unless the stream tells it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        page_lookup: PageLookup | None = None,
+        device_limit_bytes: int = DEVICE_LIMIT_BYTES,
+        page_bytes: int = DEFAULT_PAGE_BYTES,
+    ) -> None:
+        self._source = StreamSource(source)
+        self._page_lookup = page_lookup
+        self._device_limit_bytes = device_limit_bytes
+        self._configuration: Configuration | None = None
+        self._ram: RamReader | None = None
+        self._ram_id = 0
+        self._footers: bool | None = None
+        self._postcopy_advised = False
+        self.page_bytes = page_bytes
+
+    @property
+    def offset_bytes(self) -> int:
+        """Bytes of the stream parsed so far."""
+        return self._source.offset
+
+    def events(self) -> Iterator[Event]:
+        """What the stream holds, in order, as it is read.
+
+        Raises:
+            DataError: the stream is damaged, truncated, hostile or of a kind that is refused;
+                with the offset where it was noticed.
+        """
+        source = self._source
+        yield self._header()
+        if source.peek() == SectionType.CONFIGURATION:
+            source.take(1, "the configuration section")
+            self._configuration = read_configuration(source)
+            if self._configuration.target_page_bits is not None:
+                self.page_bytes = 1 << self._configuration.target_page_bits
+            yield self._configuration
+        commands = early_sections = 0
+        while True:
+            start = source.offset
+            kind = source.peek()
+            if kind == SectionType.COMMAND and commands < _COMMAND_LIMIT:
+                commands += 1
+                source.take(1, "a command")
+                command = read_command(source)
+                if command.code == CommandCode.POSTCOPY_ADVISE and command.data:
+                    self._postcopy_advised = True
+                yield command
+            elif kind == SectionType.START:
+                yield from self._ram_start()
+            elif kind in (SectionType.PART, SectionType.END):
+                yield from self._ram_part()
+            elif kind == SectionType.FULL:
+                header = peek_full_header(source)
+                if not is_early_header(header) or early_sections == _EARLY_LIMIT:
+                    break
+                early_sections += 1
+                yield Device(
+                    read_early_section(source, header, limit_bytes=self._device_limit_bytes)
+                )
+            elif kind == SectionType.EOF:
+                break
+            elif kind is None:
+                raise DataError(
+                    "the stream is truncated", why="it ends without EOF", offset_bytes=start
+                )
+            else:
+                raise DataError(f"unknown section type 0x{kind:02x}", offset_bytes=start)
+        yield from self._tail()
+
+    def _header(self) -> Header:
+        source = self._source
+        source.prefetch(8)
+        begin = source.buffer[:4]
+        for magic, name in _OTHER_MAGICS.items():
+            if begin.startswith(magic):
+                raise DataError(f"this is {name}, not a migration stream", offset_bytes=0)
+        magic_word = source.u32("the stream's header")
+        if magic_word != STREAM_MAGIC:
+            raise DataError(
+                "this is not a migration stream",
+                why=f"it starts with 0x{magic_word:08x}",
+                offset_bytes=0,
+            )
+        version = source.u32("the stream's header")
+        if version != STREAM_VERSION:
+            raise DataError(
+                f"the stream has version {version}, only version 3 is known", offset_bytes=4
+            )
+        return Header(version=version)
+
+    def _ram_start(self) -> Iterator[Event]:
+        source = self._source
+        start = source.offset
+        source.take(1, "a section's header")
+        section_id = source.u32("a section's header")
+        idstr = source.name("a section's name")
+        instance_id = source.u32("a section's header")
+        version_id = source.u32("a section's header")
+        if idstr != RAM_IDSTR:
+            raise DataError(
+                f"the stream has a section '{idstr}' that was sent in several parts",
+                why="only RAM is read in parts; block migration, dirty bitmaps and VFIO are not",
+                offset_bytes=start,
+            )
+        if (instance_id, version_id) != (RAM_INSTANCE_ID, RAM_VERSION) or section_id == 0:
+            raise DataError(
+                "the RAM section has an unknown form",
+                why=f"id {section_id}, instance {instance_id}, version {version_id}",
+                offset_bytes=start,
+            )
+        if self._ram is not None:
+            raise DataError("the RAM section starts twice", offset_bytes=start)
+        capabilities = self._configuration.capabilities if self._configuration else ()
+        self._ram_id = section_id
+        self._ram = RamReader(source, page_bytes=self.page_bytes, page_lookup=self._page_lookup)
+        yield from self._ram.read_block_list(
+            addresses=CAPABILITY_IGNORE_SHARED in capabilities,
+            page_sizes=self._postcopy_advised,
+            mapped=CAPABILITY_MAPPED_RAM in capabilities,
+        )
+        yield from self._ram.read_records()
+        self._footer()
+
+    def _ram_part(self) -> Iterator[Event]:
+        source = self._source
+        start = source.offset
+        source.take(1, "a section's header")
+        section_id = source.u32("a section's header")
+        if self._ram is None or section_id != self._ram_id:
+            raise DataError(
+                f"a part of section {section_id} comes without its start", offset_bytes=start
+            )
+        yield from self._ram.read_records()
+        self._footer()
+
+    def _footer(self) -> None:
+        """Footers are there for all sections or for none; the first RAM section decides."""
+        source = self._source
+        has_footer = source.peek() == SectionType.FOOTER
+        if self._footers is None:
+            self._footers = has_footer
+        if not self._footers:
+            return
+        start = source.offset
+        if not has_footer:
+            raise DataError("a RAM section has no footer", offset_bytes=start)
+        source.take(1, "a section's footer")
+        section_id = source.u32("a section's footer")
+        if section_id != self._ram_id:
+            raise DataError(
+                f"a RAM section's footer has id {section_id} and not {self._ram_id}",
+                offset_bytes=start,
+            )
+
+    def _tail(self) -> Iterator[Event]:
+        """Everything from the first device section after RAM to the end of the stream."""
+        source = self._source
+        start = source.offset
+        tail = source.rest(self._device_limit_bytes + DESCRIPTION_LIMIT_BYTES, "the device state")
+        eof, text = split_description(tail, tail_offset=start)
+        if eof > self._device_limit_bytes:
+            raise DataError(
+                f"the device state is larger than {self._device_limit_bytes} bytes",
+                remedy="raise the reader's limit if the VM really has this much",
+                offset_bytes=start,
+            )
+        sizes = described_sizes(text) if text is not None else None
+        spans = None
+        if sizes is not None:
+            spans = follow_sizes(tail, eof, sizes, footers=self._footers)
+        sizes_agree = None if sizes is None else spans is not None
+        if spans is None and eof == 0:
+            spans = ()
+        if spans is None:
+            if self._footers is False:
+                raise DataError(
+                    "the device sections cannot be told apart",
+                    why="the stream has no section footers, and no description that fits it",
+                    offset_bytes=start,
+                )
+            spans = find_chain(tail, 0, is_end=lambda place: place == eof, data_offset=start)
+        for span in spans:
+            yield Device(section_from_span(tail, span))
+        yield Eof()
+        if text is not None:
+            yield Description(text=text, sizes_agree=sizes_agree)
+
+
+def verify_stream(
+    source: Source,
+    *,
+    page_lookup: PageLookup | None = None,
+    device_limit_bytes: int = DEVICE_LIMIT_BYTES,
+) -> StreamSummary:
+    """Parse a stream to its end and count what it holds.
+
+    Raises:
+        DataError: as :meth:`StreamReader.events`.
+    """
+    reader = StreamReader(source, page_lookup=page_lookup, device_limit_bytes=device_limit_bytes)
+    machine_type: str | None = None
+    capabilities: tuple[str, ...] = ()
+    blocks: tuple[tuple[str, int], ...] = ()
+    data_pages: list[int] = []
+    zero_pages: list[int] = []
+    devices: list[str] = []
+    device_bytes = 0
+    description: Description | None = None
+    for event in reader.events():
+        match event:
+            case Pages():
+                data_pages[event.block_index] += len(event.data) // reader.page_bytes
+            case ZeroRun():
+                zero_pages[event.block_index] += event.pages
+            case Configuration():
+                machine_type = event.name
+                capabilities = event.capabilities
+            case RamBlocks():
+                blocks = tuple((b.idstr, b.used_length_bytes) for b in event.blocks)
+                data_pages = [0] * len(blocks)
+                zero_pages = [0] * len(blocks)
+            case Device():
+                devices.append(event.section.idstr)
+                device_bytes += len(event.section.raw)
+            case Description():
+                description = event
+            case _:
+                pass
+    return StreamSummary(
+        stream_bytes=reader.offset_bytes,
+        machine_type=machine_type,
+        capabilities=capabilities,
+        target_page_bytes=reader.page_bytes,
+        blocks=tuple(
+            BlockSummary(
+                idstr=idstr,
+                used_length_bytes=used_length_bytes,
+                data_pages=data_pages[index],
+                zero_pages=zero_pages[index],
+            )
+            for index, (idstr, used_length_bytes) in enumerate(blocks)
+        ),
+        devices=tuple(devices),
+        device_bytes=device_bytes,
+        has_description=description is not None,
+        description_sizes_agree=description.sizes_agree if description else None,
+    )

@@ -1,0 +1,1 @@
+"""Helpers of the store's tests: small streams, and sinks that fail as told."""
