@@ -9,9 +9,13 @@ is a torn snapshot. The edge may lie inside a page: there the guest was stopped 
 from __future__ import annotations
 
 import struct
-from collections.abc import Buffer, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from mmap import mmap
+from typing import NamedTuple, TypeAlias
 
 import msgspec
+
+Buffer: TypeAlias = bytes | bytearray | memoryview | mmap
 
 PAGE_BYTES = 4096
 MAGIC = b"StillframeGuest\n"
@@ -29,6 +33,7 @@ _COUNTER_INVERSE = pow(_COUNTER_FACTOR, -1, 1 << 64)
 _HEADER = struct.Struct("<QQQQ")
 _WHOLE = struct.Struct(f"<{LAST_WORD + 1 - FIRST_FREE_WORD}Q")
 _LARGEST_COUNTER = 1 << 48
+_RUNS_KEPT = 4
 
 
 class ConsistencyReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +109,7 @@ def check_pages(pages: Iterable[Buffer]) -> ConsistencyReport:
         pages: 4096 bytes each; those without the guest's magic are skipped. Every page of the
             snapshot must come once: a page that came twice is a problem.
     """
-    found: dict[int, bytes] = {}
+    found: dict[int, _Page] = {}
     problems = _Problems()
     for page in pages:
         with memoryview(page).cast("B") as view:
@@ -112,22 +117,30 @@ def check_pages(pages: Iterable[Buffer]) -> ConsistencyReport:
                 continue
             content = bytes(view)
         if len(content) != PAGE_BYTES:
-            problems.add(f"a page of {len(content)} bytes")
+            problems.add(f"a page of the guest has {len(content)} bytes")
             continue
-        index = int.from_bytes(content[16:24], "little")
+        index, counter, total, flags = _HEADER.unpack_from(content, len(MAGIC))
         if index in found:
             problems.add(f"page {index} is there twice")
             continue
-        found[index] = content
+        found[index] = _Page((total, flags), _runs(content, index, counter, flags))
     if not found:
         problems.add("no page of the guest was found")
-        return problems.report(0, 0, 0, None, None)
+        return problems.report(0, 0, 0, None)
     ordered = sorted(found)
-    first = _HEADER.unpack_from(found[ordered[0]], 16)
-    expected = first[2]
+    expected = found[ordered[0]].constants[0]
+    newer = found[ordered[0]].runs[0][1]
     _check_indices(ordered, expected, problems)
-    newer, edge = _check_order(found, ordered, first, problems)
-    return problems.report(len(found), expected, newer, *(edge or (None, None)))
+    edge = _check_order(found, ordered, newer, problems)
+    return problems.report(len(found), expected, newer, edge)
+
+
+class _Page(NamedTuple):
+    """``constants``: total pages and flags. ``runs``: (first word, counter) of each stretch of
+    words with the same counter, in the order of writing, the first few of them."""
+
+    constants: tuple[int, int]
+    runs: tuple[tuple[int, int], ...]
 
 
 class _Problems:
@@ -143,14 +156,14 @@ class _Problems:
             self.texts.append(text)
 
     def report(
-        self, pages: int, expected: int, newer: int, page: int | None, word: int | None
+        self, pages: int, expected: int, newer: int, edge: tuple[int, int] | None
     ) -> ConsistencyReport:
         return ConsistencyReport(
             pages=pages,
             expected_pages=expected,
             newer=newer,
-            edge_page=page,
-            edge_word=word,
+            edge_page=edge[0] if edge else None,
+            edge_word=edge[1] if edge else None,
             problems=tuple(self.texts),
             problem_count=self.count,
         )
@@ -169,44 +182,46 @@ def _check_indices(ordered: list[int], expected: int, problems: _Problems) -> No
 
 
 def _check_order(
-    found: dict[int, bytes],
-    ordered: list[int],
-    first: tuple[int, ...],
-    problems: _Problems,
-) -> tuple[int, tuple[int, int] | None]:
-    """Go through all words in the order of writing; the newer counter and the edge."""
-    newer = first[1]
+    found: dict[int, _Page], ordered: list[int], newer: int, problems: _Problems
+) -> tuple[int, int] | None:
+    """Go through all words in the order of writing; the edge as (page, word), if there is one."""
+    constants = found[ordered[0]].constants
     edge: tuple[int, int] | None = None
     for index in ordered:
-        content = found[index]
-        header = _HEADER.unpack_from(content, 16)
-        if header[2:] != first[2:]:
+        page = found[index]
+        if page.constants != constants:
             problems.add(f"page {index} has another header than page {ordered[0]}")
             continue
-        for word, counter in _counters(content, index, header):
+        for word, counter in page.runs:
             if counter == (newer if edge is None else newer - 1):
                 continue
             if edge is None and counter == newer - 1:
                 edge = (index, word)
                 continue
-            what = f"of pass {counter}" if counter < _LARGEST_COUNTER else "damaged"
-            where = f"before the edge (page {edge[0]})" if edge is None else ""
+            what = f"is of pass {counter}" if counter < _LARGEST_COUNTER else "is damaged"
+            wanted = f"pass {newer} or {newer - 1}"
             if edge is not None:
-                where = f"after the edge at page {edge[0]}"
-            problems.add(f"page {index} word {word} is {what}, {where} pass {newer}")
+                wanted = f"pass {newer - 1}, after the edge at page {edge[0]} word {edge[1]}"
+            problems.add(f"page {index} word {word} {what}, not of {wanted}")
             break
-    return newer, edge
+    return edge
 
 
-def _counters(content: bytes, index: int, header: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(word, counter) of each changing word, in the order of writing."""
-    yield 3, header[1]
-    if header[3] & FLAG_WHOLE:
-        for word, value in enumerate(
-            _WHOLE.unpack_from(content, FIRST_FREE_WORD * 8), FIRST_FREE_WORD
-        ):
-            yield word, _counter_of(value, index, word)
+def _runs(content: bytes, index: int, counter: int, flags: int) -> tuple[tuple[int, int], ...]:
+    runs = [(3, counter)]
+    for word, value in _check_words(content, flags):
+        if value == _mix(runs[-1][1], index, word):
+            continue
+        runs.append((word, _counter_of(value, index, word)))
+        if len(runs) == _RUNS_KEPT:
+            break
+    return tuple(runs)
+
+
+def _check_words(content: bytes, flags: int) -> Iterator[tuple[int, int]]:
+    """(number, value) of each changing word after the counter, in the order of writing."""
+    if flags & FLAG_WHOLE:
+        yield from enumerate(_WHOLE.unpack_from(content, FIRST_FREE_WORD * 8), FIRST_FREE_WORD)
     else:
         for word in (MIDDLE_WORD, LAST_WORD):
-            value = int.from_bytes(content[word * 8 : word * 8 + 8], "little")
-            yield word, _counter_of(value, index, word)
+            yield word, int.from_bytes(content[word * 8 : word * 8 + 8], "little")

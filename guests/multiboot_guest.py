@@ -23,7 +23,14 @@ def multiboot_image() -> Path:
 
     def make(scratch: Path, output: Path) -> None:
         linked = scratch / "guest64.elf"
-        command = ["gcc", *FREESTANDING, "-mno-red-zone", "-T", str(script), "-Wl,-z,max-page-size=4096"]
+        command = [
+            "gcc",
+            *FREESTANDING,
+            "-mno-red-zone",
+            "-T",
+            str(script),
+            "-Wl,-z,max-page-size=4096",
+        ]
         run_tool([*command, "-o", str(linked), *map(str, parts)], purpose, package="gcc")
         command = ["objcopy", "-I", "elf64-x86-64", "-O", "elf32-i386", str(linked), str(output)]
         run_tool(command, purpose, package="binutils")

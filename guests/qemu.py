@@ -29,7 +29,7 @@ Fill = Literal["random", "text", "zero"]
 
 RAM_ID = "ram0"
 KERNEL_ARGUMENTS = (
-    "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off nokaslr"
+    "console=ttyS0 quiet panic=0 tsc=reliable no_timer_check mitigations=off nokaslr"
     " random.trust_cpu=on"
     # both move pages about, and leave old copies of them in free memory, which a checker that
     # looks for pages would find
@@ -207,7 +207,7 @@ class GuestVm:
 
     def _memory_file(self) -> Path:
         if self.memory == "shm":
-            return Path("/dev/shm") / self.directory.name
+            return Path("/dev/shm") / f"stillframe-{self.directory.name}"
         return self.directory / "ram"
 
     def start(self, *, wait_ready: bool = True, timeout_s: float = START_TIMEOUT_S) -> Self:
@@ -248,7 +248,14 @@ class GuestVm:
             time.sleep(0.01)
 
     def _wait_ready(self, timeout_s: float) -> None:
-        line = self.console.wait_line(r"^ready |^fatal|panic", timeout_s=timeout_s)
+        try:
+            line = self.console.wait_line(r"^ready |^fatal|panic", timeout_s=timeout_s)
+        except MachineError as error:
+            if self.console.closed:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(STOP_TIMEOUT_S)
+                raise MachineError("QEMU ended at its start", why=self._last_words()) from error
+            raise
         if not line.startswith("ready"):
             raise MachineError("the guest did not start", why=line)
 

@@ -7,10 +7,12 @@
 
 enum {
     SYS_read = 0, SYS_open = 2, SYS_close = 3, SYS_mmap = 9, SYS_iopl = 172, SYS_reboot = 169,
-    SYS_mount = 165, SYS_clock_gettime = 228,
+    SYS_mount = 165, SYS_sysinfo = 99, SYS_clock_gettime = 228,
 };
 enum { PROT_READ = 1, PROT_WRITE = 2, MAP_PRIVATE = 2, MAP_ANONYMOUS = 0x20 };
 enum { CLOCK_MONOTONIC_RAW = 4 };
+
+#define LEFT_TO_THE_KERNEL_BYTES (8ULL << 20)
 
 static long syscall6(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -65,13 +67,23 @@ static void read_command_line(void)
     syscall3(SYS_close, fd, 0, 0);
 }
 
+/* Linux's struct sysinfo: uptime, loads[3], totalram, freeram, ... */
+static u64 free_memory_bytes(void)
+{
+    u64 information[16] = { 0 };
+    syscall3(SYS_sysinfo, (long)information, 0, 0);
+    return information[5];
+}
+
 static void map_memory(void)
 {
     u64 bytes = (settings.pages + settings.populated_pages) * PAGE_BYTES;
     if (!bytes) return;
+    if (free_memory_bytes() < bytes + LEFT_TO_THE_KERNEL_BYTES)
+        fail("not enough memory for sf.mem and sf.populate");
     long address = syscall6(SYS_mmap, 0, bytes, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (address < 0) fail("not enough memory for sf.mem and sf.populate");
+    if (address < 0) fail("cannot map memory for sf.mem and sf.populate");
     memory = (volatile u64 *)address;
 }
 

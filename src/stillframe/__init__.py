@@ -1,0 +1,1 @@
+"""Stillframe: background snapshots of running virtual machines."""

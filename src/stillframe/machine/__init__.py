@@ -1,0 +1,108 @@
+"""Machines: what can be snapshotted. This module states the contract that each kind fulfils.
+
+``machine.qemu`` is a running stock QEMU; ``machine.board`` is our own VM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from stillframe.model import GpaRange, MachineRecord, RamBlock
+
+Mode = Literal["background", "stop"]
+"""How a snapshot is taken: in the background, or with the VM stopped throughout."""
+
+
+class Hindrance(msgspec.Struct, frozen=True, kw_only=True):
+    """Something about a VM that stands in the way of a snapshot (invariant 7).
+
+    ``name``: short and stable, such as ``vfio``. ``reason``: what was found and why it matters.
+    ``remedy``: what to do about it. ``severity``: ``refuse`` if a snapshot could be wrong,
+    ``warn`` if it will be noticed in time or is merely worth knowing.
+    """
+
+    name: str
+    reason: str
+    remedy: str
+    severity: Literal["refuse", "warn"]
+
+
+class MachineEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that the machine told of while it was watched.
+
+    ``received_s``: our monotonic clock (``time.monotonic``), seconds.
+    """
+
+    name: str
+    data: dict[str, object]
+    received_s: float
+
+
+class Watch(Protocol):
+    """Collects what happens to a machine from its making to ``close``."""
+
+    def seen(self) -> list[MachineEvent]:
+        """The events so far that matter to a snapshot, oldest first."""
+
+    def close(self) -> None:
+        """End watching; never raises."""
+
+
+class Machine(Protocol):
+    """A machine that can be snapshotted. All methods but ``close`` may raise MachineError.
+
+    No method may be called by the thread that serves faults: a machine may wait for a fault to be
+    served before it answers.
+    """
+
+    @property
+    def pid(self) -> int:
+        """The process whose address space holds the guest's RAM."""
+
+    def describe(self) -> MachineRecord:
+        """What the machine is, enough to start it again. The guest is not touched."""
+
+    def preflight(self, mode: Mode = "background") -> list[Hindrance]:
+        """Everything that stands in the way of a snapshot now. The guest is not touched."""
+
+    def ram_blocks(self) -> list[RamBlock]:
+        """All migratable RAM blocks, in the machine's own order. The guest is not touched."""
+
+    def blocks_signature(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Equal to an earlier one as long as no block appeared, vanished, moved or was resized.
+
+        Cheap. The guest is not touched.
+        """
+
+    def memory_map(self, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
+        """Where the guest sees its RAM now, ascending by guest-physical address."""
+
+    def status(self) -> str:
+        """The run state in QEMU's words: ``running``, ``paused``, ..."""
+
+    def stop(self) -> None:
+        """Stop the vCPUs, and drain and flush the disks. The guest is paused afterwards."""
+
+    def cont(self) -> None:
+        """Continue. The guest runs afterwards."""
+
+    def prepare_device_state(self) -> None:
+        """Do what saving needs and what takes time, before the downtime. Guest not touched."""
+
+    def save_device_state(self) -> bytes:
+        """The state of everything but RAM, as a stream: header, FULL sections, EOF.
+
+        Call it while the guest is paused; it is paused afterwards.
+        """
+
+    def finish_device_state(self) -> None:
+        """Undo ``prepare_device_state``; never raises. The guest is not touched."""
+
+    def watch(self) -> Watch:
+        """Begin to collect the events that matter to a snapshot."""
+
+    def close(self) -> None:
+        """Let go of the machine; never raises. The guest stays as it is."""

@@ -204,7 +204,7 @@ cdef class Capture:
     cdef uint32_t queue_head, queue_tail
 
     def __cinit__(self, int uffd, int stop_fd, int pid, blocks, *, uint64_t slab_bytes,
-                  uint32_t spill_slabs, uint32_t section_id, uint64_t max_window_bytes):
+                  uint32_t spill_slabs, uint64_t max_window_bytes):
         cdef uint32_t i
         cdef uint64_t words
         cdef Block *b
@@ -212,7 +212,6 @@ cdef class Capture:
         self.uffd = uffd
         self.stop_fd = stop_fd
         self.pid = pid
-        self.section_id = section_id
         self.slab_bytes = slab_bytes
         self.max_window_bytes = max_window_bytes
         self.current = -1
@@ -269,6 +268,9 @@ cdef class Capture:
         pthread_mutex_destroy(&self.worker_lock)
 
     # --- setup ----------------------------------------------------------------
+
+    def set_section_id(self, uint32_t section_id):
+        self.section_id = section_id
 
     def mark_populated(self, uint32_t block, uint64_t first_page, uint64_t pages):
         cdef uint64_t page
@@ -479,6 +481,8 @@ cdef class Capture:
 
     cdef void _unprotect(self, Block *b, uint64_t first, uint64_t pages, bint by_fault) noexcept nogil:
         cdef int rc, tries = 0
+        if self.uffd < 0:
+            return                      # the guest stands still, nothing is protected
         while True:
             rc = sf_writeprotect(self.uffd, b.hva + (first << b.shift), pages << b.shift, 0)
             if rc == -EAGAIN and tries < 100000:

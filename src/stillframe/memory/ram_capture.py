@@ -3,7 +3,7 @@
 Owns the userfaultfd, the fault thread and the native core; raises our errors where the core
 returns numbers. The order of calls is that of DESIGN section 2::
 
-    register → start → arm → settle │ stop → protect_written → devices → instant → cont │
+    register → start → arm │ stop → protect_written → devices → instant → cont │
     workers until the end → finish → close
 
 ``release`` and ``close`` may be called at any moment, in this order, and leave every page
@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from stillframe.errors import HostError, InternalError, MachineError, SnapshotFailed
@@ -46,25 +47,25 @@ class RamCapture:
 
     def __init__(
         self,
-        uffd: Userfaultfd,
+        uffd: Userfaultfd | None,
         pid: int,
         blocks: Sequence[RamBlock],
         *,
         spill_bytes: int,
-        section_id: int,
         on_fault_thread_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare; nothing of the guest is touched.
 
         Args:
+            uffd: of that process; None for a guest that stands still all the time.
             spill_bytes: most memory for faulted pages; at least two slabs are used.
-            section_id: id of the stream's ``ram`` section.
             on_fault_thread_end: called (from that thread) if it ends by an error.
         """
         self._uffd = uffd
         self._pid = pid
         self._blocks = tuple(blocks)
         self._on_end = on_fault_thread_end
+        self._armed = False
         self._registered = [0] * len(self._blocks)
         self._files: list[int] = []
         self._thread: threading.Thread | None = None
@@ -73,7 +74,7 @@ class RamCapture:
         self._spill_bytes = max(spill_bytes, 2 * self._slab_bytes)
         self._readers = [self._open_file(block) for block in self._blocks]
         self._core = _capture.Capture(
-            uffd.fileno(),
+            uffd.fileno() if uffd is not None else -1,
             self._stop_fd,
             pid,
             [
@@ -91,7 +92,6 @@ class RamCapture:
             ],
             slab_bytes=self._slab_bytes,
             spill_slabs=self._spill_bytes // self._slab_bytes,
-            section_id=section_id,
             max_window_bytes=_MAX_WINDOW_BYTES,
         )
         self._core.grow_spill(max(2, min(self._spill_bytes, _FIRST_SPILL_BYTES) // self._slab_bytes))
@@ -118,6 +118,8 @@ class RamCapture:
 
     def register(self) -> None:
         """Register every block; the kernel still lets all writes pass."""
+        if self._uffd is None:
+            raise InternalError("no userfaultfd to register RAM with", guest_state="running")
         for index, block in enumerate(self._blocks):
             length_bytes = block.pages * block.page_size_bytes
             self._uffd.register(block.hva, length_bytes)
@@ -136,11 +138,28 @@ class RamCapture:
         if self._core.fault_loop() < 0:
             self._on_end()
 
-    def arm(self) -> None:
+    def arm(self) -> float:
         """Protect all RAM while the guest runs, and learn which pages are populated.
 
-        A write from now on un-protects its page and is noted.
+        A write from now on un-protects its page and is noted; what was written meanwhile is
+        protected again, while that shrinks.
+
+        Returns:
+            How long it took, milliseconds.
         """
+        began = time.monotonic()
+        self._armed = True
+        self._protect_all()
+        self.learn_population()
+        before = None
+        for _ in range(_SETTLE_PASSES):
+            pages = self.protect_written()
+            if pages <= _SETTLED_PAGES or (before is not None and pages > before // 2):
+                break
+            before = pages
+        return (time.monotonic() - began) * 1e3
+
+    def _protect_all(self) -> None:
         for index, block in enumerate(self._blocks):
             step = max(1, _PROTECT_STEP_BYTES // block.page_size_bytes)
             for first in range(0, block.pages, step):
@@ -148,19 +167,21 @@ class RamCapture:
                     self._core.protect(index, first, min(step, block.pages - first)),
                     f"protecting {block.idstr}",
                 )
+
+    def learn_population(self) -> None:
+        """Find out which pages were ever populated; the others are not read."""
+        for index, block in enumerate(self._blocks):
             mark_populated(self._core, index, block, self._pid, self._readers[index])
 
-    def settle(self) -> None:
-        """Protect again what was written while arming, while that shrinks."""
-        before = None
-        for _ in range(_SETTLE_PASSES):
-            pages = self.protect_written()
-            if pages <= _SETTLED_PAGES or (before is not None and pages > before // 2):
-                return
-            before = pages
-
     def protect_written(self) -> int:
-        """Protect again what was written since it was protected; returns the pages."""
+        """Protect again what was written since it was protected; returns the pages.
+
+        Without arming, this protects everything.
+        """
+        if not self._armed:
+            self._armed = True
+            self._protect_all()
+            self.learn_population()
         return self._check(self._core.protect_noted(), "protecting what was written")
 
     def instant(self) -> tuple[StoppedWrite, ...]:
@@ -185,8 +206,13 @@ class RamCapture:
             for index, first, pages in runs
         )
 
-    def worker(self) -> _capture.Worker:
-        """Buffers of one worker thread; ``next`` gives the next batch of the sweep or spill."""
+    def worker(self, section_id: int) -> _capture.Worker:
+        """Buffers of one worker thread; ``next`` gives the next batch of the sweep or spill.
+
+        Args:
+            section_id: id of the stream's ``ram`` section; the same for all workers.
+        """
+        self._core.set_section_id(section_id)
         return _capture.Worker(self._core)
 
     def check(self) -> None:
@@ -247,7 +273,8 @@ class RamCapture:
     def close(self) -> None:
         """Close the userfaultfd and everything else; the kernel wakes whoever still waits."""
         self._stop_thread()
-        self._uffd.close()
+        if self._uffd is not None:
+            self._uffd.close()
         for fd in self._files:
             os.close(fd)
         self._files.clear()

@@ -171,6 +171,11 @@ class Index:
         starts = [entry.first_run for entry in self.blocks]
         return [self.run(bisect_right(starts, row) - 1, row) for row in order[start:end]]
 
+    def frames_without_runs(self) -> list[int]:
+        """Numbers of the frames that hold no page of the index: head, devices, description."""
+        with_runs = set(self.columns.frame)
+        return [number for number in range(self.frame_count) if number not in with_runs]
+
     def _rows_by_position(self) -> array[int]:
         if self._by_position is None:
             frame, raw_offset = self.columns.frame, self.columns.raw_offset

@@ -173,3 +173,16 @@ def check_section_end(raw: BytesLike, start: int, section_id: int) -> None:
     expected = _WORD.pack(_EOS) + _TYPE_ID.pack(SectionType.FOOTER, section_id)
     if bytes(raw[start:]) != expected:
         raise DataError("a RAM section does not end with its frame")
+
+
+def is_ram_section(raw: BytesLike, page_bytes: int) -> bool:
+    """Whether a frame is exactly one whole RAM part."""
+    try:
+        section_id = read_section_id(raw)
+        position = PREFIX_BYTES
+        while (record := read_record(raw, position, page_bytes)) is not None:
+            position = record.end
+        check_section_end(raw, position, section_id)
+    except DataError:
+        return False
+    return True

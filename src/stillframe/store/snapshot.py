@@ -14,6 +14,7 @@ from stillframe.store.backends.local import LocalSource
 from stillframe.store.container import Container
 from stillframe.store.index import KIND_DATA, Index, PageRun
 from stillframe.store.records import check_run, payload_start, read_page, record_bytes
+from stillframe.store.skeleton import Skeleton, read_skeleton
 from stillframe.store.verify import VerifyReport, verify_container
 
 
@@ -199,6 +200,14 @@ class Snapshot:
         """
         for _, raw in self.container.iter_frames(range(self.index.frame_count)):
             yield raw
+
+    def skeleton(self) -> Skeleton:
+        """Configuration, device sections and description: the stream without its pages.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        return read_skeleton(self.container)
 
     def verify(
         self, *, deep: bool = True, progress: Callable[[int, int], None] | None = None

@@ -18,6 +18,7 @@ from stillframe.store.records import (
     read_record,
     read_section_id,
 )
+from stillframe.store.skeleton import Pieces
 from stillframe.vmstate.reader import StreamReader
 from stillframe.vmstate.records import Description, Device, Pages, RamBlocks, ZeroRun
 
@@ -117,16 +118,14 @@ class _Walk:
         Raises:
             DataError: anything is wrong.
         """
-        reader = StreamReader(_Pieces(self._stream_without_pages()))
+        reader = StreamReader(Pieces(self._stream_without_pages()))
         for event in reader.events():
             match event:
                 case RamBlocks():
                     self._check_blocks(event, reader.page_bytes)
-                case Pages():
-                    pages = len(event.data) // reader.page_bytes
-                    self._check_unindexed(event.block_index, event.offset_bytes, pages)
-                case ZeroRun():
-                    self._check_unindexed(event.block_index, event.offset_bytes, event.pages)
+                case Pages() | ZeroRun():
+                    idstr = self._index.blocks[event.block_index].idstr
+                    raise DataError(f"the stream has pages of block {idstr!r} outside its frames")
                 case Device():
                     self.devices.append(event.section.idstr)
                 case Description():
@@ -137,17 +136,23 @@ class _Walk:
     def _stream_without_pages(self) -> Iterator[bytes]:
         index = self._index
         for number, raw in self._container.iter_frames(range(index.frame_count)):
-            runs = index.runs_of_frame(number)
-            if runs:
-                try:
-                    self._check_pages(number, raw, runs)
-                except DataError as error:
-                    raise self._container.at_frame(number, error) from error
-                # The parser still sees a section there, without its records.
-                yield raw[:PREFIX_BYTES] + raw[-SECTION_END_BYTES:]
-            else:
-                yield raw
+            # The parser still sees a section there, without its records.
+            yield raw[:PREFIX_BYTES] + raw[-SECTION_END_BYTES:] if self._pages(number, raw) else raw
             _tell(self._progress, index, number)
+
+    def _pages(self, number: int, raw: bytes) -> bool:
+        """Whether the frame is a RAM section; then its pages were checked."""
+        runs = self._index.runs_of_frame(number)
+        superseded_before = self.superseded_pages
+        try:
+            self._check_pages(number, raw, runs)
+        except DataError as error:
+            if runs:
+                raise self._container.at_frame(number, error) from error
+            # Without runs it may be a section whose pages all come again, or no section at all.
+            self.superseded_pages = superseded_before
+            return False
+        return True
 
     def _check_blocks(self, event: RamBlocks, page_bytes: int) -> None:
         index = self._index
@@ -159,18 +164,6 @@ class _Walk:
         listed = [(b.idstr, b.used_length_bytes) for b in event.blocks]
         if listed != [(b.idstr, b.used_length_bytes) for b in index.blocks]:
             raise DataError("the stream's RAM blocks are not those of the index")
-
-    def _check_unindexed(self, block: int, offset_bytes: int, pages: int) -> None:
-        """Pages of a frame without runs: other frames must hold them again."""
-        first = offset_bytes // self._index.target_page_bytes
-        for page in range(first, first + pages):
-            if self._index.lookup(block, page) is None:
-                raise self._unknown_page(block, page)
-        self.superseded_pages += pages
-
-    def _unknown_page(self, block: int, page: int) -> DataError:
-        idstr = self._index.blocks[block].idstr
-        return DataError(f"page {page} of block {idstr!r} is in the stream, not in the index")
 
     def _check_pages(self, number: int, raw: bytes, runs: list[PageRun]) -> None:
         """The frame is one RAM section, and every record in it is in the index or superseded."""
@@ -205,24 +198,7 @@ class _Walk:
         page = record.offset_bytes // self._index.target_page_bytes
         found = self._index.lookup(block, page)
         if found is None or (found.frame, found.run.raw_offset) <= (number, position):
-            raise self._unknown_page(block, page)
+            idstr = self._index.blocks[block].idstr
+            raise DataError(f"page {page} of block {idstr!r} is in the stream, not in the index")
         self.superseded_pages += 1
         return block
-
-
-class _Pieces:
-    """A file-like reader over pieces of a stream."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._rest = b""
-
-    def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; none at the end."""
-        while not self._rest:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return b""
-            self._rest = piece
-        part, self._rest = self._rest[:size], self._rest[size:]
-        return part

@@ -106,8 +106,11 @@ def parse_description(text: bytes) -> dict[str, Any]:
     return parsed
 
 
-def described_sizes(text: bytes) -> dict[tuple[str, int], int] | None:
+def described_sizes(text: bytes, *, text_offset: int) -> dict[tuple[str, int], int] | None:
     """Payload lengths by (idstr, instance id), or None if the text is too large.
+
+    Args:
+        text_offset: where the text is in the stream, for errors.
 
     Raises:
         DataError: it is not JSON, or not of a description's shape.
@@ -121,7 +124,9 @@ def described_sizes(text: bytes) -> dict[tuple[str, int], int] | None:
             for device in root.devices
         }
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise DataError("the vmdescription is malformed", why=str(error)) from error
+        raise DataError(
+            "the vmdescription is malformed", why=str(error), offset_bytes=text_offset
+        ) from error
 
 
 def _size(fields: tuple[_Field, ...], subsections: tuple[_Subsection, ...]) -> int:

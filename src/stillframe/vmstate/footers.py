@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ class _ChainSearch:
         """Boundaries that lead to the end, by the footer's id, last one first."""
         self._positions: dict[int, list[int]] = {}
         for boundary, section_id in reversed(self._candidates(start, is_end)):
-            if boundary.next_header is None or self.onward(boundary.next_header):
+            if boundary.next_header is None or self._count(boundary.next_header):
                 self.ways.setdefault(section_id, []).append(boundary)
                 self._positions.setdefault(section_id, []).append(-boundary.footer)
 
@@ -116,14 +116,15 @@ class _ChainSearch:
             found.append((_Boundary(footer, header), int.from_bytes(match[1], "big")))
         return found
 
-    def onward(self, header: SectionHeader) -> list[_Boundary]:
+    def onward(self, header: SectionHeader) -> Iterator[_Boundary]:
         """Where this section may end so that the chain still reaches the data's end."""
-        positions = self._positions.get(header.section_id)
-        if positions is None:
-            return []
-        count = bisect_right(positions, -header.payload_start)
-        # Only the shortest few matter: beyond two, the section is ambiguous anyway.
-        return self.ways[header.section_id][max(0, count - 8) : count][::-1]
+        boundaries = self.ways.get(header.section_id, [])
+        for index in reversed(range(self._count(header))):
+            yield boundaries[index]
+
+    def _count(self, header: SectionHeader) -> int:
+        positions = self._positions.get(header.section_id, [])
+        return bisect_right(positions, -header.payload_start)
 
 
 def find_chain(
@@ -164,7 +165,7 @@ def _paths(search: _ChainSearch, first: SectionHeader) -> list[tuple[SectionSpan
     paths: list[tuple[SectionSpan, ...]] = []
     headers = [first]
     ends: list[int] = []
-    choices = [iter(search.onward(first))]
+    choices = [search.onward(first)]
     ids = {first.section_id}
     names = {(first.idstr, first.instance_id)}
     steps = 0
@@ -202,7 +203,7 @@ def _paths(search: _ChainSearch, first: SectionHeader) -> list[tuple[SectionSpan
         names.add(name)
         headers.append(following)
         ends.append(boundary.footer)
-        choices.append(iter(search.onward(following)))
+        choices.append(search.onward(following))
     return paths
 
 

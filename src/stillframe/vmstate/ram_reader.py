@@ -33,13 +33,15 @@ _PAGE_NEXT = int(RamFlag.PAGE | RamFlag.CONTINUE)
 _ZERO_NEXT = int(RamFlag.ZERO | RamFlag.CONTINUE)
 _PAGE_KINDS = frozenset({RamFlag.ZERO, RamFlag.PAGE, RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE})
 
+_MULTIFD = "this is a multifd stream"
+_REMEDY = "save the VM with default capabilities"
 _REFUSED = {
     RamFlag.HOOK: (
         "this is an RDMA stream",
         "its pages were written into the other host's memory and are not in the stream",
     ),
     RamFlag.MULTIFD_FLUSH: (
-        "this is a multifd stream",
+        _MULTIFD,
         "its pages went through other channels and are not in this one",
     ),
     RamFlag.FULL: ("the stream has a RAM record of before 2009", "flag FULL is obsolete"),
@@ -62,6 +64,8 @@ class RamReader:
         self._block_index: int | None = None
         self._indexes: dict[str, int] = {}
         self.blocks: tuple[StreamBlock, ...] | None = None
+        self._data_came = False
+        self._zero_pages: list[int] = []
 
     def read_block_list(
         self, *, addresses: bool, page_sizes: bool, mapped: bool
@@ -91,6 +95,7 @@ class RamReader:
         reader.read(word - flags)
         self.blocks = tuple(reader.blocks)
         self._indexes = {block.idstr: index for index, block in enumerate(self.blocks)}
+        self._zero_pages = [0] * len(self.blocks)
         yield RamBlocks(blocks=self.blocks)
         if mapped:
             resume = source.file_position()
@@ -106,6 +111,34 @@ class RamReader:
         Raises:
             DataError: truncated, malformed, or of a kind that is not read.
         """
+        for run in self._read_runs():
+            if isinstance(run, ZeroRun):
+                self._zero_pages[run.block_index] += run.pages
+            else:
+                self._data_came = True
+            yield run
+
+    def check_complete(self) -> None:
+        """Refuse a stream whose data pages all went elsewhere.
+
+        QEMU up to 8.0 does not mark multifd streams; but it sends the zero pages, and only
+        these, in the main one. No VM has a block that is partly sent and not a byte of data.
+
+        Raises:
+            DataError: this is such a stream.
+        """
+        if self._data_came or self.blocks is None:
+            return
+        for block, zero_pages in zip(self.blocks, self._zero_pages, strict=True):
+            if 0 < zero_pages < block.used_length_bytes // self._page_bytes:
+                raise DataError(
+                    _MULTIFD,
+                    why=f"of RAM block '{block.idstr}' only zero pages are in it",
+                    remedy=_REMEDY,
+                    offset_bytes=self._source.offset,
+                )
+
+    def _read_runs(self) -> Iterator[_Run]:
         page_bytes = self._page_bytes
         while True:
             yield from self._read_page_runs()
@@ -187,7 +220,7 @@ class RamReader:
                 raise DataError(
                     what,
                     why=why,
-                    remedy="save the VM with default capabilities",
+                    remedy=_REMEDY,
                     offset_bytes=start,
                 )
         kind = RamFlag(flags & _KIND_FLAGS)

@@ -3,8 +3,8 @@
 Streams of QEMU 6 to 10.2 are read: configuration, RAM with whole, zero, XBZRLE and compressed
 pages, mapped-ram, device sections, informing commands, description. Refused by name, since
 the stream does not hold the whole VM: postcopy, COLO, RDMA, multifd, other iterable sections
-(``block``, ``dirty-bitmap``, VFIO). A multifd stream of QEMU 8.0 and older does not say what it
-is: it is a stream without pages, as one with ignored RAM is.
+(``block``, ``dirty-bitmap``, VFIO). A multifd stream is known by its flush records (QEMU 8.1 and
+later), by its channels' magic, or by having nothing but a part of the zero pages (up to 8.0).
 
 Sources: QEMU ``migration/savevm.c`` (``qemu_loadvm_state``), ``migration/ram.c``.
 """
@@ -243,6 +243,8 @@ class StreamReader:
 
     def _tail(self) -> Iterator[Event]:
         """Everything from the first device section after RAM to the end of the stream."""
+        if self._ram is not None:
+            self._ram.check_complete()
         source = self._source
         start = source.offset
         tail = source.rest(self._device_limit_bytes + DESCRIPTION_LIMIT_BYTES, "the device state")
@@ -253,8 +255,9 @@ class StreamReader:
                 remedy="raise the reader's limit if the VM really has this much",
                 offset_bytes=start,
             )
-        sizes = described_sizes(text) if text is not None else None
-        spans = None
+        sizes = spans = None
+        if text is not None:
+            sizes = described_sizes(text, text_offset=source.offset - len(text))
         if sizes is not None:
             spans = follow_sizes(tail, eof, sizes, footers=self._footers)
         sizes_agree = None if sizes is None else spans is not None
@@ -324,6 +327,7 @@ def verify_stream(
             BlockSummary(
                 idstr=idstr,
                 used_length_bytes=used_length_bytes,
+                pages=used_length_bytes // reader.page_bytes,
                 data_pages=data_pages[index],
                 zero_pages=zero_pages[index],
             )

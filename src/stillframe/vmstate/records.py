@@ -103,13 +103,22 @@ Event: TypeAlias = (
 class BlockSummary(msgspec.Struct, frozen=True, kw_only=True):
     """How often pages of one block came in the stream, target pages.
 
-    A page that came twice is counted twice.
+    ``pages``: how many the block has. A page that came twice is counted twice.
     """
 
     idstr: str
     used_length_bytes: int
+    pages: int
     data_pages: int
     zero_pages: int
+
+    @property
+    def missing_pages(self) -> int:
+        """Pages that did not come: exact if none came twice, else at least so many.
+
+        They are ignored shared RAM, unplugged memory, or the stream is an incremental one.
+        """
+        return max(0, self.pages - self.data_pages - self.zero_pages)
 
 
 class StreamSummary(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,188 @@
+"""What a QEMU command line says: name, RAM, accelerator, QMP monitors (QEMU ``qemu-options.hx``).
+
+Only what is needed to list and find VMs. It reads; it never runs or rewrites anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+_WITHOUT_VALUE = frozenset(
+    [
+        "h",
+        "help",
+        "version",
+        "S",
+        "enable-kvm",
+        "disable-kvm",
+        "no-kvm",
+        "nodefaults",
+        "no-user-config",
+        "nouserconfig",
+        "nodefconfig",
+        "nographic",
+        "no-reboot",
+        "no-shutdown",
+        "no-acpi",
+        "no-hpet",
+        "no-fd-bootchk",
+        "snapshot",
+        "full-screen",
+        "no-quit",
+        "no-frame",
+        "alt-grab",
+        "ctrl-grab",
+        "daemonize",
+        "singlestep",
+        "one-insn-per-tb",
+        "portrait",
+        "sdl",
+        "curses",
+        "win2k-hack",
+        "show-cursor",
+        "old-param",
+        "semihosting",
+        "mem-prealloc",
+        "preconfig",
+        "only-migratable",
+        "enable-sync-profile",
+        "xen-attach",
+        "xen-domid-restrict",
+        "usb",
+        "no-audio",
+        "async-teardown",
+        "perfmap",
+        "jitdump",
+        "no-kvm-irqchip",
+        "no-kvm-pit",
+        "no-kvm-pit-reinjection",
+    ]
+)
+_ON = frozenset({"", "on", "yes", "y", "true"})
+_DEFAULT_RAM_BYTES = 128 << 20
+_SUFFIX_BYTES = {"": 1 << 20, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_ANY_HOST = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class Chardev(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a monitor listens: a unix path (as given), (host, port), or an inherited fd."""
+
+    path: str | None = None
+    host_port: tuple[str, int] | None = None
+    fd: int | None = None
+
+
+class CommandLine(msgspec.Struct, frozen=True, kw_only=True):
+    """The facts of one command line. ``accelerators``: in the order in which QEMU tries them."""
+
+    name: str
+    ram_bytes: int
+    machine: str
+    accelerators: tuple[str, ...]
+    monitors: tuple[Chardev, ...]
+
+
+def options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(option, value) pairs without the leading dashes; the program's name is skipped."""
+    words = iter(argv[1:])
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            continue  # a disk image
+        option = word[2:] if word.startswith("--") else word[1:]
+        yield option, "" if option in _WITHOUT_VALUE else next(words, "")
+
+
+def key_values(text: str, implied: str) -> dict[str, str]:
+    """``a=b,c`` as a dict; a comma in a value is written twice (QEMU ``util/keyval.c``)."""
+    found: dict[str, str] = {}
+    for index, part in enumerate(re.split(r"(?<!,)(?:,,)*,(?!,)", text) if text else []):
+        key, equals, value = part.replace(",,", ",").partition("=")
+        if index == 0 and not equals:
+            key, value = implied, key
+        found[key] = value
+    return found
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Read what matters; unknown or malformed parts are passed over."""
+    name, machine, ram_bytes = "", "", _DEFAULT_RAM_BYTES
+    accelerators: list[str] = []
+    chardevs: dict[str, Chardev] = {}
+    control: list[str] = []
+    monitors: list[Chardev] = []
+    for option, value in options(argv):
+        if option == "name":
+            name = key_values(value, "guest").get("guest", name)
+        elif option == "m":
+            ram_bytes = _size_bytes(key_values(value, "size").get("size", "")) or ram_bytes
+        elif option in ("machine", "M"):
+            machine_options = key_values(value, "type")
+            machine = machine_options.get("type", machine)
+            if "accel" in machine_options:
+                accelerators += machine_options["accel"].split(":")
+        elif option == "accel":
+            accelerators += key_values(value, "accel").get("accel", "").split(":")
+        elif option == "enable-kvm":
+            accelerators.append("kvm")
+        elif option == "chardev":
+            chardev_options = key_values(value, "backend")
+            chardev = _chardev(chardev_options)
+            if chardev is not None:
+                chardevs[chardev_options.get("id", "")] = chardev
+        elif option == "mon":
+            mon = key_values(value, "chardev")
+            if mon.get("mode") == "control":
+                control.append(mon.get("chardev", ""))
+        elif option in ("qmp", "qmp-pretty"):
+            if value.startswith("chardev:"):
+                control.append(value.removeprefix("chardev:"))
+            elif (listener := _legacy_chardev(value)) is not None:
+                monitors.append(listener)
+    if not accelerators and argv and argv[0].rpartition("/")[2] in ("kvm", "qemu-kvm"):
+        accelerators.append("kvm")
+    monitors += [chardevs[identity] for identity in control if identity in chardevs]
+    return CommandLine(
+        name=name,
+        ram_bytes=ram_bytes,
+        machine=machine,
+        accelerators=tuple(a for a in accelerators if a) or ("tcg",),
+        monitors=tuple(monitors),
+    )
+
+
+def _size_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([bkmgt]?)(?:i?b)?", text.strip().lower())
+    return int(float(match[1]) * _SUFFIX_BYTES[match[2]]) if match else 0
+
+
+def _chardev(given: dict[str, str]) -> Chardev | None:
+    """A socket chardev on which QEMU listens, else None."""
+    if given.get("backend") != "socket" or given.get("server", "off") not in _ON:
+        return None
+    if given.get("abstract", "off") in _ON:
+        return None
+    if given.get("fd", "").isdigit():
+        return Chardev(fd=int(given["fd"]))
+    if "path" in given:
+        return Chardev(path=given["path"])
+    port = given.get("port", "")
+    if port.isdigit():
+        host = given.get("host", "")
+        return Chardev(host_port=(_ANY_HOST.get(host, host), int(port)))
+    return None
+
+
+def _legacy_chardev(text: str) -> Chardev | None:
+    """``unix:PATH,server`` and ``tcp:HOST:PORT,server`` (QEMU ``chardev/char.c``)."""
+    kind, _, rest = text.partition(":")
+    given = key_values(rest, "address")
+    address = given.pop("address", "")
+    if kind == "unix":
+        return _chardev(given | {"backend": "socket", "path": address})
+    if kind == "tcp":
+        host, _, port = address.rpartition(":")
+        return _chardev(given | {"backend": "socket", "host": host.strip("[]"), "port": port})
+    return None

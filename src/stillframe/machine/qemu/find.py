@@ -1,0 +1,129 @@
+"""From what a user writes to a running VM: a QMP socket, host:port, a pid, or a name."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import msgspec
+
+from stillframe.errors import NotFoundError, UsageError
+from stillframe.machine.qemu.processes import VmInfo, list_vms, read_vm
+from stillframe.machine.qemu.sockets import peer_pid, tcp_listener_pid, unix_listener_pids
+from stillframe.qmp.connection import Address, open_socket
+
+_CONNECT_TIMEOUT_S = 5.0
+_LIST_REMEDY = "'stillframe ps' lists the running VMs"
+
+
+def parse_address(ref: str) -> Address | None:
+    """A reference that is a monitor's address: a path (or an existing socket), or host:port."""
+    if ref.startswith("unix:"):
+        return str(Path(ref.removeprefix("unix:")).absolute())
+    if "/" in ref or _is_socket(ref):
+        return str(Path(ref).absolute())
+    host, colon, port = ref.removeprefix("tcp:").rpartition(":")
+    if colon and port.isdigit() and 0 < int(port) < 65536:
+        return (host.strip("[]") or "127.0.0.1", int(port))
+    return None
+
+
+def find_vm(ref: str) -> VmInfo:
+    """The running VM that ``ref`` means; its ``qmp_addresses`` begin with the one to use.
+
+    A monitor named by its address is connected to for a moment where only that tells whose it is.
+
+    Raises:
+        NotFoundError: no such socket, process or VM.
+        UsageError: several VMs have that name, the process is no VM, or the VM has no monitor
+            that can be reached.
+        HostError, MachineError, BusyError: the socket cannot be connected to.
+    """
+    if not ref:
+        raise UsageError("no VM named", remedy=_LIST_REMEDY)
+    address = parse_address(ref)
+    if address is not None:
+        return _by_address(ref, address)
+    if ref.isdigit():
+        vm = read_vm(int(ref))
+        if vm is not None:
+            return _with_monitor(vm)
+    return _with_monitor(_by_name(ref))
+
+
+def _by_name(name: str) -> VmInfo:
+    found = [vm for vm in list_vms() if vm.name == name]
+    if len(found) > 1:
+        pids = ", ".join(str(vm.pid) for vm in found)
+        raise UsageError(
+            f"{len(found)} VMs are called {name!r}", remedy=f"name one by its pid: {pids}"
+        )
+    if found:
+        return found[0]
+    if name.isdigit() and Path("/proc", name).exists():
+        raise UsageError(f"process {name} is no QEMU system emulator", remedy=_LIST_REMEDY)
+    raise NotFoundError(f"no running VM {name!r}", remedy=_LIST_REMEDY)
+
+
+def _with_monitor(vm: VmInfo) -> VmInfo:
+    if vm.qmp_addresses:
+        return vm
+    raise UsageError(
+        f"VM {vm.name or vm.pid} (pid {vm.pid}) has no QMP monitor that can be reached",
+        remedy="start it with -qmp unix:PATH,server=on,wait=off, or name its monitor's address",
+    )
+
+
+def _by_address(ref: str, address: Address) -> VmInfo:
+    pid = _pid_behind(address)
+    if pid is None:
+        raise NotFoundError(
+            f"cannot tell which process is behind {ref}",
+            why="it runs on another host, in another network namespace, or as another user",
+            remedy="run on the VM's host, as root or the VM's user",
+        )
+    vm = read_vm(pid, any_program=True)
+    if vm is None:
+        raise NotFoundError(f"the VM behind {ref} (pid {pid}) is gone")
+    others = tuple(other for other in vm.qmp_addresses if other != address)
+    return msgspec.structs.replace(vm, qmp_addresses=(address, *others))
+
+
+def _pid_behind(address: Address) -> int | None:
+    if not isinstance(address, str):
+        return tcp_listener_pid(address[1])
+    listeners = unix_listener_pids(address)
+    if len(listeners) == 1:
+        return listeners[0]
+    # Bound under another name (a relative path, another mount namespace), or several sockets were
+    # bound to that name in turn: ask the socket itself.
+    sock = open_socket(address, _CONNECT_TIMEOUT_S)
+    try:
+        return pid_of_monitor(address, sock)
+    finally:
+        sock.close()
+
+
+def pid_of_monitor(address: Address, sock: socket.socket) -> int | None:
+    """The process behind a connected monitor, or None if it is not on this host.
+
+    The kernel notes who listened last. Where a manager made the socket, the VM has made it listen
+    again (QEMU ``util/qemu-sockets.c``: socket_listen), so it is the VM; if that process is not an
+    emulator, whoever holds the listening socket is preferred.
+    """
+    if not isinstance(address, str):
+        return tcp_listener_pid(address[1])
+    pid = peer_pid(sock)
+    if pid is not None and read_vm(pid) is not None:
+        return pid
+    emulators = [owner for owner in unix_listener_pids(address) if read_vm(owner) is not None]
+    return emulators[0] if len(emulators) == 1 else pid
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)  # noqa: PTH116 - a user's word, not a path yet
+    except (OSError, ValueError):
+        return False

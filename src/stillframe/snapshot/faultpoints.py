@@ -1,0 +1,52 @@
+"""Named fault points, switched on by ``STILLFRAME_FAULT=point[:n][=action]``.
+
+At the ``n``-th time (default 1) that ``point`` is reached, ``action`` happens: ``raise``
+(default) raises an InternalError, ``kill`` sends this process SIGKILL, ``hang`` sleeps for a
+minute. The tests drive every point; see ``POINTS``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from stillframe.errors import InternalError
+
+POINTS = (
+    "locked",
+    "guarded",
+    "attached",
+    "registered",
+    "armed",
+    "stopped",
+    "devices",
+    "protected",
+    "continued",
+    "first-batch",
+    "swept",
+    "unprotected",
+    "manifest",
+)
+
+_seen: dict[str, int] = {}
+
+
+def reach(point: str) -> None:
+    """Do nothing, unless this point was switched on."""
+    wanted = os.environ.get("STILLFRAME_FAULT")
+    if not wanted:
+        return
+    place, _, action = wanted.partition("=")
+    name, _, count = place.partition(":")
+    if name != point:
+        return
+    _seen[point] = _seen.get(point, 0) + 1
+    if _seen[point] != int(count or "1"):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "hang":
+        time.sleep(60)
+    else:
+        raise InternalError(f"fault point '{point}' was reached", guest_state="running")

@@ -1,0 +1,93 @@
+"""The downtime: stop, device state, protection, cont. Nothing here grows with RAM or disk.
+
+Order (invariant 8, QEMU ``migration/migration.c``: bg_migration_thread): RAM is protected
+before the device state is saved, so what the VMM writes to RAM meanwhile is seen, belongs to the
+instant, and is protected again before the guest goes on.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from stillframe.machine import DeviceStateSaver, Machine
+from stillframe.memory.ram_capture import RamCapture
+from stillframe.model import Downtime, StoppedWrite
+from stillframe.snapshot import faultpoints
+from stillframe.snapshot.guard import Guard
+
+
+class Instant(msgspec.Struct, frozen=True, kw_only=True):
+    """What was fixed in the downtime."""
+
+    device_state: bytes
+    downtime: Downtime
+    writes: tuple[StoppedWrite, ...]
+
+
+class _Laps:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap_ms(self) -> float:
+        now = time.monotonic()
+        passed, self._last = (now - self._last) * 1e3, now
+        return passed
+
+
+def take_instant(
+    machine: Machine, guard: Guard, ram: RamCapture, saver: DeviceStateSaver, *, was_running: bool
+) -> Instant:
+    """Stop the guest, fix the instant, let it go on.
+
+    Args:
+        was_running: False for a guest that was paused before; it stays paused.
+
+    Raises:
+        StillframeError: something failed; the guest goes on, unprotected.
+    """
+    if was_running:
+        guard.arm()
+    try:
+        instant = _in_downtime(machine, ram, saver, was_running)
+    except BaseException:
+        # Un-protect first: a thread of the VMM that waits for a fault may hold the lock
+        # that the monitor needs.
+        ram.release()
+        if was_running:
+            machine.resume_at_all_costs()
+            guard.disarm()
+        raise
+    guard.disarm()
+    return instant
+
+
+def _in_downtime(
+    machine: Machine, ram: RamCapture, saver: DeviceStateSaver, was_running: bool
+) -> Instant:
+    laps = _Laps()
+    if was_running:
+        machine.stop()
+    stop_ms = laps.lap_ms()
+    faultpoints.reach("stopped")
+    ram.protect_written()
+    protect_ms = laps.lap_ms()
+    device_state = saver.save()
+    devices_ms = laps.lap_ms()
+    faultpoints.reach("devices")
+    writes = ram.instant()
+    protect_ms += laps.lap_ms()
+    faultpoints.reach("protected")
+    if was_running:
+        machine.cont()
+    return Instant(
+        device_state=device_state,
+        downtime=Downtime(
+            stop_ms=stop_ms,
+            devices_ms=devices_ms,
+            protect_ms=protect_ms,
+            cont_ms=laps.lap_ms(),
+        ),
+        writes=writes,
+    )

@@ -1,0 +1,158 @@
+"""The guests and their launcher, with real boots."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guests.consistency import ConsistencyReport, check_pages, guest_pages
+from guests.monitor import qmp_execute
+from guests.qemu import GuestVm
+from guests.serial import SerialConsole
+from stillframe.errors import MachineError
+from tests.support.guest_fixtures import GuestFactory
+
+pytestmark = pytest.mark.qemu
+
+MIB = 1 << 20
+
+
+def measured_rate_mib_per_s(vm: GuestVm, seconds: float) -> float:
+    first = vm.wait_tick()
+    time.sleep(seconds)
+    last = vm.wait_tick()
+    return (last.pages - first.pages) * 4096 / MIB / ((last.t_ms - first.t_ms) / 1000)
+
+
+def ram_report(vm: GuestVm, file: Path, *, pieces: int = 1) -> ConsistencyReport:
+    """Let QEMU itself save guest-physical memory, in some pieces, and check it."""
+    piece_bytes = vm.ram_mib * MIB // pieces
+    pages: list[bytes] = []
+    for number in range(pieces):
+        where = {"val": number * piece_bytes, "size": piece_bytes, "filename": str(file)}
+        qmp_execute(vm.qmp_path, "pmemsave", where, timeout_s=60)
+        pages += guest_pages(file.read_bytes())
+    return check_pages(pages)
+
+
+@pytest.mark.parametrize("memory", ["private", "memfd", "shm", "file", "hugetlb"])
+def test_linux_guest_writes_at_its_rate(linux_guest: GuestFactory, memory: str) -> None:
+    vm = linux_guest(memory=memory, rate_mib_per_s=20)
+    assert measured_rate_mib_per_s(vm, 2) == pytest.approx(20, rel=0.1)
+    assert vm.is_progressing()
+    assert vm.command("audit").startswith("audit ok pages=8192 ")
+
+
+def test_ram_of_a_stopped_guest_is_consistent(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    vm = linux_guest(rate_mib_per_s=0)
+    qmp_execute(vm.qmp_path, "stop")
+    report = ram_report(vm, tmp_path / "ram")
+    qmp_execute(vm.qmp_path, "cont")
+    assert report.consistent, report
+    assert report.pages == report.expected_pages == 8192
+    assert vm.is_progressing()
+
+
+def test_ram_read_from_a_running_guest_is_torn(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    """The control: without a stop, the same reading must be caught."""
+    vm = linux_guest(rate_mib_per_s=0, whole=True)
+    report = ram_report(vm, tmp_path / "ram", pieces=4)
+    assert not report.consistent
+    assert report.pages == 8192
+
+
+def test_audit_finds_what_was_changed_behind_the_guest(linux_guest: GuestFactory) -> None:
+    vm = linux_guest(rate_mib_per_s=-1, populate_mib=8, fill="text", memory="shm")
+    assert vm.command("audit").startswith("audit ok pages=8192 populated=2048 ")
+    ram = Path("/dev/shm") / f"stillframe-{vm.directory.name}"
+    with ram.open("r+b") as file:
+        image = file.read()
+        page = next(iter(guest_pages(image)))
+        file.seek(image.index(page) + 4088)
+        file.write(bytes(8))
+    answer = vm.command("audit")
+    assert answer.startswith("audit FAILED ")
+    assert " bad=1 " in answer
+    assert " word=511 found=0" in answer
+
+
+@pytest.mark.parametrize("stop_ms", [5, 60])
+def test_a_stop_shows_in_the_guests_statistics(linux_guest: GuestFactory, stop_ms: int) -> None:
+    vm = linux_guest(rate_mib_per_s=20)
+    assert vm.command("reset") == "reset ok"
+    before = time.monotonic()
+    qmp_execute(vm.qmp_path, "stop")
+    time.sleep(stop_ms / 1000)
+    qmp_execute(vm.qmp_path, "cont")
+    longest_ms = (time.monotonic() - before) * 1000
+    stall_us = vm.console.settled_stall_us()
+    assert stall_us >= stop_ms * 1000 - 500
+    assert vm.wait_tick().stop_max_us <= longest_ms * 1000 + 500
+
+
+def test_statistics_of_an_undisturbed_guest_show_no_stop(linux_guest: GuestFactory) -> None:
+    vm = linux_guest(rate_mib_per_s=20)
+    assert vm.command("reset") == "reset ok"
+    vm.console.settled_stall_us()
+    assert vm.wait_tick().stop_max_us == 0
+
+
+def test_bare_metal_guest(multiboot_guest: GuestFactory, tmp_path: Path) -> None:
+    vm = multiboot_guest(rate_mib_per_s=20, populate_mib=16)
+    assert measured_rate_mib_per_s(vm, 1) == pytest.approx(20, rel=0.1)
+    assert vm.command("audit").startswith("audit ok pages=8192 populated=4096 ")
+    qmp_execute(vm.qmp_path, "stop")
+    report = ram_report(vm, tmp_path / "ram")
+    assert report.consistent, report
+
+
+def test_bare_metal_guest_uses_memory_beyond_the_hole(multiboot_guest: GuestFactory) -> None:
+    vm = multiboot_guest(ram_mib=4096, mem_mib=3900, rate_mib_per_s=0, memory="private")
+    assert vm.command("audit").startswith("audit ok pages=998400 ")
+
+
+def test_bare_metal_guest_under_kvm(multiboot_guest: GuestFactory, tmp_path: Path) -> None:
+    vm = multiboot_guest(accelerator="kvm", rate_mib_per_s=0)
+    assert vm.command("reset") == "reset ok"
+    qmp_execute(vm.qmp_path, "stop")
+    report = ram_report(vm, tmp_path / "ram")
+    time.sleep(0.1)
+    qmp_execute(vm.qmp_path, "cont")
+    assert report.consistent, report
+    assert vm.console.settled_stall_us() >= 100_000
+    assert vm.command("audit").startswith("audit ok pages=8192 ")
+
+
+def test_quit_ends_qemu(linux_guest: GuestFactory) -> None:
+    vm = linux_guest()
+    assert vm.command("quit") == "quit ok"
+    assert vm.process.wait(10) == 0
+    assert not vm.alive()
+    assert not vm.is_progressing()
+
+
+def test_another_console_can_take_over(linux_guest: GuestFactory) -> None:
+    """As a harness does with a restored VM, of which it knows the socket only."""
+    vm = linux_guest()
+    vm.console.close()
+    console = SerialConsole(vm.serial_path)
+    assert console.is_progressing()
+    assert console.command("audit").startswith("audit ok ")
+    console.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"extra": ["-device", "no-such-device"]}, "QEMU ended at its start: .*no-such-device"),
+        ({"ram_mib": 64, "mem_mib": 60}, "the guest did not start: fatal: not enough memory"),
+    ],
+)
+def test_a_failed_start_is_explained_and_leaves_nothing(
+    linux_guest: GuestFactory, tmp_path: Path, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(MachineError, match=complaint):
+        linux_guest(directory=tmp_path, **options)

@@ -1,0 +1,1 @@
+"""What the tests share: probes of the host, guest fixtures, the rule about skipped tests."""

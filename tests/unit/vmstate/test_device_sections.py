@@ -1,0 +1,188 @@
+"""Device state: cut into sections, patched, described."""
+
+from __future__ import annotations
+
+import time
+from struct import pack
+
+import pytest
+
+from stillframe.errors import DataError, UsageError
+from stillframe.vmstate import devices, footers, writer
+from stillframe.vmstate.devices import DeviceSection, split_device_state
+from tests.support.stream_build import device
+
+
+def state(*sections: DeviceSection) -> bytes:
+    return writer.stream_header() + b"".join(s.raw for s in sections) + writer.eof()
+
+
+def globalstate(name: str = "running") -> DeviceSection:
+    text = name.encode()
+    return device(47, "globalstate", pack(">I", len(text) + 1) + text.ljust(100, b"\0"))
+
+
+def test_make_section() -> None:
+    section = devices.make_section(
+        section_id=5, idstr="cpu", instance_id=1, version_id=12, payload=b"xyz"
+    )
+    assert section.raw == (
+        bytes.fromhex("04 00000005 03") + b"cpu" + bytes.fromhex("00000001 0000000c") + b"xyz"
+        + bytes.fromhex("7e 00000005")
+    )  # fmt: skip
+
+
+def test_split_gives_the_same_sections() -> None:
+    sections = (device(0, "timer", b"t" * 24), device(4, "slirp"), device(9, "a/b", b"\x7e" * 50))
+    assert split_device_state(state(*sections)) == sections
+
+
+def test_split_of_nothing() -> None:
+    assert split_device_state(state()) == ()
+
+
+def test_payload_that_contains_its_own_footer() -> None:
+    """Only the chain up to the end tells which footer is the right one."""
+    own = bytes.fromhex("7e00000005")
+    sections = (
+        device(5, "a", b"x" + own + b"y" + own),
+        device(6, "b", own + b"\x04" + own + b"\0"),
+        device(7, "c", b"\x7e\0\0\0"),
+    )
+    assert split_device_state(state(*sections)) == sections
+
+
+def test_payload_that_contains_whole_sections_with_ids_in_use() -> None:
+    """A second reading with the same id twice is none."""
+    inner = device(5, "inner", b"i").raw
+    sections = (device(5, "outer", b"\x7e\0\0\0\x05" + inner[:-5] + b"pad"), device(6, "last"))
+    assert split_device_state(state(*sections)) == sections
+
+
+def test_planted_sections_are_ambiguous() -> None:
+    """A guest that plants a footer and a header can hide the next section: refused."""
+    planted = b"\x7e\0\0\0\x05" + device(6, "planted").raw[:-5]
+    with pytest.raises(DataError, match="more than one way"):
+        split_device_state(state(device(5, "a", planted), device(6, "b"), device(7, "c")))
+
+
+def test_footers_switched_off() -> None:
+    sections = (device(3, "timer", b"t" * 24), device(4, "slirp", b"s" * 9))
+    data = writer.stream_header() + b"".join(s.raw[:-5] for s in sections) + writer.eof()
+    with pytest.raises(DataError, match="no footers"):
+        split_device_state(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "truncated"),
+        (b"QEVM\0\0\0\3", "truncated"),
+        (b"XEVM\0\0\0\3\0", "magic"),
+        (b"QEVM\0\0\0\2\0", "version 2"),
+        (b"QEVM\0\0\0\3\1", "EOF"),
+        (b"QEVM\0\0\0\3\1\0", "no device section"),
+    ],
+)
+def test_not_a_device_state(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        split_device_state(data)
+    assert caught.value.offset_bytes is not None
+
+
+def test_every_truncation_is_refused() -> None:
+    data = state(device(1, "a", b"abc"), device(2, "b", b"\0" * 9))
+    for size in range(len(data)):
+        with pytest.raises(DataError):
+            split_device_state(data[:size])
+
+
+def test_damage_in_the_middle_names_the_section() -> None:
+    good = state(device(1, "a", b"abc"), device(2, "bad", b"xyz"), device(3, "c"))
+    with pytest.raises(DataError, match="'bad' does not end"):
+        split_device_state(good.replace(b"\x7e\0\0\0\2", b"\x7e\0\0\0\x22"))
+
+
+def test_hostile_state_takes_bounded_work() -> None:
+    """Many places that could be the end of a section, in several shapes."""
+    again = device(1, "a").raw
+    link = b"".join(device(i % 7, f"n{i}").raw for i in range(60_000))
+    for body in (again * 70_000, link, b"\x7e\0\0\0\1\x04\0\0\0\1\1a" * 90_000):
+        began = time.monotonic()
+        with pytest.raises(DataError):
+            split_device_state(writer.stream_header() + body + writer.eof())
+        assert time.monotonic() - began < 10
+
+
+def test_the_same_section_again_and_again_is_one_payload() -> None:
+    body = device(1, "a").raw * 1000
+    (section,) = split_device_state(writer.stream_header() + body + writer.eof())
+    assert section.raw == body
+
+
+def test_many_ways_to_read_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footers, "STEP_LIMIT", 50)
+    body = b"".join(device(i % 3, f"n{i % 5}").raw for i in range(200))
+    with pytest.raises(DataError, match="too many ways"):
+        split_device_state(writer.stream_header() + body + writer.eof())
+
+
+def test_megabytes_are_split_in_no_time() -> None:
+    sections = tuple(device(i, f"dev{i}", bytes(200_000)) for i in range(40))
+    data = state(*sections)
+    began = time.monotonic()
+    assert split_device_state(data) == sections
+    assert time.monotonic() - began < 2
+
+
+def test_early_sections() -> None:
+    assert devices.is_early(device(1, "0000:00:03.0/virtio-mem-device-early"))
+    assert not devices.is_early(device(1, "0000:00:03.0/virtio-mem-device"))
+
+
+def test_run_state() -> None:
+    section = globalstate("running")
+    assert len(section.payload) == devices.GLOBAL_STATE_BYTES
+    assert devices.run_state((device(1, "a"), section)) == "running"
+    paused = devices.with_run_state(section, "paused")
+    assert paused == globalstate("paused")
+    assert devices.with_run_state(paused, "running") == section
+
+
+def test_run_state_keeps_the_fields_after_the_name() -> None:
+    payload = bytearray(globalstate("running").payload)
+    payload[36:38] = b"\1\1"
+    changed = devices.with_run_state(device(47, "globalstate", bytes(payload)), "paused")
+    assert changed.payload[36:38] == b"\1\1"
+    assert changed.payload[4:36] == b"paused".ljust(32, b"\0")
+
+
+def test_run_state_refuses() -> None:
+    with pytest.raises(DataError, match="no globalstate"):
+        devices.run_state((device(1, "a"),))
+    with pytest.raises(DataError, match="not 104"):
+        devices.run_state((device(1, "globalstate", b"short"),))
+    for size in (0, 101, 0xFFFFFFFF):
+        with pytest.raises(DataError, match="state name"):
+            devices.run_state((device(1, "globalstate", pack(">I", size) + bytes(100)),))
+    with pytest.raises(DataError, match="malformed"):
+        devices.run_state((device(1, "globalstate", pack(">I", 3) + b"\0" * 100),))
+    with pytest.raises(UsageError):
+        devices.with_run_state(globalstate(), "x" * 32)
+    with pytest.raises(DataError):
+        devices.with_run_state(device(1, "cpu"), "paused")
+
+
+def test_describe() -> None:
+    assert devices.describe((device(3, "a/b", b"xyz", 2),), target_page_bytes=4096) == {
+        "page_size": 4096,
+        "devices": [
+            {
+                "name": "a/b",
+                "instance_id": 2,
+                "vmsd_name": "a/b",
+                "version": 1,
+                "fields": [{"name": "data", "type": "buffer", "size": 3}],
+            }
+        ],
+    }
