@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from stillframe.memory.userfaultfd import Userfaultfd
 from stillframe.model import GpaRange, MachineRecord, RamBlock
 
 Mode = Literal["background", "stop"]
@@ -61,6 +62,30 @@ class Machine(Protocol):
     @property
     def pid(self) -> int:
         """The process whose address space holds the guest's RAM."""
+
+    @property
+    def start_time(self) -> int:
+        """When that process started, in the kernel's ticks; tells it from a later one."""
+
+    def monitor_fd(self) -> int:
+        """Descriptor of the connected QMP socket, for the guard process to share."""
+
+    def open_userfaultfd(self) -> Userfaultfd:
+        """A userfaultfd of the machine's process that only we hold. The guest is not touched.
+
+        Raises:
+            HostError: a kernel feature or permission is missing. RefusedError: seccomp.
+        """
+
+    def process_alive(self) -> bool:
+        """Whether the machine's process still runs."""
+
+    def resume_at_all_costs(self) -> None:
+        """Continue the guest; connect anew if the monitor was lost. For clean-up after errors.
+
+        Raises:
+            MachineError: the machine did not answer; ``guest_state`` is ``unknown``.
+        """
 
     def describe(self) -> MachineRecord:
         """What the machine is, enough to start it again. The guest is not touched."""

@@ -11,7 +11,7 @@ import time
 
 import msgspec
 
-from stillframe.machine import DeviceStateSaver, Machine
+from stillframe.machine import Machine
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, StoppedWrite
 from stillframe.snapshot import faultpoints
@@ -37,7 +37,7 @@ class _Laps:
 
 
 def take_instant(
-    machine: Machine, guard: Guard, ram: RamCapture, saver: DeviceStateSaver, *, was_running: bool
+    machine: Machine, guard: Guard, ram: RamCapture, *, was_running: bool
 ) -> Instant:
     """Stop the guest, fix the instant, let it go on.
 
@@ -50,7 +50,7 @@ def take_instant(
     if was_running:
         guard.arm()
     try:
-        instant = _in_downtime(machine, ram, saver, was_running)
+        instant = _in_downtime(machine, ram, was_running)
     except BaseException:
         # Un-protect first: a thread of the VMM that waits for a fault may hold the lock
         # that the monitor needs.
@@ -64,7 +64,7 @@ def take_instant(
 
 
 def _in_downtime(
-    machine: Machine, ram: RamCapture, saver: DeviceStateSaver, was_running: bool
+    machine: Machine, ram: RamCapture, was_running: bool
 ) -> Instant:
     laps = _Laps()
     if was_running:
@@ -73,7 +73,7 @@ def _in_downtime(
     faultpoints.reach("stopped")
     ram.protect_written()
     protect_ms = laps.lap_ms()
-    device_state = saver.save()
+    device_state = machine.save_device_state()
     devices_ms = laps.lap_ms()
     faultpoints.reach("devices")
     writes = ram.instant()

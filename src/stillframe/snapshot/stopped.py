@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from stillframe.machine import DeviceStateSaver, Machine
+from stillframe.machine import Machine
 from stillframe.model import Downtime
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.guard import Guard
@@ -16,7 +16,7 @@ from stillframe.snapshot.instant import Instant
 
 
 def hold_still(
-    machine: Machine, guard: Guard, saver: DeviceStateSaver, *, was_running: bool
+    machine: Machine, guard: Guard, *, was_running: bool
 ) -> tuple[Instant, Callable[[], Downtime]]:
     """Stop the guest and save its device state.
 
@@ -57,7 +57,7 @@ def hold_still(
             machine.stop()
         stop_ms = (time.monotonic() - began) * 1e3
         faultpoints.reach("stopped")
-        device_state = saver.save()
+        device_state = machine.save_device_state()
         devices_ms = (time.monotonic() - began) * 1e3 - stop_ms
         faultpoints.reach("devices")
     except BaseException:

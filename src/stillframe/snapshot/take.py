@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import msgspec
 
 from stillframe.errors import MachineError, RefusedError, SnapshotFailed
-from stillframe.machine import Machine
+from stillframe.machine import Machine, Watch
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, Manifest, RamBlock, Statistics
 from stillframe.snapshot import faultpoints
@@ -89,24 +89,27 @@ class _Taking:
         faultpoints.reach("locked")
         self._preflight()
         record = machine.describe()
-        blocks = machine.ram_blocks()
-        memory_map = machine.memory_map()
+        blocks = tuple(machine.ram_blocks())
+        memory_map = machine.memory_map(blocks)
+        signature = machine.blocks_signature()
         was_running = machine.status() == "running"
         self._progress.ram_bytes = sum(block.used_length_bytes for block in blocks)
 
         guard = Guard(machine.monitor_fd())
         self._cleanup.callback(guard.close)
         faultpoints.reach("guarded")
-        saver = self._cleanup.enter_context(machine.device_state())
+        self._cleanup.callback(machine.finish_device_state)
+        machine.prepare_device_state()
         ram = self._attach(blocks)
-        watch = self._cleanup.enter_context(machine.watch())
+        watch = machine.watch()
+        self._cleanup.callback(watch.close)
         self._control.check_cancelled()
 
         if self._background:
-            instant = take_instant(machine, guard, ram, saver, was_running=was_running)
+            instant = take_instant(machine, guard, ram, was_running=was_running)
             self._note_downtime(instant.downtime)
         else:
-            instant, resume = hold_still(machine, guard, saver, was_running=was_running)
+            instant, resume = hold_still(machine, guard, was_running=was_running)
             self._cleanup.callback(resume)
         faultpoints.reach("continued")
         self._progress.writes_while_stopped = instant.writes
@@ -118,7 +121,7 @@ class _Taking:
             run_state="running" if was_running else "paused",
         )
         self._save(ram, parts)
-        machine.check_unchanged(blocks, watch)
+        self._check_unchanged(signature, watch)
         if not self._background:
             self._note_downtime(resume())
 
@@ -229,6 +232,22 @@ class _Taking:
                 why=f"{done_bytes} of {self._progress.ram_bytes} bytes of RAM were saved",
                 guest_state="running",
             )
+
+    def _check_unchanged(self, signature: object, watch: Watch) -> None:
+        """Blocks that appeared, vanished or were resized make the snapshot wrong; the rest of
+        what happened is noted."""
+        if self._machine.blocks_signature() != signature:
+            raise SnapshotFailed(
+                "the VM's RAM blocks changed while they were saved",
+                why="hotplug, or a reset that resized one",
+                remedy="take another snapshot once it has settled",
+                guest_state="running",
+            )
+        self._notes += [
+            f"{event.name} came while RAM was saved"
+            for event in watch.seen()
+            if event.name not in ("STOP", "RESUME")
+        ]
 
     def _final_statistics(self) -> Statistics:
         return msgspec.structs.replace(self._progress.statistics(), state="completed", phase="")

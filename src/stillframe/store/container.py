@@ -187,6 +187,11 @@ class Container:
                 self._cached_bytes -= len(self._cache.popitem(last=False)[1])
         return raw
 
+    def grow_cache(self, limit_bytes: int) -> None:
+        """Let :meth:`cached_frame` keep more, for readers that go back and forth."""
+        with self._lock:
+            self._cache_limit_bytes = max(self._cache_limit_bytes, limit_bytes)
+
     def iter_frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         """Frames decompressed in the given order, a few of them ahead on other threads.
 

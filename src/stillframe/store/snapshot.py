@@ -159,7 +159,6 @@ class Snapshot:
             DataError: the file is damaged.
         """
         number = self.block_number(block)
-        page_bytes = self.index.target_page_bytes
         by_frame: dict[int, list[PageRun]] = {}
         for frame, run in self.index.runs_of_block(number):
             if run.kind == KIND_DATA:
@@ -168,12 +167,27 @@ class Snapshot:
                 yield run, None
         for frame, raw in self.container.iter_frames(sorted(by_frame)):
             for run in by_frame[frame]:
-                try:
-                    end = check_run(raw, run, block, page_bytes)
-                    start = payload_start(raw, run, block, page_bytes)
-                except DataError as error:
-                    raise self.container.at_frame(frame, error) from error
-                yield run, memoryview(raw)[start:end]
+                yield run, self._content(frame, raw, run, block)
+
+    def run_content(self, frame: int, run: PageRun, block: str) -> memoryview:
+        """Content of one run of data pages, as :meth:`iter_runs` gives it.
+
+        Args:
+            frame: number of its frame, as the index has it.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        return self._content(frame, self.container.cached_frame(frame), run, block)
+
+    def _content(self, frame: int, raw: bytes, run: PageRun, block: str) -> memoryview:
+        page_bytes = self.index.target_page_bytes
+        try:
+            end = check_run(raw, run, block, page_bytes)
+            start = payload_start(raw, run, block, page_bytes)
+        except DataError as error:
+            raise self.container.at_frame(frame, error) from error
+        return memoryview(raw)[start:end]
 
     def iter_pages(self, block: str) -> Iterator[tuple[int, bytes | None]]:
         """(page number, content) of all pages of a block; the content of a zero page is None.

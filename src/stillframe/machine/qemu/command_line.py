@@ -10,57 +10,15 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-_WITHOUT_VALUE = frozenset(
-    [
-        "h",
-        "help",
-        "version",
-        "S",
-        "enable-kvm",
-        "disable-kvm",
-        "no-kvm",
-        "nodefaults",
-        "no-user-config",
-        "nouserconfig",
-        "nodefconfig",
-        "nographic",
-        "no-reboot",
-        "no-shutdown",
-        "no-acpi",
-        "no-hpet",
-        "no-fd-bootchk",
-        "snapshot",
-        "full-screen",
-        "no-quit",
-        "no-frame",
-        "alt-grab",
-        "ctrl-grab",
-        "daemonize",
-        "singlestep",
-        "one-insn-per-tb",
-        "portrait",
-        "sdl",
-        "curses",
-        "win2k-hack",
-        "show-cursor",
-        "old-param",
-        "semihosting",
-        "mem-prealloc",
-        "preconfig",
-        "only-migratable",
-        "enable-sync-profile",
-        "xen-attach",
-        "xen-domid-restrict",
-        "usb",
-        "no-audio",
-        "async-teardown",
-        "perfmap",
-        "jitdump",
-        "no-kvm-irqchip",
-        "no-kvm-pit",
-        "no-kvm-pit-reinjection",
-    ]
-)
+_FLAGS = """
+h help version S enable-kvm disable-kvm no-kvm nodefaults no-user-config nouserconfig
+nodefconfig nographic no-reboot no-shutdown no-acpi no-hpet no-fd-bootchk snapshot full-screen
+no-quit no-frame alt-grab ctrl-grab daemonize singlestep one-insn-per-tb portrait sdl curses
+win2k-hack show-cursor old-param semihosting mem-prealloc preconfig only-migratable
+enable-sync-profile xen-attach xen-domid-restrict usb no-audio async-teardown perfmap jitdump
+no-kvm-irqchip no-kvm-pit no-kvm-pit-reinjection
+"""
+_WITHOUT_VALUE = frozenset(_FLAGS.split())
 _ON = frozenset({"", "on", "yes", "y", "true"})
 _DEFAULT_RAM_BYTES = 128 << 20
 _SUFFIX_BYTES = {"": 1 << 20, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

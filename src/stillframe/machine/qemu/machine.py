@@ -8,6 +8,7 @@ from types import TracebackType
 
 from stillframe.errors import BusyError, MachineError, NotFoundError, StillframeError
 from stillframe.machine import Hindrance, Mode
+from stillframe.machine.qemu.attach import open_userfaultfd
 from stillframe.machine.qemu.device_state import DeviceStateSaver
 from stillframe.machine.qemu.find import find_vm, parse_address, pid_of_monitor
 from stillframe.machine.qemu.memory_map import read_memory_map
@@ -15,7 +16,9 @@ from stillframe.machine.qemu.preflight import preflight
 from stillframe.machine.qemu.proc_maps import proc_error
 from stillframe.machine.qemu.processes import VmInfo, read_vm
 from stillframe.machine.qemu.ramblocks import RamTable, Signature
+from stillframe.machine.qemu.resume import process_alive, resume_at_all_costs, start_time
 from stillframe.machine.qemu.watch import QemuWatch
+from stillframe.memory.userfaultfd import Userfaultfd
 from stillframe.model import DiskRecord, GpaRange, MachineRecord, RamBlock
 from stillframe.qmp.client import QmpClient
 
@@ -31,6 +34,7 @@ class QemuMachine:
         self.qmp = qmp
         self._table = RamTable(info.pid, qmp)
         self._saver = DeviceStateSaver(qmp, info.pid)
+        self._start_time = start_time(info.pid)
 
     @classmethod
     def connect(cls, ref: str, *, timeout_s: float = 5.0) -> QemuMachine:
@@ -68,6 +72,27 @@ class QemuMachine:
     def pid(self) -> int:
         """The VM's process."""
         return self.info.pid
+
+    @property
+    def start_time(self) -> int:
+        """When its process started; see ``/proc/PID/stat``."""
+        return self._start_time
+
+    def monitor_fd(self) -> int:
+        """The QMP socket's descriptor, for the guard process to share."""
+        return self.qmp.fileno()
+
+    def open_userfaultfd(self) -> Userfaultfd:
+        """See ``attach.open_userfaultfd``. The guest is not touched."""
+        return open_userfaultfd(self.pid, self.qmp)
+
+    def process_alive(self) -> bool:
+        """Whether the VM's process still runs (and is no zombie)."""
+        return process_alive(self.pid, self.start_time)
+
+    def resume_at_all_costs(self) -> None:
+        """See ``resume.resume_at_all_costs``. The guest runs afterwards."""
+        resume_at_all_costs(self.qmp, (self.qmp.address, *self.info.qmp_addresses))
 
     def describe(self) -> MachineRecord:
         """What the VM is, enough to start it again. The guest is not touched.

@@ -111,7 +111,12 @@ def read_maps(pid: int) -> AddressSpace:
         data = Path(f"/proc/{pid}/maps").read_bytes()
     except OSError as error:
         raise proc_error(pid, "the memory map", error) from error
-    return AddressSpace(vma for line in data.splitlines() if (vma := _parse_line(line)))
+    return AddressSpace(parse_maps(data))
+
+
+def parse_maps(data: bytes) -> Iterator[Vma]:
+    """The mappings in the text of a ``/proc/PID/maps``."""
+    return (vma for line in data.splitlines() if (vma := _parse_line(line)))
 
 
 def read_smaps(pid: int) -> Iterator[VmaDetail]:

@@ -38,6 +38,25 @@ class Sink(Protocol):
 
 
 @runtime_checkable
+class SparseSink(Sink, Protocol):
+    """A sink that takes bytes at any place; what is never written reads as zeroes."""
+
+    def write_at(self, offset_bytes: int, data: BytesLike) -> None:
+        """Put all of ``data`` at a place. Not to be mixed with :meth:`write`.
+
+        Raises:
+            SinkError: full, not permitted.
+        """
+
+    def set_length(self, length_bytes: int) -> None:
+        """Set the whole length, also beyond the last byte written.
+
+        Raises:
+            SinkError: full, too large for the file system.
+        """
+
+
+@runtime_checkable
 class Source(Protocol):
     """Where a snapshot is read from. Safe to read from several threads."""
 

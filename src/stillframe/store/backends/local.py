@@ -75,18 +75,40 @@ class LocalSink:
         Raises:
             SinkError: disk full, over quota, an I/O error.
         """
-        self._check_open()
-        rest = memoryview(data).cast("B")
-        try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        except OSError as error:
-            raise sink_error("write to", self.description, error) from error
-        self._written_bytes += memoryview(data).nbytes
+        self.write_at(self._written_bytes, data)
         length = self._written_bytes - self._started_bytes
         if length >= WRITEBACK_BYTES:
             _start_writeback(self._fd, self._started_bytes, length)
             self._started_bytes = self._written_bytes
+
+    def write_at(self, offset_bytes: int, data: BytesLike) -> None:
+        """Put ``data`` at a place; not to be mixed with :meth:`write`.
+
+        Raises:
+            SinkError: disk full, over quota, an I/O error.
+        """
+        self._check_open()
+        rest = memoryview(data).cast("B")
+        self._written_bytes += rest.nbytes
+        try:
+            while rest:
+                done = os.pwrite(self._fd, rest, offset_bytes)
+                rest = rest[done:]
+                offset_bytes += done
+        except (OSError, OverflowError) as error:
+            raise _as_sink_error("write to", self.description, error) from error
+
+    def set_length(self, length_bytes: int) -> None:
+        """Set the file's length; what was not written is a hole.
+
+        Raises:
+            SinkError: too large for the file system.
+        """
+        self._check_open()
+        try:
+            os.ftruncate(self._fd, length_bytes)
+        except (OSError, OverflowError) as error:
+            raise _as_sink_error("write to", self.description, error) from error
 
     def commit(self) -> None:
         """Sync the file, give it its name, sync the directory.
@@ -248,7 +270,7 @@ def sweep_leftovers(directory_fd: int) -> int:
     return removed
 
 
-def _as_sink_error(doing: str, description: str, error: OSError | ValueError) -> SinkError:
+def _as_sink_error(doing: str, description: str, error: Exception) -> SinkError:
     if isinstance(error, OSError):
         return sink_error(doing, description, error)
     return SinkError(f"cannot {doing} {description!r}", why=str(error))

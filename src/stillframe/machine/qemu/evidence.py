@@ -1,0 +1,115 @@
+"""What the pre-flight looks at, gathered once and quickly, without touching the guest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from stillframe.machine import Mode
+from stillframe.machine.qemu.proc_maps import VmaDetail, proc_error, read_smaps
+from stillframe.machine.qemu.processes import VmInfo
+from stillframe.machine.qemu.ramblocks import RamTable
+from stillframe.model import RamBlock
+from stillframe.qmp.client import QmpClient, QmpCommandError
+
+_DEVICE_PATHS = ("/machine/peripheral", "/machine/peripheral-anon")
+_DEVICES_MAX = 1024
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """The VM as the pre-flight sees it.
+
+    ``devices``: QOM path to type, of the devices that a user asked for (not the board's own).
+    ``fd_targets``: what QEMU's descriptors point to, in ``/proc``'s words.
+    ``ram_flags``: per block, QEMU's RAM_* flags. ``ram_vmas``: the mappings of the blocks.
+    """
+
+    mode: Mode
+    info: VmInfo
+    qmp: QmpClient
+    status: str
+    migration: Mapping[str, object]
+    blocks: tuple[RamBlock, ...]
+    ram_flags: dict[str, int]
+    ram_vmas: tuple[VmaDetail, ...]
+    fd_targets: frozenset[str]
+    devices: dict[str, str]
+
+
+def gather(info: VmInfo, qmp: QmpClient, table: RamTable, mode: Mode) -> Evidence:
+    """Look at everything once.
+
+    Raises:
+        MachineError, HostError, RefusedError: as the things it calls.
+    """
+    blocks = tuple(table.read())
+    return Evidence(
+        mode=mode,
+        info=info,
+        qmp=qmp,
+        status=str(as_map(qmp.execute("query-status")).get("status")),
+        migration=as_map(qmp.execute("query-migrate")),
+        blocks=blocks,
+        ram_flags={block.idstr: block.flags for block, _page_size in table.listed()},
+        ram_vmas=_ram_vmas(info.pid, blocks),
+        fd_targets=_fd_targets(info.pid),
+        devices=_devices(qmp),
+    )
+
+
+def as_map(value: object) -> Mapping[str, object]:
+    """A reply that ought to be an object; an empty one if it is not."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def as_list(value: object) -> list[object]:
+    """A reply that ought to be a list; an empty one if it is not."""
+    return value if isinstance(value, list) else []
+
+
+def ask(
+    qmp: QmpClient, command: str, arguments: Mapping[str, object] | None = None
+) -> object | None:
+    """A command that this VM may not have, or not answer: None then.
+
+    Raises:
+        MachineError: the monitor went away.
+    """
+    try:
+        return qmp.execute(command, arguments)
+    except QmpCommandError:
+        return None
+
+
+def _devices(qmp: QmpClient) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for parent in _DEVICE_PATHS:
+        for item in as_list(ask(qmp, "qom-list", {"path": parent}))[:_DEVICES_MAX]:
+            kind = str(as_map(item).get("type"))
+            if kind.startswith("child<"):
+                found[f"{parent}/{as_map(item).get('name')}"] = kind[6:-1]
+    return found
+
+
+def _ram_vmas(pid: int, blocks: tuple[RamBlock, ...]) -> tuple[VmaDetail, ...]:
+    spans = [(block.hva, block.hva + block.max_length_bytes) for block in blocks]
+    return tuple(
+        detail
+        for detail in read_smaps(pid)
+        if any(detail.vma.start < end and start < detail.vma.end for start, end in spans)
+    )
+
+
+def _fd_targets(pid: int) -> frozenset[str]:
+    targets: set[str] = set()
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                targets.add(str(entry.readlink()))
+            except FileNotFoundError:
+                continue  # closed meanwhile
+    except OSError as error:
+        raise proc_error(pid, "the open files", error) from error
+    return frozenset(targets)

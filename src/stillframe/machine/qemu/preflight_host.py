@@ -1,0 +1,188 @@
+"""Pre-flight checks that ask the host: who else can write or drop the guest's RAM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from stillframe.machine import Hindrance
+from stillframe.machine.qemu.evidence import Evidence
+from stillframe.machine.qemu.proc_maps import Vma, parse_maps
+from stillframe.model import RamBlock
+
+_USERFAULTFD_FLAGS = frozenset({"um", "uw", "ui"})
+"""Registered for missing pages, write-protection or minor faults (fs/proc/task_mmu.c)."""
+
+
+def another_userfaultfd(evidence: Evidence) -> Iterator[Hindrance]:
+    """Memory can be registered with one userfaultfd only."""
+    if any(detail.flags & _USERFAULTFD_FLAGS for detail in evidence.ram_vmas):
+        yield Hindrance(
+            name="userfaultfd",
+            reason="another userfaultfd watches the VM's RAM (a postcopy migration, another"
+            " snapshot, or a memory tracker)",
+            remedy="wait until it is done",
+            severity="refuse",
+        )
+
+
+def vfio(evidence: Evidence) -> Iterator[Hindrance]:
+    """A passed-through device writes RAM without any page table of ours."""
+    fds = sorted(
+        target
+        for target in evidence.fd_targets
+        if target.startswith(("/dev/vfio", "/dev/iommu"))
+        or (target.startswith("anon_inode:") and ("vfio" in target or "iommufd" in target))
+    )
+    devices = _devices_of(evidence, ("vfio-", "x-vfio-"))
+    if fds or devices:
+        yield Hindrance(
+            name="vfio",
+            reason="a passed-through device writes RAM behind the protection, and its own state"
+            f" is not saved ({', '.join(devices or fds)})",
+            remedy="unplug the device; --mode stop saves RAM safely, but not the device's state",
+            severity="refuse" if evidence.mode == "background" else "warn",
+        )
+
+
+def vhost_user(evidence: Evidence) -> Iterator[Hindrance]:
+    """A vhost-user process writes the shared RAM through its own mapping."""
+    devices = _devices_of(evidence, ("vhost-user-",))
+    if "type=vhost-user" in evidence.qmp.hmp("info network"):
+        devices.append("a vhost-user network backend")
+    if devices:
+        yield Hindrance(
+            name="vhost-user",
+            reason=f"another process writes the VM's RAM for {', '.join(devices)}",
+            remedy="use a backend inside QEMU or the kernel (vhost=on is fine), or --mode stop",
+            severity="refuse" if evidence.mode == "background" else "warn",
+        )
+
+
+def vhost_vdpa(evidence: Evidence) -> Iterator[Hindrance]:
+    """A vDPA device writes RAM by DMA."""
+    fds = sorted(t for t in evidence.fd_targets if t.startswith("/dev/vhost-vdpa"))
+    devices = _devices_of(evidence, ("vhost-vdpa-",))
+    if fds or devices:
+        yield Hindrance(
+            name="vhost-vdpa",
+            reason=f"a vDPA device writes RAM behind the protection ({', '.join(fds + devices)})",
+            remedy="unplug the device",
+            severity="refuse",
+        )
+
+
+def rdma(evidence: Evidence) -> Iterator[Hindrance]:
+    """RDMA pins guest RAM and writes it by DMA."""
+    fds = sorted(t for t in evidence.fd_targets if t.startswith("/dev/infiniband/uverbs"))
+    devices = _devices_of(evidence, ("pvrdma",))
+    if fds or devices:
+        yield Hindrance(
+            name="rdma",
+            reason=f"an RDMA adapter writes RAM behind the protection ({', '.join(fds + devices)})",
+            remedy="unplug the device",
+            severity="refuse",
+        )
+
+
+def file_backed(evidence: Evidence) -> Iterator[Hindrance]:
+    """A file on a disk file system cannot be write-protected by userfaultfd."""
+    blocks = [block for block in evidence.blocks if block.backing == "file"]
+    if blocks and evidence.mode == "background":
+        yield Hindrance(
+            name="file-backed-ram",
+            reason="RAM in a file on a disk file system cannot be write-protected: "
+            + ", ".join(f"{block.idstr} ({block.backing_path})" for block in blocks),
+            remedy="use --mode stop, or memory-backend-memfd, -ram, or a file on tmpfs",
+            severity="refuse",
+        )
+
+
+def read_only(evidence: Evidence) -> Iterator[Hindrance]:
+    """The VM cannot write such a block, but whoever owns the file can."""
+    for block in evidence.blocks:
+        if block.readonly:
+            yield Hindrance(
+                name="read-only-ram",
+                reason=f"block {block.idstr} is mapped read-only from {block.backing_path}",
+                remedy="do not change that file during the snapshot",
+                severity="warn",
+            )
+
+
+def second_mapper(evidence: Evidence) -> Iterator[Hindrance]:
+    """Another process that can write the same shared memory (ivshmem, vhost-user, a helper).
+
+    Processes of other users that may not be looked into are passed over: without root only
+    ``vhost_user`` sees theirs.
+    """
+    shared = {
+        (vma.device, vma.inode): block
+        for block in evidence.blocks
+        if block.shared
+        for vma in _vmas_of(evidence, block)
+        if vma.inode
+    }
+    if not shared:
+        return
+    own = {evidence.info.pid, os.getpid()}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) in own:
+            continue
+        block = _writable_mapping(entry, shared)
+        if block is None:
+            continue
+        try:
+            comm = (entry / "comm").read_text(errors="replace").strip()
+        except OSError:
+            continue  # gone, and its mapping with it
+        yield Hindrance(
+            name="second-mapper",
+            reason=f"process {entry.name} ({comm}) can write RAM block {block.idstr} as well",
+            remedy="end that process or unplug the device it serves, or use --mode stop"
+            " while it is idle",
+            severity="refuse" if evidence.mode == "background" else "warn",
+        )
+
+
+def _writable_mapping(
+    process: Path, shared: dict[tuple[tuple[int, int], int], RamBlock]
+) -> RamBlock | None:
+    try:
+        data = (process / "maps").read_bytes()
+    except OSError:
+        return None
+    if not any(b" %d " % inode in data for _device, inode in shared):
+        return None  # most processes: not worth parsing
+    for vma in parse_maps(data):
+        block = shared.get((vma.device, vma.inode))
+        if block is not None and vma.shared and vma.writable:
+            return block
+    return None
+
+
+def _vmas_of(evidence: Evidence, block: RamBlock) -> Iterator[Vma]:
+    for detail in evidence.ram_vmas:
+        if detail.vma.start <= block.hva < detail.vma.end:
+            yield detail.vma
+
+
+def _devices_of(evidence: Evidence, prefixes: tuple[str, ...]) -> list[str]:
+    return [
+        f"{kind} {path.rpartition('/')[2]}"
+        for path, kind in evidence.devices.items()
+        if kind.startswith(prefixes)
+    ]
+
+
+CHECKS: tuple[Callable[[Evidence], Iterator[Hindrance]], ...] = (
+    another_userfaultfd,
+    vfio,
+    vhost_user,
+    vhost_vdpa,
+    rdma,
+    file_backed,
+    read_only,
+    second_mapper,
+)
