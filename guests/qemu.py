@@ -35,6 +35,7 @@ KERNEL_ARGUMENTS = (
     # looks for pages would find
     " transparent_hugepage=never sysctl.vm.compaction_proactiveness=0"
 )
+SMALLEST_LINUX_MIB = 128
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
@@ -93,6 +94,8 @@ class GuestVm:
         binary: str | None = None,
         directory: Path | None = None,
     ) -> None:
+        if guest == "linux" and ram_mib < SMALLEST_LINUX_MIB:
+            raise UsageError(f"the Linux guest does not boot in {ram_mib} MiB of RAM")
         if mem_mib + populate_mib >= ram_mib:
             raise UsageError(
                 f"{mem_mib} + {populate_mib} MiB to write do not fit into {ram_mib} MiB of RAM"

@@ -148,7 +148,7 @@ def test_another_console_can_take_over(linux_guest: GuestFactory) -> None:
     ("options", "complaint"),
     [
         ({"extra": ["-device", "no-such-device"]}, "QEMU ended at its start: .*no-such-device"),
-        ({"ram_mib": 64, "mem_mib": 60}, "the guest did not start: fatal: not enough memory"),
+        ({"ram_mib": 128, "mem_mib": 100}, "the guest did not start: fatal: not enough memory"),
     ],
 )
 def test_a_failed_start_is_explained_and_leaves_nothing(

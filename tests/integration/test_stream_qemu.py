@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,5 +15,496 @@ from stillframe.errors import DataError
 from stillframe.vmstate import writer
 from stillframe.vmstate.devices import (
     DeviceSection,
-    choose_state,
+    describe,
+    find_section,
+    run_state,
+    split_device_state,
+    with_run_state,
 )
+from stillframe.vmstate.reader import StreamReader, verify_stream
+from stillframe.vmstate.records import (
+    Command,
+    Configuration,
+    Description,
+    Device,
+    Event,
+    Pages,
+    RamBlocks,
+    ZeroRun,
+)
+from stillframe.vmstate.x86_cpu import X86Segment, parse_x86_cpu
+from tests.support.analyze_reader import Analysis
+from tests.support.probes import has_qemu, has_uffd_wp
+from tests.support.stream_build import PAGE, Pipe, replay
+from tests.support.stream_vm import StreamVm, stream_vm, write_boot_sector
+
+pytestmark = pytest.mark.qemu
+
+MIB = 1 << 20
+RAM_BYTES = 64 * MIB
+BASE = ["-M", "q35", "-m", "64"]
+BOOT_S = 1.5
+
+MACHINES = {
+    "q35": BASE,
+    "q35-smp": [*BASE, "-smp", "3"],
+    "pc": ["-M", "pc", "-m", "64"],
+    "nodefaults": [*BASE, "-nodefaults"],
+    "microvm": ["-M", "microvm", "-m", "64"],
+    "virtio": [
+        *BASE,
+        "-device", "virtio-net-pci,netdev=n",
+        "-netdev", "user,id=n",
+        "-device", "virtio-blk-pci,drive=d",
+        "-drive", "if=none,id=d,driver=null-co,size=1048576",
+        "-device", "virtio-rng-pci",
+        "-device", "virtio-balloon-pci",
+        "-device", "virtio-serial-pci",
+        "-device", "virtio-gpu-pci",
+    ],
+    "usb": [*BASE, "-device", "qemu-xhci", "-device", "usb-tablet", "-device", "intel-hda",
+            "-device", "hda-duplex,audiodev=a", "-audiodev", "none,id=a"],
+    "scsi": [*BASE, "-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=d",
+             "-drive", "if=none,id=d,driver=null-co,size=1048576", "-device", "nvme,serial=x",
+             "-device", "ahci", "-device", "pcie-root-port,id=p", "-device", "e1000,bus=pcie.0"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _qemu() -> None:
+    has_qemu().require()
+
+
+@pytest.fixture(params=MACHINES)
+def stopped(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StreamVm]:
+    """A VM that ran its firmware for a moment and was stopped."""
+    with stream_vm(MACHINES[request.param], tmp_path) as vm:
+        time.sleep(BOOT_S)
+        vm.qmp("stop")
+        yield vm
+
+
+def require_capability(vm: StreamVm, name: str) -> None:
+    known = {c["capability"] for c in vm.qmp("query-migrate-capabilities")}
+    if name not in known:
+        pytest.skip(f"missing {name}: this QEMU has no such migration capability")
+
+
+def read(stream: bytes) -> list[Event]:
+    """Read as from a pipe; XBZRLE pages are looked up in what came so far."""
+    ram: list[bytearray] = []
+    events: list[Event] = []
+
+    def lookup(block_index: int, offset_bytes: int) -> bytes:
+        return bytes(ram[block_index][offset_bytes : offset_bytes + PAGE])
+
+    for event in StreamReader(Pipe(stream), page_lookup=lookup).events():
+        if isinstance(event, RamBlocks):
+            ram = [bytearray(b.used_length_bytes) for b in event.blocks]
+        elif isinstance(event, Pages):
+            end = event.offset_bytes + len(event.data)
+            ram[event.block_index][event.offset_bytes : end] = event.data
+        events.append(event)
+    return events
+
+
+def devices_of(events: Sequence[Event]) -> tuple[DeviceSection, ...]:
+    return tuple(e.section for e in events if isinstance(e, Device))
+
+
+def without_state(sections: Sequence[DeviceSection]) -> list[DeviceSection]:
+    return [s for s in sections if s.idstr != "globalstate"]
+
+
+def check_same_memory(vm: StreamVm, ram: bytes) -> None:
+    """Guest-physical memory below and above the hole for graphics and ROMs."""
+    memory = vm.memory(len(ram))
+    assert memory[: 640 << 10] == ram[: 640 << 10]
+    assert memory[MIB:] == ram[MIB:]
+
+
+def check_whole(events: Sequence[Event], stream: bytes) -> None:
+    """Every page came, and the description and the independent reader agree."""
+    summary = verify_stream(io.BytesIO(stream))
+    assert summary.stream_bytes == len(stream)
+    assert [b.missing_pages for b in summary.blocks] == [0] * len(summary.blocks)
+    assert summary.description_sizes_agree is True
+    analysis = Analysis(stream)
+    assert list(analysis.state) == [f"{s.idstr} ({s.section_id})" for s in devices_of(events)]
+    assert analysis.ram == {b.idstr: b.used_length_bytes for b in summary.blocks}
+    assert analysis.pages == sum(b.data_pages for b in summary.blocks)
+    assert analysis.zero == sum(b.zero_pages for b in summary.blocks)
+    assert analysis.configuration == summary.machine_type
+
+
+def main_block(ram: dict[str, bytes]) -> bytes:
+    return max(ram.values(), key=len)
+
+
+def test_a_stopped_vm(stopped: StreamVm) -> None:
+    """Device state and migration of one instant hold the same, and the memory is the VM's."""
+    state = stopped.device_state()
+    again = stopped.device_state()
+    memory = stopped.memory(RAM_BYTES)
+    stream = stopped.migrate()
+    assert state == again
+    sections = split_device_state(state)
+    events = read(stream)
+    check_whole(events, stream)
+    assert without_state(devices_of(events)) == without_state(sections)
+    assert run_state(sections) == "running"
+    assert run_state(devices_of(events)) == "paused"
+    assert (
+        with_run_state(find_section(sections, "globalstate"), "paused")  # type: ignore[arg-type]
+        == find_section(devices_of(events), "globalstate")
+    )
+    ram = main_block(replay(events))
+    assert ram[: 640 << 10] == memory[: 640 << 10]
+    assert ram[MIB:] == memory[MIB:]
+    configuration = events[1]
+    assert isinstance(configuration, Configuration)
+    assert f"{configuration.name}-machine" == stopped.qmp(
+        "qom-get", path="/machine", property="type"
+    )
+
+
+def assemble(machine_type: str, ram: dict[str, bytes], sections: Sequence[DeviceSection]) -> bytes:
+    """A stream as Stillframe writes it: each block's pages, then the devices."""
+    ram_id = writer.choose_ram_section_id(sections)
+    out = [
+        writer.stream_header(),
+        writer.configuration_section(machine_type),
+        writer.ram_start_section([(n, len(r)) for n, r in ram.items()], section_id=ram_id),
+    ]
+    for name, content in ram.items():
+        out.append(writer.ram_part_prefix(ram_id))
+        block: str | None = name
+        for offset in range(0, len(content), PAGE):
+            page = content[offset : offset + PAGE]
+            if page.count(0) == PAGE:
+                out.append(writer.ram_zero_record(offset, block=block))
+            else:
+                out.append(writer.ram_page_record(offset, page, block=block))
+            block = None
+        out.append(writer.ram_part_suffix(ram_id))
+    out.append(writer.ram_end_section(ram_id))
+    out += [section.raw for section in sections]
+    out.append(writer.eof())
+    out.append(writer.vmdescription(describe(sections, target_page_bytes=PAGE)))
+    return b"".join(out)
+
+
+@pytest.mark.parametrize("state", ["running", "paused"])
+@pytest.mark.parametrize("machine", ["q35-smp", "pc", "virtio", "nodefaults", "microvm"])
+def test_a_stream_from_parts_loads_without_a_warning(
+    machine: str, state: str, tmp_path: Path
+) -> None:
+    boot = write_boot_sector(tmp_path) if machine in ("q35-smp", "pc") else []
+    with stream_vm([*MACHINES[machine], *boot], tmp_path) as source:
+        time.sleep(BOOT_S)
+        source.qmp("stop")
+        sections = [
+            with_run_state(s, state) if s.idstr == "globalstate" else s
+            for s in split_device_state(source.device_state())
+        ]
+        registers = source.hmp("info registers -a")
+        machine_type = source.qmp("qom-get", path="/machine", property="type")
+        ram = replay(read(source.migrate()))
+    stream = assemble(machine_type.removesuffix("-machine"), ram, sections)
+    check_whole(read(stream), stream)
+    path = tmp_path / "assembled"
+    path.write_bytes(stream)
+    incoming = ["-incoming", f"exec:cat {path}", *(["-S"] if state == "running" else [])]
+    with stream_vm([*MACHINES[machine], *boot, *incoming], tmp_path) as loaded:
+        assert loaded.wait_status("paused") == "paused"
+        assert loaded.hmp("info registers -a") == registers
+        check_same_memory(loaded, main_block(ram))
+        assert without_state(split_device_state(loaded.device_state())) == without_state(sections)
+        if boot:
+            loaded.qmp("cont")
+            before = loaded.memory(640 << 10)
+            time.sleep(0.3)
+            assert loaded.memory(640 << 10) != before
+        assert loaded.quit() == ""
+        assert loaded.process.returncode == 0
+
+
+def test_running_is_restored_running(tmp_path: Path) -> None:
+    boot = write_boot_sector(tmp_path)
+    with stream_vm([*BASE, *boot], tmp_path) as source:
+        time.sleep(BOOT_S)
+        source.qmp("stop")
+        sections = split_device_state(source.device_state())
+        ram = replay(read(source.migrate()))
+    path = tmp_path / "assembled"
+    path.write_bytes(assemble("pc-q35-0", ram, sections))
+    with stream_vm([*BASE, *boot, "-incoming", f"exec:cat {path}"], tmp_path) as refusing:
+        refusing.process.wait(30)
+        assert "Machine type received is" in refusing.quit()
+    with stream_vm([*BASE, "-S"], tmp_path) as probe:
+        machine_type = probe.qmp("qom-get", path="/machine", property="type")
+    path.write_bytes(assemble(machine_type.removesuffix("-machine"), ram, sections))
+    with stream_vm([*BASE, *boot, "-incoming", f"exec:cat {path}"], tmp_path) as loaded:
+        assert loaded.wait_status("running") == "running"
+        assert loaded.quit() == ""
+
+
+def test_a_stream_of_a_background_snapshot(tmp_path: Path) -> None:
+    has_uffd_wp().require()
+    with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
+        time.sleep(BOOT_S)
+        vm.capability("background-snapshot")
+        stream = vm.migrate()
+        assert vm.status() == "running"
+    events = read(stream)
+    check_whole(events, stream)
+    assert run_state(devices_of(events)) == "running"
+    check_consistent(replay(events))
+
+
+def check_consistent(ram: dict[str, bytes]) -> None:
+    """The boot sector's counters: all equal, but for one edge where they drop by one."""
+    counters = main_block(ram)[64 << 10 : 576 << 10 : PAGE]
+    edges = [(a - b) % 256 for a, b in zip(counters, counters[1:], strict=False) if a != b]
+    assert edges in ([], [1])
+
+
+def test_live_precopy_sends_pages_again(tmp_path: Path) -> None:
+    with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
+        time.sleep(BOOT_S)
+        stream = vm.migrate()
+        memory = vm.memory(RAM_BYTES)
+    events = read(stream)
+    ram = replay(events)
+    check_consistent(ram)
+    assert main_block(ram)[: 640 << 10] == memory[: 640 << 10]
+
+
+def test_xbzrle_pages_are_applied(tmp_path: Path) -> None:
+    with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
+        require_capability(vm, "xbzrle")
+        time.sleep(BOOT_S)
+        vm.capability("xbzrle")
+        vm.qmp("migrate-set-parameters", **{"max-bandwidth": 8 << 20, "downtime-limit": 1})
+        path = tmp_path / "stream.bin"
+        vm.qmp("migrate", uri=f"exec:cat>{path}")
+        deadline = time.monotonic() + 40
+        while vm.qmp("query-migrate").get("xbzrle-cache", {}).get("pages", 0) < 300:
+            assert time.monotonic() < deadline, "QEMU sent no XBZRLE pages"
+            time.sleep(0.05)
+        vm.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 30, "downtime-limit": 2000})
+        vm.wait_migrated()
+        assert vm.qmp("query-migrate")["xbzrle-cache"]["pages"] >= 300
+        memory = vm.memory(RAM_BYTES)
+    stream = path.read_bytes()
+    ram = replay(read(stream))
+    check_consistent(ram)
+    assert main_block(ram)[: 640 << 10] == memory[: 640 << 10]
+    with pytest.raises(DataError, match="XBZRLE"):
+        verify_stream(io.BytesIO(stream))
+
+
+def test_compressed_pages(tmp_path: Path) -> None:
+    with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
+        require_capability(vm, "compress")
+        time.sleep(BOOT_S)
+        vm.qmp("stop")
+        memory = vm.memory(RAM_BYTES)
+        plain_pages = sum(isinstance(e, Pages) for e in read(vm.migrate()))
+        vm.capability("compress")
+        stream = vm.migrate()
+    summary = verify_stream(io.BytesIO(stream))
+    assert [b.missing_pages for b in summary.blocks] == [0] * len(summary.blocks)
+    ram = main_block(replay(read(stream)))
+    assert plain_pages > 0
+    assert ram[: 640 << 10] == memory[: 640 << 10]
+    assert ram[MIB:] == memory[MIB:]
+    assert len(stream) < sum(b.data_pages for b in summary.blocks) * PAGE
+
+
+def test_ignored_shared_memory(tmp_path: Path) -> None:
+    backend = f"memory-backend-file,id=m,size=64M,share=on,mem-path={tmp_path}/ram"
+    arguments = ["-M", "q35,memory-backend=m", "-m", "64", "-object", backend]
+    with stream_vm(arguments, tmp_path) as vm:
+        time.sleep(BOOT_S)
+        vm.capability("x-ignore-shared")
+        stream = vm.migrate()
+    events = read(stream)
+    configuration = events[1]
+    assert isinstance(configuration, Configuration)
+    assert configuration.capabilities == ("x-ignore-shared",)
+    blocks = next(e for e in events if isinstance(e, RamBlocks)).blocks
+    assert {b.idstr for b in blocks} >= {"m", "pc.bios"}
+    assert all(b.address is not None for b in blocks)
+    sent = {blocks[e.block_index].idstr for e in events if isinstance(e, Pages | ZeroRun)}
+    assert "m" not in sent
+    assert "pc.bios" in sent
+    missing = {b.idstr: b.missing_pages for b in verify_stream(io.BytesIO(stream)).blocks}
+    assert missing.pop("m") == RAM_BYTES // PAGE
+    assert not any(missing.values())
+
+
+def test_without_footers(tmp_path: Path) -> None:
+    arguments = [*BASE, "-global", "migration.send-section-footer=off"]
+    with stream_vm([*arguments, "-S"], tmp_path) as vm:
+        state = vm.device_state()
+        stream = vm.migrate()
+    with pytest.raises(DataError, match="no footers"):
+        split_device_state(state)
+    events = read(stream)
+    check_whole(events, stream)
+    with stream_vm([*BASE, "-S"], tmp_path) as vm:
+        with_footers = split_device_state(vm.device_state())
+    assert [(s.idstr, len(s.payload)) for s in devices_of(events)] == [
+        (s.idstr, len(s.payload)) for s in with_footers
+    ]
+
+
+def test_without_configuration(tmp_path: Path) -> None:
+    arguments = [*BASE, "-S", "-global", "migration.send-configuration=off"]
+    with stream_vm(arguments, tmp_path) as vm:
+        stream = vm.migrate()
+    events = read(stream)
+    assert not any(isinstance(e, Configuration) for e in events)
+    check_whole(events, stream)
+
+
+def test_uuid(tmp_path: Path) -> None:
+    arguments = [*BASE, "-S", "-uuid", "00112233-4455-6677-8899-aabbccddeeff"]
+    with stream_vm(arguments, tmp_path) as vm:
+        require_capability(vm, "validate-uuid")
+        vm.capability("validate-uuid")
+        configuration = read(vm.migrate())[1]
+    assert isinstance(configuration, Configuration)
+    assert configuration.uuid == bytes.fromhex("00112233445566778899aabbccddeeff")
+
+
+def test_return_path_and_postcopy_advice(tmp_path: Path) -> None:
+    """A postcopy source that never switches over sends an ordinary stream with commands."""
+    with stream_vm([*BASE, "-S"], tmp_path) as vm:
+        vm.capability("postcopy-ram")
+        (stream,) = vm.migrate_to_socket()
+    events = read(stream)
+    codes = [e.code for e in events if isinstance(e, Command)]
+    assert codes[:1] == [1]
+    assert 3 in codes
+    assert [b.page_size_bytes for e in events if isinstance(e, RamBlocks) for b in e.blocks] == (
+        [None] * sum(len(e.blocks) for e in events if isinstance(e, RamBlocks))
+    )
+    assert devices_of(events)
+
+
+def test_multifd_is_refused_by_name(tmp_path: Path) -> None:
+    with stream_vm([*BASE, "-S"], tmp_path) as vm:
+        vm.capability("multifd")
+        channels = vm.migrate_to_socket()
+    assert len(channels) > 1
+    for channel in channels:
+        with pytest.raises(DataError, match="multifd"):
+            read(channel)
+
+
+def test_damaged_streams_are_refused(tmp_path: Path) -> None:
+    with stream_vm([*BASE, "-S", "-nodefaults"], tmp_path) as vm:
+        state = vm.device_state()
+        stream = vm.migrate()
+    eof = stream.rindex(b"\0\x06", 0, stream.rindex(b"{ ") if b"{ " in stream else len(stream))
+    chooser = random.Random(1)
+    cuts = {chooser.randrange(len(stream)) for _ in range(100)} | {1, len(stream) - 1}
+    for cut in cuts - {eof + 1}:
+        with pytest.raises(DataError):
+            verify_stream(io.BytesIO(stream[:cut]))
+    for cut in {chooser.randrange(len(state)) for _ in range(200)}:
+        with pytest.raises(DataError):
+            split_device_state(state[:cut])
+
+
+REGISTER_SECTOR = (
+    bytes.fromhex(
+        "fa"  # cli
+        "0f20e0 660d00060000 0f22e0"  # SSE on: cr4 |= 0x600
+        "dbe3 d9eb d9e8"  # fninit; fldpi; fld1
+        "31c0 8ed8"  # ds = 0
+        "0f101e007c 0f103e107c"  # xmm3 and xmm7 from this sector
+        "66b978563412 66beefbeadde"  # ecx, esi
+        "ebfe"
+    ).ljust(510, b"\0")
+    + b"\x55\xaa"
+)
+
+
+@pytest.mark.parametrize("guest", ["firmware", "sector"])
+def test_registers_are_those_that_the_monitor_prints(guest: str, tmp_path: Path) -> None:
+    boot = write_boot_sector(tmp_path)
+    if guest == "sector":
+        (tmp_path / "boot.img").write_bytes(REGISTER_SECTOR + bytes(MIB))
+    with stream_vm([*BASE, "-smp", "2", *(boot if guest == "sector" else [])], tmp_path) as vm:
+        time.sleep(BOOT_S if guest == "sector" else 0.2)
+        vm.qmp("stop")
+        printed = vm.hmp("info registers -a").split("CPU#")[1:]
+        sections = [s for s in split_device_state(vm.device_state()) if s.idstr == "cpu"]
+    assert len(printed) == len(sections) == 2
+    for text, section in zip(printed, sections, strict=True):
+        check_registers(text, section)
+    if guest == "sector":
+        state = parse_x86_cpu(sections[0].payload, sections[0].version_id)
+        assert state.regs[1] == 0x12345678
+        assert state.xmm[3] == REGISTER_SECTOR[:16]
+        assert state.xmm[7] == REGISTER_SECTOR[16:32]
+        assert state.fpu_regs[6][:8] != bytes(8)
+        assert state.fpu_tag == 0xC0
+
+
+GENERAL = ("AX", "CX", "DX", "BX", "SP", "BP", "SI", "DI")
+
+
+def check_registers(text: str, section: DeviceSection) -> None:
+    """Every register of ``info registers`` of one vCPU against the parsed section."""
+    state = parse_x86_cpu(section.payload, section.version_id)
+    values = {n: int(v, 16) for n, v in re.findall(r"\b([A-Z0-9]+) ?=([0-9a-f]+)", text)}
+    width = 64 if "RAX" in values else 32
+    mask = (1 << width) - 1
+    for number, name in enumerate(GENERAL):
+        assert values[("R" if width == 64 else "E") + name] == state.regs[number] & mask, name
+    for number in range(8, 16 if width == 64 else 8):
+        assert values[f"R{number}"] == state.regs[number]
+    assert values["RIP" if width == 64 else "EIP"] == state.eip & mask
+    assert values["RFL" if width == 64 else "EFL"] == state.eflags
+    for name in ("CR0", "CR2", "CR3", "CR4"):
+        assert values[name] == getattr(state, name.lower()), name
+    for number in (0, 1, 2, 3, 6, 7):
+        assert values[f"DR{number}"] == state.dr[number]
+    assert values["EFER"] == state.efer
+    for name in ("ES", "CS", "SS", "DS", "FS", "GS", "LDT", "TR"):
+        found = re.search(rf"\b{name} *=(\w+) (\w+) (\w+) (\w+)", text)
+        assert found is not None
+        segment: X86Segment = getattr(state, name.lower())
+        selector, base, limit, flags = (int(v, 16) for v in found.groups())
+        assert (selector, base, limit) == (segment.selector, segment.base, segment.limit), name
+        assert flags == segment.flags & 0x00FFFF00, name
+    for name in ("GDT", "IDT"):
+        found = re.search(rf"{name}= *(\w+) (\w+)", text)
+        assert found is not None
+        table: X86Segment = getattr(state, name.lower())
+        assert [int(v, 16) for v in found.groups()] == [table.base, table.limit]
+    assert values["FCW"] == state.fpu_control
+    assert values["FSW"] == state.fpu_status
+    assert values["FTW"] == state.fpu_tag
+    assert values["MXCSR"] == state.mxcsr
+    for number, mantissa, exponent in re.findall(r"FPR(\d)=(\w{16}) (\w{4})", text):
+        expected = int(mantissa, 16).to_bytes(8, "little") + int(exponent, 16).to_bytes(2, "little")
+        assert state.fpu_regs[int(number)] == expected
+    lanes = re.findall(r"XMM(\d\d)=(\w{16}) ?(\w{16})", text)
+    assert len(lanes) in (8, 16)
+    for number, high, low in lanes:
+        assert state.xmm[int(number)] == bytes.fromhex(high + low)[::-1]
+
+
+def test_descriptions_are_found_whatever_their_length(tmp_path: Path) -> None:
+    """The description of each machine ends the stream, and is the one that QEMU wrote."""
+    with stream_vm([*BASE, "-S"], tmp_path) as vm:
+        events = read(vm.migrate())
+    description = events[-1]
+    assert isinstance(description, Description)
+    assert description.text.startswith(b"{")
+    assert description.sizes_agree is True

@@ -111,7 +111,8 @@ cdef struct Block:
     uint64_t *done
     uint64_t *noted
     uint64_t *faulted
-    uint64_t *populated
+    uint64_t *populated     # found populated when RAM was armed
+    uint64_t *written       # noted since; populated or about to be
 
 cdef struct Run:
     uint64_t first_page
@@ -244,13 +245,14 @@ cdef class Capture:
             b.units = (b.pages + b.unit - 1) // b.unit
             self.units_total += b.units
             words = (b.pages + 63) // 64 + 1
-            b.claim = <uint64_t *>calloc(words * 5, sizeof(uint64_t))
+            b.claim = <uint64_t *>calloc(words * 6, sizeof(uint64_t))
             if b.claim == NULL:
                 raise MemoryError()
             b.done = b.claim + words
             b.noted = b.done + words
             b.faulted = b.noted + words
             b.populated = b.faulted + words
+            b.written = b.populated + words
 
     def __dealloc__(self):
         cdef uint32_t i
@@ -372,7 +374,7 @@ cdef class Capture:
                 continue
             # Taken before it is protected: a write after the ioctl faults and notes anew.
             bits = sf_exchange(&b.noted[word], 0)
-            b.populated[word] |= bits
+            b.written[word] |= bits
             total[0] += sf_popcount(bits)
             while bits:
                 page = (word << 6) + sf_ctz(bits)
@@ -431,7 +433,7 @@ cdef class Capture:
             self.lost_length = length
             self.lost_kind = kind
 
-    cdef int _copy(self, Block *b, uint64_t first, uint64_t pages, uint8_t *to) noexcept nogil:
+    cdef int _copy(self, Block *b, uint64_t first, uint64_t pages, uint8_t *to, bint known) noexcept nogil:
         cdef uint64_t length = pages << b.shift
         cdef uint64_t offset = first << b.shift
         cdef uint64_t got = 0
@@ -446,20 +448,20 @@ cdef class Capture:
             if n <= 0:
                 return <int>n if n < 0 else -EIO
             got += n
-        if b.check_holes:
-            # These pages were populated at the instant; a hole means that they were
+        if known and b.check_holes:
+            # These pages were populated when RAM was armed; a hole means that they were
             # punched out before the copy, so zeros would be silently wrong.
             if sf_has_hole(b.read_fd, b.read_offset + offset, length):
                 self._lost(GONE_HOLE, b.hva + offset, length)
         return 0
 
-    cdef void _append(self, Slab *slab, uint32_t block, uint64_t first, uint64_t pages, int kind) noexcept nogil:
+    cdef void _append(self, Slab *slab, uint32_t block, uint64_t first, uint64_t pages, int kind, bint known) noexcept nogil:
         cdef Block *b = &self.blocks[block]
         cdef Run *last
         cdef uint64_t at = slab.used
         cdef int rc
         if kind == KIND_DATA:
-            rc = self._copy(b, first, pages, slab.data + at)
+            rc = self._copy(b, first, pages, slab.data + at, known)
             if rc < 0:
                 self._fail(rc)
             slab.used += pages << b.shift
@@ -502,7 +504,8 @@ cdef class Capture:
         """Claim, copy, mark done, un-protect; returns how many pages were won."""
         cdef Block *b = &self.blocks[block]
         cdef uint64_t page = first, end = first + pages
-        cdef uint64_t word, mask, won, there, at, run, total = 0
+        cdef uint64_t word, mask, won, alike, at, run, total = 0
+        cdef bint known
         cdef uint64_t open_start = 0, open_end = 0
         cdef int low, kind
         while page < end:
@@ -517,12 +520,15 @@ cdef class Capture:
             mask = won
             while mask:
                 at = sf_ctz(mask)
-                kind = KIND_DATA if (b.populated[word] >> at) & 1 else KIND_ZERO
+                known = (b.populated[word] >> at) & 1
+                kind = KIND_DATA if known or (b.written[word] >> at) & 1 else KIND_ZERO
+                alike = b.populated[word] if known else ~b.populated[word]
+                if not known:
+                    alike &= b.written[word] if kind == KIND_DATA else ~b.written[word]
                 run = 1
-                there = b.populated[word] if kind == KIND_DATA else ~b.populated[word]
-                while at + run < 64 and (mask >> (at + run)) & 1 and (there >> (at + run)) & 1:
+                while at + run < 64 and (mask >> (at + run)) & 1 and (alike >> (at + run)) & 1:
                     run += 1
-                self._append(slab, block, (word << 6) + at, run, kind)
+                self._append(slab, block, (word << 6) + at, run, kind, known)
                 if at + run == 64:
                     mask = 0
                 else:

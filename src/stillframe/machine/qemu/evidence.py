@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from stillframe.machine import Mode
-from stillframe.machine.qemu.proc_maps import VmaDetail, proc_error, read_smaps
+from stillframe.machine.qemu.proc_maps import Vma, proc_error, read_maps
 from stillframe.machine.qemu.processes import VmInfo
 from stillframe.machine.qemu.ramblocks import RamTable
 from stillframe.model import RamBlock
@@ -33,7 +33,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     migration: Mapping[str, object]
     blocks: tuple[RamBlock, ...]
     ram_flags: dict[str, int]
-    ram_vmas: tuple[VmaDetail, ...]
+    ram_vmas: tuple[Vma, ...]
     fd_targets: frozenset[str]
     devices: dict[str, str]
 
@@ -54,7 +54,7 @@ def gather(info: VmInfo, qmp: QmpClient, table: RamTable, mode: Mode) -> Evidenc
         blocks=blocks,
         ram_flags={block.idstr: block.flags for block, _page_size in table.listed()},
         ram_vmas=_ram_vmas(info.pid, blocks),
-        fd_targets=_fd_targets(info.pid),
+        fd_targets=fd_targets(info.pid),
         devices=_devices(qmp),
     )
 
@@ -93,16 +93,21 @@ def _devices(qmp: QmpClient) -> dict[str, str]:
     return found
 
 
-def _ram_vmas(pid: int, blocks: tuple[RamBlock, ...]) -> tuple[VmaDetail, ...]:
+def _ram_vmas(pid: int, blocks: tuple[RamBlock, ...]) -> tuple[Vma, ...]:
     spans = [(block.hva, block.hva + block.max_length_bytes) for block in blocks]
     return tuple(
-        detail
-        for detail in read_smaps(pid)
-        if any(detail.vma.start < end and start < detail.vma.end for start, end in spans)
+        vma
+        for vma in read_maps(pid).vmas
+        if any(vma.start < end and start < vma.end for start, end in spans)
     )
 
 
-def _fd_targets(pid: int) -> frozenset[str]:
+def fd_targets(pid: int) -> frozenset[str]:
+    """What a process's descriptors point to.
+
+    Raises:
+        HostError: not permitted. MachineError: the process is gone.
+    """
     targets: set[str] = set()
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from stillframe.errors import StillframeError
 from stillframe.machine import Hindrance
-from stillframe.machine.qemu.evidence import Evidence
-from stillframe.machine.qemu.proc_maps import Vma, parse_maps
+from stillframe.machine.qemu.evidence import Evidence, fd_targets
+from stillframe.machine.qemu.proc_maps import parse_maps, read_smaps
 from stillframe.model import RamBlock
 
 _USERFAULTFD_FLAGS = frozenset({"um", "uw", "ui"})
@@ -16,8 +17,18 @@ _USERFAULTFD_FLAGS = frozenset({"um", "uw", "ui"})
 
 
 def another_userfaultfd(evidence: Evidence) -> Iterator[Hindrance]:
-    """Memory can be registered with one userfaultfd only."""
-    if any(detail.flags & _USERFAULTFD_FLAGS for detail in evidence.ram_vmas):
+    """Memory can be registered with one userfaultfd only; the kernel refuses a second one.
+
+    Whether RAM is registered stands in ``smaps``, for which the kernel walks all page tables (30 ms
+    per GiB of shared RAM). So it is read only if somebody has a userfaultfd at all.
+    """
+    if not any(_holds_userfaultfd(pid) for pid in _pids()):
+        return
+    starts = {vma.start for vma in evidence.ram_vmas}
+    if any(
+        detail.vma.start in starts and detail.flags & _USERFAULTFD_FLAGS
+        for detail in read_smaps(evidence.info.pid)
+    ):
         yield Hindrance(
             name="userfaultfd",
             reason="another userfaultfd watches the VM's RAM (a postcopy migration, another"
@@ -25,6 +36,17 @@ def another_userfaultfd(evidence: Evidence) -> Iterator[Hindrance]:
             remedy="wait until it is done",
             severity="refuse",
         )
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _holds_userfaultfd(pid: int) -> bool:
+    try:
+        return "anon_inode:[userfaultfd]" in fd_targets(pid)
+    except StillframeError:
+        return False  # gone, or somebody else's
 
 
 def vfio(evidence: Evidence) -> Iterator[Hindrance]:
@@ -121,25 +143,25 @@ def second_mapper(evidence: Evidence) -> Iterator[Hindrance]:
         (vma.device, vma.inode): block
         for block in evidence.blocks
         if block.shared
-        for vma in _vmas_of(evidence, block)
-        if vma.inode
+        for vma in evidence.ram_vmas
+        if vma.inode and vma.start <= block.hva < vma.end
     }
     if not shared:
         return
     own = {evidence.info.pid, os.getpid()}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) in own:
+    for pid in _pids():
+        if pid in own:
             continue
-        block = _writable_mapping(entry, shared)
+        block = _writable_mapping(pid, shared)
         if block is None:
             continue
         try:
-            comm = (entry / "comm").read_text(errors="replace").strip()
+            comm = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
         except OSError:
             continue  # gone, and its mapping with it
         yield Hindrance(
             name="second-mapper",
-            reason=f"process {entry.name} ({comm}) can write RAM block {block.idstr} as well",
+            reason=f"process {pid} ({comm}) can write RAM block {block.idstr} as well",
             remedy="end that process or unplug the device it serves, or use --mode stop"
             " while it is idle",
             severity="refuse" if evidence.mode == "background" else "warn",
@@ -147,10 +169,10 @@ def second_mapper(evidence: Evidence) -> Iterator[Hindrance]:
 
 
 def _writable_mapping(
-    process: Path, shared: dict[tuple[tuple[int, int], int], RamBlock]
+    pid: int, shared: dict[tuple[tuple[int, int], int], RamBlock]
 ) -> RamBlock | None:
     try:
-        data = (process / "maps").read_bytes()
+        data = Path(f"/proc/{pid}/maps").read_bytes()
     except OSError:
         return None
     if not any(b" %d " % inode in data for _device, inode in shared):
@@ -160,12 +182,6 @@ def _writable_mapping(
         if block is not None and vma.shared and vma.writable:
             return block
     return None
-
-
-def _vmas_of(evidence: Evidence, block: RamBlock) -> Iterator[Vma]:
-    for detail in evidence.ram_vmas:
-        if detail.vma.start <= block.hva < detail.vma.end:
-            yield detail.vma
 
 
 def _devices_of(evidence: Evidence, prefixes: tuple[str, ...]) -> list[str]:
