@@ -30,7 +30,7 @@ Fill = Literal["random", "text", "zero"]
 RAM_ID = "ram0"
 KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet panic=0 tsc=reliable no_timer_check mitigations=off nokaslr"
-    " random.trust_cpu=on"
+    " random.trust_cpu=on init_on_alloc=0"
     # both move pages about, and leave old copies of them in free memory, which a checker that
     # looks for pages would find
     " transparent_hugepage=never sysctl.vm.compaction_proactiveness=0"

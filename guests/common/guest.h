@@ -21,7 +21,7 @@ static u64 calibrate(void);
 
 struct settings {
     s64 rate_mib_per_s;
-    u64 pages, populated_pages, whole, tick_ms;
+    u64 pages, populated_pages, whole, tick_ms, pages_per_reading;
     enum fill_kind fill;
 };
 
@@ -39,6 +39,7 @@ static void settings_read(const char *arguments)
     settings.populated_pages = option_number(arguments, "sf.populate", 0) * PAGES_PER_MIB;
     settings.whole = option_number(arguments, "sf.whole", 0) != 0;
     settings.tick_ms = option_number(arguments, "sf.tick_ms", 100);
+    settings.pages_per_reading = option_number(arguments, "sf.clock_pages", 1);
     settings.fill = option_is(arguments, "sf.fill", "text") ? FILL_TEXT
         : option_is(arguments, "sf.fill", "zero")           ? FILL_ZERO
                                                             : FILL_RANDOM;
@@ -174,8 +175,8 @@ static void run(void)
     for (;;) {
         u64 now = clock_now(&clock);
         if (settings.rate_mib_per_s >= 0 && settings.pages && (s64)(now - next_page) >= 0) {
-            write_next_page();
-            next_page += page_ticks;
+            for (u64 page = 0; page < settings.pages_per_reading; page++) write_next_page();
+            next_page += page_ticks * settings.pages_per_reading;
         }
         if (now < next_service) continue;
         if (uart_turn(&uart)) obey(uart.input);

@@ -9,7 +9,7 @@ enum {
     SYS_read = 0, SYS_open = 2, SYS_close = 3, SYS_mmap = 9, SYS_iopl = 172, SYS_reboot = 169,
     SYS_mount = 165, SYS_sysinfo = 99, SYS_clock_gettime = 228,
 };
-enum { PROT_READ = 1, PROT_WRITE = 2, MAP_PRIVATE = 2, MAP_ANONYMOUS = 0x20 };
+enum { PROT_READ = 1, PROT_WRITE = 2, MAP_PRIVATE = 2, MAP_ANONYMOUS = 0x20, MAP_POPULATE = 0x8000 };
 enum { CLOCK_MONOTONIC_RAW = 4 };
 
 #define LEFT_TO_THE_KERNEL_BYTES (8ULL << 20)
@@ -82,7 +82,7 @@ static void map_memory(void)
     if (free_memory_bytes() < bytes + LEFT_TO_THE_KERNEL_BYTES)
         fail("not enough memory for sf.mem and sf.populate");
     long address = syscall6(SYS_mmap, 0, bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (address < 0) fail("cannot map memory for sf.mem and sf.populate");
     memory = (volatile u64 *)address;
 }

@@ -285,7 +285,7 @@ def test_xbzrle_pages_are_applied(tmp_path: Path) -> None:
         require_capability(vm, "xbzrle")
         time.sleep(BOOT_S)
         vm.capability("xbzrle")
-        vm.qmp("migrate-set-parameters", **{"max-bandwidth": 8 << 20, "downtime-limit": 1})
+        vm.qmp("migrate-set-parameters", **{"max-bandwidth": 8 << 20, "downtime-limit": 0})
         path = tmp_path / "stream.bin"
         vm.qmp("migrate", uri=f"exec:cat>{path}")
         deadline = time.monotonic() + 40

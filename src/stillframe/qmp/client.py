@@ -140,7 +140,8 @@ class QmpClient:
         except (TimeoutError, concurrent.futures.TimeoutError, ConnectError, OSError) as error:
             future.cancel()
             cause = error.exc if isinstance(error, ConnectError) else error
-            failure = greeting_error(address, cause, timeout_s)
+            greeted = self._client.greeting is not None
+            failure = greeting_error(address, cause, timeout_s, greeted=greeted)
             self.close()
             raise failure from error
         return self

@@ -95,10 +95,17 @@ def _connect_error(address: Address, error: OSError) -> StillframeError:
     return MachineError(f"cannot connect to {where}", why=error.strerror or str(error))
 
 
-def greeting_error(address: Address, cause: BaseException, timeout_s: float) -> StillframeError:
+def greeting_error(
+    address: Address, cause: BaseException, timeout_s: float, *, greeted: bool
+) -> StillframeError:
     """Why a connected monitor did not greet us, as well as can be told from outside."""
     where = address_text(address)
     if isinstance(cause, TimeoutError):
+        if greeted:
+            return MachineError(
+                f"the monitor {where} greeted, but did not answer within {timeout_s:g} s",
+                remedy="the VM's main loop may be stuck; look whether the VM still runs",
+            )
         if _has_client(address):
             return BusyError(
                 f"the monitor {where} is in use by another client",

@@ -40,7 +40,8 @@ class Snapshot:
 
         Raises:
             NotFoundError: no such file.
-            SinkError: not permitted.
+            HostError: not permitted.
+            UsageError: not a regular file.
             DataError: not a snapshot, damaged, or of a version that we do not know.
         """
         return cls(LocalSource(path))

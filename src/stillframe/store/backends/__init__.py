@@ -80,8 +80,8 @@ class Source(Protocol):
         """Exactly so many bytes.
 
         Raises:
-            DataError: there are fewer (the file was truncated meanwhile, for instance).
-            SinkError: the medium cannot be read.
+            DataError: there are fewer (the file was truncated meanwhile, for instance), or the
+                medium cannot be read.
         """
 
     def close(self) -> None:

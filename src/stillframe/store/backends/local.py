@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from stillframe.errors import DataError, NotFoundError, SinkError, UsageError
+from stillframe.errors import DataError, HostError, NotFoundError, SinkError, UsageError
 from stillframe.store.backends.oserrors import sink_error
 from stillframe.store.frames import BytesLike
 
@@ -282,7 +282,7 @@ class LocalSource:
     Raises:
         NotFoundError: no such file.
         UsageError: not a regular file.
-        SinkError: not permitted, or not readable.
+        HostError: not permitted, or not readable.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -295,7 +295,11 @@ class LocalSource:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"there is no file {self.description}") from error
         except (OSError, ValueError) as error:
-            raise _as_sink_error("read", self.description, error) from error
+            self.close()
+            raise HostError(
+                f"cannot read {self.description!r}",
+                why=(error.strerror if isinstance(error, OSError) else None) or str(error),
+            ) from error
         if not stat.S_ISREG(self._status.st_mode):
             self.close()
             raise UsageError(f"{self.description} is not a regular file")
@@ -320,9 +324,10 @@ class LocalSource:
         """Exactly so many bytes.
 
         Raises:
-            DataError: the file has fewer.
-            SinkError: an I/O error.
+            DataError: the file has fewer, or the medium fails.
         """
+        if offset_bytes < 0 or length_bytes < 0:
+            raise DataError(f"{length_bytes} bytes at {offset_bytes} cannot be read")
         parts: list[bytes] = []
         missing = length_bytes
         try:
@@ -337,7 +342,9 @@ class LocalSource:
                 parts.append(part)
                 missing -= len(part)
         except (OSError, OverflowError) as error:
-            raise SinkError(f"cannot read {self.description}", why=str(error)) from error
+            raise DataError(
+                f"cannot read {self.description}", why=str(error), offset_bytes=offset_bytes
+            ) from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:

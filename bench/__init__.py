@@ -1,0 +1,1 @@
+"""Benchmarks: they run the peers beside us, record, and never fail on a figure."""

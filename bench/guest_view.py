@@ -1,0 +1,86 @@
+"""What the guest saw of a stretch of time, from its tick lines."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import msgspec
+
+from guests.qemu import GuestVm
+from guests.serial import Tick
+from stillframe.errors import MachineError
+
+
+class GuestView(msgspec.Struct, frozen=True, kw_only=True):
+    """One stretch of time, as the guest saw it.
+
+    ``pages_per_s``: pages written by the guest per second of the host's monotonic clock.
+    ``gap_max_ms``: longest time between two of its readings of the TSC (under TCG without stops
+    of the VM, in which the TSC stands still; under KVM with them).
+    ``gaps_over_1ms``: how many gaps of 1 ms and more there were.
+    """
+
+    seconds: float
+    pages_per_s: float
+    gap_max_ms: float
+    gaps_over_1ms: int
+
+
+def _pages_at(ticks: Sequence[Tick], moment_s: float) -> float:
+    """Pages written up to a moment, interpolated between two ticks."""
+    after = bisect.bisect_left(ticks, moment_s, key=lambda tick: tick.received_s)
+    if after == 0 or after == len(ticks):
+        raise MachineError("the guest printed no ticks around the measurement")
+    one, two = ticks[after - 1], ticks[after]
+    share = (moment_s - one.received_s) / (two.received_s - one.received_s)
+    return one.pages + share * (two.pages - one.pages)
+
+
+def guest_view(ticks: Sequence[Tick], from_s: float, to_s: float) -> GuestView:
+    """The stretch between two moments of our monotonic clock.
+
+    Raises:
+        MachineError: the ticks do not cover it.
+    """
+    pages = _pages_at(ticks, to_s) - _pages_at(ticks, from_s)
+    first = bisect.bisect_left(ticks, from_s, key=lambda tick: tick.received_s)
+    last = bisect.bisect_left(ticks, to_s, key=lambda tick: tick.received_s)
+    # The tick after the end is the first that can tell of a gap that ended within the stretch.
+    inside = ticks[first : last + 1]
+    return GuestView(
+        seconds=to_s - from_s,
+        pages_per_s=pages / (to_s - from_s),
+        gap_max_ms=max(tick.gap_us for tick in inside) / 1e3,
+        gaps_over_1ms=max(0, inside[-1].over_1ms - inside[0].over_1ms),
+    )
+
+
+class FreeRun(msgspec.Struct, frozen=True, kw_only=True):
+    """The guest left alone. ``stall_max_ms`` also holds what came before, since the ``reset``."""
+
+    view: GuestView
+    stop_max_ms: float
+    stall_max_ms: float
+
+
+def free_run(vm: GuestVm, seconds: float) -> FreeRun:
+    """Leave the guest alone for some seconds, and until its clocks have settled.
+
+    Raises:
+        MachineError: the guest does not tick.
+    """
+    since = vm.console.mark()
+    start = vm.wait_tick()
+    while True:
+        vm.wait_tick()
+        ticks = vm.ticks(since)
+        last = ticks[-1]
+        if last.received_s - start.received_s >= seconds and last.seconds >= start.seconds + 2:
+            break
+    view = guest_view(ticks, start.received_s + 1e-6, last.received_s)
+    return FreeRun(
+        view=view,
+        stop_max_ms=last.stop_max_us / 1e3,
+        stall_max_ms=max(last.stall_max_us, last.gap_max_us) / 1e3,
+    )

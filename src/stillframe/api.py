@@ -1,0 +1,333 @@
+"""The public functions of Stillframe, in one place.
+
+The rooms below are imported by the function that needs them: reading a snapshot needs no
+userfaultfd, and listing VMs no compressor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from stillframe.errors import NotFoundError, SinkError, UsageError
+from stillframe.version import __version__
+
+if TYPE_CHECKING:
+    from stillframe.doctor.checks import Check
+    from stillframe.doctor.survey import SurveyedVm
+    from stillframe.machine import Machine
+    from stillframe.machine.qemu.machine import QemuMachine
+    from stillframe.machine.qemu.processes import VmInfo
+    from stillframe.model import Statistics
+    from stillframe.snapshot.job import JobControl, SnapshotJob
+    from stillframe.snapshot.take import TakenSnapshot
+    from stillframe.store.backends import Sink
+    from stillframe.store.snapshot import Snapshot
+    from stillframe.store.verify import VerifyReport
+    from stillframe.vmstate.source import Source
+
+Compression: TypeAlias = Literal["zstd", "none"]
+ExportFormat: TypeAlias = Literal["qemu", "raw", "elf"]
+Mode: TypeAlias = Literal["background", "stop"]
+StrPath: TypeAlias = str | os.PathLike[str]
+
+COMPRESSIONS: Final[tuple[Compression, ...]] = ("zstd", "none")
+EXPORT_FORMATS: Final[tuple[ExportFormat, ...]] = ("qemu", "raw", "elf")
+MODES: Final[tuple[Mode, ...]] = ("background", "stop")
+DEFAULT_SPILL_BYTES: Final = 256 << 20
+
+
+def list_vms() -> list[VmInfo]:
+    """The QEMU system emulators that run on this host, by pid. The guests are not touched."""
+    from stillframe.machine.qemu.processes import list_vms as listed
+
+    return listed()
+
+
+def survey() -> list[SurveyedVm]:
+    """The running VMs, and whether each can be snapshotted, else why not.
+
+    Connects to each VM's monitor for a moment. The guests are not touched.
+    """
+    from stillframe.doctor.survey import survey as surveyed
+
+    return surveyed()
+
+
+def connect(vm: str | int, *, timeout_s: float = 5.0) -> QemuMachine:
+    """Connect to a running VM. The guest is not touched; use it as a context manager.
+
+    Args:
+        vm: QMP socket path, ``host:port``, pid, or the VM's name.
+        timeout_s: how long its monitor may take to answer.
+
+    Raises:
+        NotFoundError: no such VM or socket.
+        UsageError: the name is ambiguous, or the VM has no QMP monitor.
+        BusyError: every monitor of the VM is held by another client.
+        HostError: not permitted. MachineError: the VM does not answer.
+    """
+    from stillframe.machine.qemu.machine import QemuMachine
+
+    return QemuMachine.connect(str(vm), timeout_s=timeout_s)
+
+
+def doctor(vm: str | int | None = None, *, directory: StrPath = ".") -> list[Check]:
+    """What this host, and one VM, lack for snapshots, each with its remedy.
+
+    The host is tried for real: a small process of ours is attached to as a VM would be. The
+    guest of ``vm`` is not touched.
+
+    Args:
+        directory: where snapshots would go; its free space is looked at.
+
+    Raises:
+        NotFoundError, UsageError: there is no such VM. Whatever else stands in the way is in
+            the list.
+    """
+    from stillframe.doctor.host import host_checks
+    from stillframe.doctor.vm import vm_checks
+
+    checks = host_checks(Path(directory))
+    if vm is not None:
+        checks += vm_checks(str(vm), Path(directory))
+    return checks
+
+
+def take(
+    vm: str | int | Machine,
+    output: StrPath | Sink,
+    *,
+    compression: Compression = "zstd",
+    level: int | None = None,
+    spill_bytes: int = DEFAULT_SPILL_BYTES,
+    max_bandwidth_bytes_per_s: int | None = None,
+    mode: Mode = "background",
+    arm: bool = True,
+    overwrite: bool = False,
+    on_progress: Callable[[Statistics], None] | None = None,
+) -> SnapshotJob:
+    """Begin a snapshot of a running VM, and return at once; the job's own thread does the work.
+
+    The destination is opened before the VM is touched. When the job ends, however it ends, the
+    guest runs (if it ran before) and nothing of ours is left in it.
+
+    Args:
+        vm: as for :func:`connect`; or a machine, which stays the caller's to close.
+        output: file to make, with mode 0600 and only once it is complete; or a sink.
+        level: of zstd, -7 to 19; None is the default (1). Not with ``compression="none"``.
+        spill_bytes: most memory for pages that the guest overwrote before they were written.
+        max_bandwidth_bytes_per_s: limit on what is written; None is unlimited.
+        mode: ``background``, or ``stop`` to keep the guest stopped while it is saved.
+        arm: protect RAM before the stop, so that the downtime does not grow with RAM.
+        overwrite: replace a file of that name.
+        on_progress: called from the job's thread about ten times a second; must be quick.
+
+    Returns:
+        The job: ``wait()``, ``cancel()``, ``stats``, or ``await job``. ``wait`` raises
+        NotFoundError, UsageError, BusyError, HostError, RefusedError (the VM was not touched),
+        MachineError, SinkError, SnapshotFailed or SnapshotCancelled; ``guest_state`` tells
+        what the guest does then.
+
+    Raises:
+        UsageError: options that make no sense, or the file exists.
+        SinkError: the destination may not be written to.
+    """
+    from stillframe.snapshot.job import SnapshotJob
+    from stillframe.snapshot.options import SnapshotOptions
+    from stillframe.snapshot.take import take_snapshot
+
+    if spill_bytes <= 0:
+        raise UsageError(f"a spill of {spill_bytes} bytes makes no sense")
+    if max_bandwidth_bytes_per_s is not None and max_bandwidth_bytes_per_s <= 0:
+        raise UsageError(f"a bandwidth of {max_bandwidth_bytes_per_s} bytes/s makes no sense")
+    _check_choice("mode", mode, MODES)
+    options = SnapshotOptions(
+        compression_level=_level(compression, level),
+        spill_bytes=spill_bytes,
+        max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s,
+        mode=mode,
+        arm=arm,
+    )
+    sink = _open_sink(output, overwrite)
+
+    def work(control: JobControl) -> TakenSnapshot:
+        with _aborting(sink):
+            if not isinstance(vm, str | int):
+                return take_snapshot(control, vm, sink, options)
+            control.enter("setup", "connecting")
+            with connect(vm) as machine:
+                return take_snapshot(control, machine, sink, options)
+
+    return SnapshotJob(work, on_progress=on_progress)
+
+
+def open(path: StrPath) -> Snapshot:  # noqa: A001 - stillframe.open, as gzip.open
+    """Open a snapshot file: manifest, index, any page, the stream. Use it as a context manager.
+
+    Raises:
+        NotFoundError: no such file.
+        UsageError: not a regular file. SinkError: not permitted.
+        DataError: not a snapshot, damaged, or of a version that we do not know.
+    """
+    from stillframe.store.snapshot import Snapshot
+
+    return Snapshot.open(path)
+
+
+def verify(
+    path: StrPath, *, progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Check every digest of a snapshot file, and that its stream parses to the end.
+
+    Args:
+        progress: called with (bytes of the stream done, bytes in all).
+
+    Raises:
+        DataError: the file is damaged; it names the place. Else as :func:`open`.
+    """
+    with open(path) as snapshot:
+        return snapshot.verify(progress=progress)
+
+
+def export(
+    path: StrPath,
+    output: StrPath | Sink,
+    *,
+    format: ExportFormat,  # noqa: A002 - the command line's word
+    block: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a snapshot's content in a form that other programs read.
+
+    Args:
+        format: ``qemu``, the migration stream; ``raw``, guest-physical memory from address 0
+            on, or one block; ``elf``, a core file with guest-physical segments and vCPUs.
+        block: only with ``raw``: the block to write.
+
+    Raises:
+        UsageError: the arguments do not go together, or the file exists.
+        NotFoundError: no such block. SinkError: the destination cannot take it.
+        DataError: the snapshot is damaged. Else as :func:`open`.
+    """
+    from stillframe.store.export_elf import export_elf
+    from stillframe.store.export_qemu import export_qemu
+    from stillframe.store.export_raw import export_raw
+
+    _check_choice("format", format, EXPORT_FORMATS)
+    if block is not None and format != "raw":
+        raise UsageError(f"format {format} holds all blocks", remedy="one block: format raw")
+    with open(path) as snapshot:
+        sink = _open_sink(output, overwrite)
+        with _aborting(sink):
+            if format == "qemu":
+                export_qemu(snapshot, sink)
+            elif format == "elf":
+                export_elf(snapshot, sink)
+            else:
+                export_raw(snapshot, sink, block=block)
+
+
+def import_stream(
+    source: StrPath | Source,
+    output: StrPath | Sink,
+    *,
+    compression: Compression = "zstd",
+    level: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """Turn a QEMU migration stream into a snapshot file; returns its id.
+
+    Args:
+        source: a file, or anything open for reading bytes (a pipe, standard input).
+        progress: called with the bytes of the stream read so far.
+
+    Raises:
+        NotFoundError, SinkError: the stream cannot be read, or the destination not written.
+        DataError: the stream is damaged, or does not hold a whole VM.
+        UsageError: options that make no sense, or the file exists.
+    """
+    from stillframe.store.import_stream import import_stream as imported
+
+    encoded = _level(compression, level)
+    with _opened(source) as stream:
+        sink = _open_sink(output, overwrite)
+        with _aborting(sink):
+            return imported(
+                stream,
+                sink,
+                stillframe_version=__version__,
+                level=_writer_level(encoded),
+                progress=progress,
+            )
+
+
+def standard_output() -> Sink:
+    """A sink into standard output, for :func:`take`, :func:`export` and :func:`import_stream`.
+
+    Raises:
+        UsageError: it is a terminal. SinkError: it is closed.
+    """
+    from stillframe.store.backends.pipe import PipeSink
+
+    return PipeSink(1)
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"there is no {what} {value!r}", remedy=f"choose {', '.join(choices)}")
+
+
+def _level(compression: Compression, level: int | None) -> int | None:
+    """The options' compression level: None for none."""
+    from stillframe.store.frames import LEVEL_DEFAULT, check_level
+
+    _check_choice("compression", compression, COMPRESSIONS)
+    if compression == "none":
+        if level is not None:
+            raise UsageError("compression none has no level")
+        return None
+    return check_level(LEVEL_DEFAULT if level is None else level)
+
+
+def _writer_level(level: int | None) -> int:
+    from stillframe.store.frames import LEVEL_NONE
+
+    return LEVEL_NONE if level is None else level
+
+
+def _open_sink(output: StrPath | Sink, overwrite: bool) -> Sink:
+    if isinstance(output, str | os.PathLike):
+        from stillframe.store.backends.local import LocalSink
+
+        return LocalSink(output, overwrite=overwrite)
+    return output
+
+
+@contextmanager
+def _aborting(sink: Sink) -> Iterator[None]:
+    """Leave nothing behind unless the sink was committed."""
+    try:
+        yield
+    finally:
+        sink.abort()
+
+
+@contextmanager
+def _opened(source: StrPath | Source) -> Iterator[Source]:
+    if not isinstance(source, str | os.PathLike):
+        yield source
+        return
+    try:
+        stream: Any = Path(source).open("rb")  # noqa: SIM115 - closed below
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFoundError(f"there is no file {source}") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise SinkError(f"cannot read {source}", why=why) from error
+    with stream:
+        yield stream

@@ -1,0 +1,1 @@
+"""What the host and its VMs lack for snapshots, and what to do about it."""

@@ -1,0 +1,232 @@
+"""The host's part: kernel features, permissions, programs. Each is tried, not guessed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from stillframe.doctor.checks import Check, CheckStatus, from_error
+from stillframe.errors import StillframeError
+from stillframe.memory.ptrace import TracedThread
+from stillframe.memory.remote_attach import attach
+from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.store.frames import compress_frame, decompress_frame
+
+_KERNEL_WANTED: Final = (6, 4)
+_LITTLE_SPACE_BYTES: Final = 1 << 30
+_VERSION_TIMEOUT_S: Final = 5.0
+_END_TIMEOUT_S: Final = 2.0
+_CAP_SYS_PTRACE: Final = 19
+
+
+def host_checks(directory: Path) -> list[Check]:
+    """Look at everything. No guest is touched.
+
+    Args:
+        directory: where snapshots would go.
+    """
+    checks = [_tried(name, look) for name, look in _CHECKS.items()]
+    return [*checks, free_space(directory)]
+
+
+def _tried(name: str, look: Callable[[], Check]) -> Check:
+    try:
+        return look()
+    except StillframeError as error:
+        return from_error("host", name, error)
+
+
+def _check(name: str, status: CheckStatus, found: str, remedy: str = "") -> Check:
+    return Check(subject="host", name=name, status=status, found=found, remedy=remedy)
+
+
+def _kernel() -> Check:
+    release = platform.release()
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return _check(
+            "kernel",
+            "fail",
+            f"{platform.system()} {release} on {platform.machine()}",
+            "run on x86-64 Linux",
+        )
+    if numbers < _KERNEL_WANTED:
+        return _check(
+            "kernel",
+            "warn",
+            f"Linux {release}",
+            "use Linux 6.4 or newer; a distribution may have brought the features to this one",
+        )
+    return _check("kernel", "ok", f"Linux {release}")
+
+
+def _userfaultfd() -> Check:
+    with Userfaultfd.for_this_process() as uffd:
+        uffd.handshake()
+    return _check("userfaultfd", "ok", "write protection of all kinds of memory that we need")
+
+
+def _ptrace() -> Check:
+    scope = _number("/proc/sys/kernel/yama/ptrace_scope")
+    powerful = bool(_capabilities() >> _CAP_SYS_PTRACE & 1)
+    found = f"ptrace_scope {scope}" if scope is not None else "no restriction by Yama"
+    if scope in (None, 0) or powerful and scope != 3:
+        who = "VMs of any user" if powerful else "VMs of this user"
+        return _check("ptrace", "ok" if powerful else "warn", f"{found}; {who} can be attached to",
+                      "" if powerful else "run as root for VMs of other users")
+    remedy = "run as root, or set kernel.yama.ptrace_scope=0"
+    if scope == 3:
+        remedy = "restart the host with kernel.yama.ptrace_scope below 3"
+    return _check("ptrace", "fail", f"{found}: a running VM may not be attached to", remedy)
+
+
+def _remote_attach() -> Check:
+    with _child() as pid:
+        attach(pid).close()
+    return _check("attach", "ok", "a userfaultfd was made in another process and fetched")
+
+
+def _seccomp_filter() -> Check:
+    with _child() as pid:
+        thread = TracedThread(pid)
+        try:
+            thread.seccomp_filter(0)
+        except StillframeError as error:
+            return _check(
+                "seccomp",
+                "warn",
+                f"filters of a process cannot be read: {error.why or error.what}",
+                "VMs under -sandbox will be refused: run as root with CAP_SYS_ADMIN",
+            )
+        finally:
+            thread.detach()
+    return _check("seccomp", "ok", "filters of a process (QEMU's -sandbox) can be read")
+
+
+def _memfd() -> Check:
+    try:
+        os.close(os.memfd_create("stillframe-doctor", os.MFD_CLOEXEC))
+    except OSError as error:
+        return _check(
+            "memfd",
+            "fail",
+            f"memfd_create: {error.strerror}",
+            "use a kernel with CONFIG_MEMFD_CREATE, and allow it in this container",
+        )
+    return _check("memfd", "ok", "device state can be passed in memory")
+
+
+def _zstd() -> Check:
+    sample = bytes(4096)
+    if bytes(decompress_frame(compress_frame(sample, 1).data)) != sample:
+        return _check("zstd", "fail", "the library does not work", "install stillframe anew")
+    program = shutil.which("zstd")
+    return _check(
+        "zstd",
+        "ok",
+        "the library works; "
+        + (f"program {program}" if program else "no zstd program (only others need it)"),
+    )
+
+
+def _qemu() -> Check:
+    programs = sorted(
+        {
+            entry.name
+            for place in os.get_exec_path()
+            if Path(place).is_dir()
+            for entry in Path(place).glob("qemu-system-*")
+            if os.access(entry, os.X_OK)
+        }
+    )
+    if not programs:
+        return _check(
+            "qemu",
+            "warn",
+            "no qemu-system-* program on the PATH",
+            "install QEMU to restore snapshots here"
+            " (Debian and Ubuntu: apt-get install qemu-system-x86)",
+        )
+    version = _version_of(programs[0] if "qemu-system-x86_64" not in programs
+                          else "qemu-system-x86_64")
+    more = f" and {len(programs) - 1} more" if len(programs) > 1 else ""
+    return _check("qemu", "ok", version + more)
+
+
+def _version_of(program: str) -> str:
+    try:
+        done = subprocess.run(
+            [program, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_VERSION_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program} (does not run: {error})"
+    lines = done.stdout.decode(errors="replace").splitlines()
+    return f"{program}: {lines[0]}" if lines else program
+
+
+def free_space(directory: Path, needed_bytes: int = _LITTLE_SPACE_BYTES) -> Check:
+    """Whether a snapshot of ``needed_bytes`` fits into a directory."""
+    where = directory.absolute()
+    try:
+        free_bytes = shutil.disk_usage(where).free
+    except OSError as error:
+        return _check("space", "warn", f"{where}: {error.strerror}", "choose another directory")
+    found = f"{free_bytes / (1 << 30):.1f} GiB free in {where}"
+    if free_bytes < needed_bytes:
+        return _check(
+            "space",
+            "warn",
+            f"{found}; a snapshot may need {needed_bytes / (1 << 30):.1f} GiB",
+            "free some space, or choose another destination",
+        )
+    return _check("space", "ok", found)
+
+
+@contextmanager
+def _child() -> Iterator[int]:
+    """A small process of ours that waits; to be attached to as a VM would be."""
+    process = subprocess.Popen(
+        ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate(timeout=_END_TIMEOUT_S)
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _capabilities() -> int:
+    """Our effective capabilities (capabilities(7))."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+_CHECKS: Final[dict[str, Callable[[], Check]]] = {
+    "kernel": _kernel,
+    "userfaultfd": _userfaultfd,
+    "ptrace": _ptrace,
+    "attach": _remote_attach,
+    "seccomp": _seccomp_filter,
+    "memfd": _memfd,
+    "zstd": _zstd,
+    "qemu": _qemu,
+}

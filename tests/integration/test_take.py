@@ -1,0 +1,219 @@
+"""`take` on a real QEMU with a real guest: one instant, complete, and it starts again."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guests.qemu import GuestVm, qemu_binary
+from stillframe.errors import BusyError, SnapshotCancelled
+from stillframe.machine.qemu.machine import QemuMachine
+from stillframe.memory import ram_capture
+from stillframe.snapshot.job import SnapshotJob
+from stillframe.snapshot.options import SnapshotOptions
+from stillframe.snapshot.take import take_snapshot
+from stillframe.store.backends.local import LocalSink
+from stillframe.store.snapshot import Snapshot
+from tests.support.probes import has_uffd_wp
+from tests.support.taking import consistency, ram_block, take
+
+pytestmark = pytest.mark.qemu
+
+GuestFactory = Callable[..., GuestVm]
+FULL_LOAD = {"rate_mib_per_s": 0, "mem_mib": 96, "ram_mib": 256}
+MOMENTS = 4
+
+
+@pytest.fixture(autouse=True)
+def _kernel() -> None:
+    has_uffd_wp().require()
+
+
+def check_moments(vm: GuestVm, directory: Path, moments: int, **options: Any) -> None:
+    """Snapshots at random moments; none may be torn."""
+    chance = random.Random(vm.pid)
+    for number in range(moments):
+        time.sleep(chance.uniform(0, 0.2))
+        file = directory / f"{number}.still"
+        take(vm, file, **options)
+        report = consistency(vm, file)
+        assert report.consistent, str(report)
+        file.unlink()
+    assert vm.command("audit").startswith("audit ok")
+
+
+@pytest.mark.parametrize("memory", ["private", "memfd", "shm", "hugetlb"])
+def test_never_torn_under_full_load(
+    linux_guest: GuestFactory, tmp_path: Path, memory: str
+) -> None:
+    check_moments(linux_guest(memory=memory, **FULL_LOAD), tmp_path, MOMENTS)
+
+
+@pytest.mark.parametrize("memory", ["private", "memfd"])
+def test_never_torn_under_kvm(
+    multiboot_guest: GuestFactory, tmp_path: Path, memory: str
+) -> None:
+    vm = multiboot_guest(
+        accelerator="kvm", memory=memory, rate_mib_per_s=0, mem_mib=48, ram_mib=96
+    )
+    check_moments(vm, tmp_path, MOMENTS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arm": False},
+        {"mode": "stop"},
+        {"spill_bytes": 4 << 20},
+        {"compression_level": None},
+        {"workers": 1},
+    ],
+    ids=str,
+)
+def test_never_torn_with(
+    linux_guest: GuestFactory, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    check_moments(linux_guest(**FULL_LOAD), tmp_path, 2, **options)
+
+
+def test_without_protection_the_check_fails(
+    linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: pages that are un-protected without a copy must be found torn."""
+    vm = linux_guest(**FULL_LOAD)
+    core = ram_capture._capture
+    monkeypatch.setattr(core, "PHASE_ACTIVE", core.PHASE_RELEASE)
+    torn = 0
+    for number in range(3):
+        file = tmp_path / f"{number}.still"
+        take(vm, file)
+        torn += not consistency(vm, file).consistent
+    assert torn > 0
+
+
+def test_numbers_add_up(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    vm = linux_guest(ram_mib=384, mem_mib=32, populate_mib=64)
+    file = tmp_path / "a.still"
+    taken = take(vm, file)
+    numbers = taken.statistics
+    assert numbers.state == "completed"
+    assert numbers.pages.total * 4096 == numbers.ram_bytes
+    assert numbers.pages.total == numbers.pages.zero + numbers.pages.data
+    assert 0 < numbers.pages.never_populated <= numbers.pages.zero
+    assert numbers.pages.data * 4096 > 64 << 20
+    assert numbers.file_bytes == file.stat().st_size
+    assert numbers.downtime_ms == pytest.approx(numbers.downtime.total_ms)
+    assert file.stat().st_mode & 0o777 == 0o600
+    with Snapshot.open(file) as snapshot:
+        assert snapshot.id == taken.id
+        assert snapshot.manifest.machine is not None
+        assert snapshot.manifest.machine.machine_type.startswith("pc-q35-")
+        snapshot.verify()
+
+
+def test_never_populated_pages_stay_so(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    vm = linux_guest(ram_mib=1024, mem_mib=16, memory="private")
+
+    def resident_kib() -> int:
+        text = Path(f"/proc/{vm.pid}/status").read_text()
+        return int(text.split("VmRSS:")[1].split()[0])
+
+    before = resident_kib()
+    taken = take(vm, tmp_path / "a.still")
+    assert taken.statistics.pages.never_populated * 4 > 512 << 10
+    assert resident_kib() - before < 32 << 10
+
+
+def test_starts_again_in_plain_qemu(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    """The promise of no lock-in: zstd and QEMU alone start it, without a warning."""
+    if shutil.which("zstd") is None:
+        pytest.skip("missing zstd: no program zstd")
+    vm = linux_guest(**FULL_LOAD)
+    file = tmp_path / "a.still"
+    take(vm, file)
+    again = GuestVm(
+        "linux",
+        **FULL_LOAD,
+        extra=["-incoming", f"exec:{shutil.which('zstd')} -dc {file}"],
+        directory=tmp_path,
+        binary=qemu_binary(),
+    )
+    with again.start(wait_ready=False):
+        tick = again.wait_tick(30)
+        assert tick.passes > 0
+        assert again.command("audit").startswith("audit ok")
+        assert vm.is_progressing()
+        assert again.log_path.read_text() == ""
+
+
+def test_restored_guest_is_at_the_instant(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    """What the snapshot holds for the guest's pages is what the restored guest finds."""
+    vm = linux_guest(**(FULL_LOAD | {"rate_mib_per_s": 20}))
+    file = tmp_path / "a.still"
+    take(vm, file)
+    report = consistency(vm, file)
+    with Snapshot.open(file) as snapshot:
+        total = sum(page is not None for _, page in snapshot.iter_pages(ram_block(vm)))
+    assert total > report.pages
+    assert report.consistent
+
+
+def test_a_second_snapshot_at_the_same_time_is_refused(
+    linux_guest: GuestFactory, tmp_path: Path
+) -> None:
+    vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
+    with (
+        QemuMachine.connect(str(vm.qmp_path)) as one,
+        QemuMachine.connect(f"{tmp_path}/second.sock") as two,
+    ):
+        slow = SnapshotOptions(max_bandwidth_bytes_per_s=1 << 20)
+        first = SnapshotJob(
+            lambda control: take_snapshot(control, one, LocalSink(tmp_path / "1.still"), slow)
+        )
+        while first.state not in ("active", "failed"):
+            time.sleep(0.01)
+        second = SnapshotJob(
+            lambda control: take_snapshot(control, two, LocalSink(tmp_path / "2.still"), slow)
+        )
+        with pytest.raises(BusyError, match="another snapshot"):
+            second.wait(10)
+        first.cancel()
+        with pytest.raises(SnapshotCancelled):
+            first.wait(10)
+    assert vm.is_progressing()
+    assert not list(tmp_path.glob("*.still"))
+
+
+def test_a_paused_vm_stays_paused(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    vm = linux_guest()
+    with QemuMachine.connect(str(vm.qmp_path)) as machine:
+        machine.stop()
+        job = SnapshotJob(
+            lambda control: take_snapshot(
+                control, machine, LocalSink(tmp_path / "a.still"), SnapshotOptions()
+            )
+        )
+        job.wait(60)
+        assert machine.status() == "paused"
+        machine.cont()
+    assert vm.is_progressing()
+
+
+def test_cat_of_the_stream_is_what_zstd_gives(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    if shutil.which("zstd") is None:
+        pytest.skip("missing zstd: no program zstd")
+    vm = linux_guest()
+    file = tmp_path / "a.still"
+    take(vm, file)
+    plain = subprocess.run(
+        ["zstd", "-dc", str(file)], stdout=subprocess.PIPE, check=True, timeout=60
+    ).stdout
+    with Snapshot.open(file) as snapshot:
+        assert b"".join(snapshot.iter_stream()) == plain

@@ -1,0 +1,220 @@
+"""Local files: names, permissions, full disks, writers that die."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stillframe.errors import HostError, NotFoundError, SinkError, UsageError
+from stillframe.store.backends import local
+from stillframe.store.backends.local import LocalSink, LocalSource
+
+
+def test_an_existing_file_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.still"
+    path.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="exists already"):
+        LocalSink(path)
+    assert path.read_bytes() == b"precious"
+
+
+def test_overwriting_keeps_the_old_file_until_commit(tmp_path: Path) -> None:
+    path = tmp_path / "x.still"
+    path.write_bytes(b"old")
+    sink = LocalSink(path, overwrite=True)
+    sink.write(b"new")
+    assert path.read_bytes() == b"old"
+    sink.commit()
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.still"]
+
+
+def test_an_aborted_overwrite_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.still"
+    path.write_bytes(b"old")
+    sink = LocalSink(path, overwrite=True)
+    sink.write(b"new")
+    sink.abort()
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x.still"
+    sink = LocalSink(path)
+    sink.write(b"ours")
+    path.write_bytes(b"theirs")
+    with pytest.raises(SinkError, match="meanwhile"):
+        sink.commit()
+    assert path.read_bytes() == b"theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.still"]
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "dangling link"])
+def test_other_things_of_that_name_are_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.still"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="not a regular file"):
+        LocalSink(path, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "new/", ".."])
+def test_names_that_are_none(tmp_path: Path, name: str) -> None:
+    with pytest.raises((UsageError, SinkError)):
+        LocalSink(f"{tmp_path}/{name}")
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SinkError, match=r"missing/x\.still") as caught:
+        LocalSink(tmp_path / "missing" / "x.still")
+    assert caught.value.remedy == "make the directory first"
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SinkError, match="Not a directory"):
+        LocalSink(tmp_path / "file" / "x.still")
+
+
+def test_a_name_with_a_null_byte() -> None:
+    with pytest.raises((SinkError, UsageError)):
+        LocalSink("a\0b/x.still")
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(SinkError, match="too long"):
+        LocalSink(tmp_path / ("x" * 300))
+
+
+def test_a_place_that_takes_no_files() -> None:
+    with pytest.raises(SinkError) as caught:
+        LocalSink("/proc/self/x.still")
+    assert caught.value.exit_code == 7
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[int]:
+    """The disk is 'full' (EFBIG) after this many bytes of a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield 100_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, file_size_limit: int) -> None:
+    sink = LocalSink(tmp_path / "x.still")
+    sink.write(bytes(file_size_limit))
+    with pytest.raises(SinkError, match="too large"):
+        sink.write(b"x")
+    sink.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_length_that_does_not_fit(tmp_path: Path, file_size_limit: int) -> None:
+    sink = LocalSink(tmp_path / "x.raw")
+    with pytest.raises(SinkError):
+        sink.set_length(file_size_limit + 1)
+    with pytest.raises(SinkError):
+        sink.set_length(1 << 70)
+    sink.abort()
+
+
+def test_a_failing_sync_gives_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = LocalSink(tmp_path / "x.still")
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "scripted")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SinkError, match="Input/output error"):
+        sink.commit()
+    assert list(tmp_path.iterdir()) == []
+
+
+_DIES = """
+import os, signal, sys
+from stillframe.store.backends import local
+if sys.argv[2] == "hidden":
+    def refuse(directory_fd):
+        raise OSError(95, "no O_TMPFILE here")
+    local._open_unnamed = refuse
+sink = local.LocalSink(sys.argv[1])
+sink.write(b"half a snapshot")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", ["unnamed", "hidden"])
+def test_a_killed_writer_leaves_no_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.still"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    died = subprocess.run(
+        [sys.executable, "-c", _DIES, str(path), kind], env=environment, timeout=60, check=False
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == (1 if kind == "hidden" else 0)
+    LocalSink(path).abort()  # the next writer sweeps
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sweep_spares_living_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(directory_fd: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE here")
+
+    monkeypatch.setattr(local, "_open_unnamed", refuse)
+    first = LocalSink(tmp_path / "first")
+    second = LocalSink(tmp_path / "second")
+    for sink in (first, second):
+        sink.write(b"whole")
+        sink.commit()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_early_writeback_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        local, "_start_writeback", lambda fd, offset, length: asked.append((offset, length))
+    )
+    sink = LocalSink(tmp_path / "x.still")
+    for _ in range(9):
+        sink.write(bytes(8 << 20))
+    sink.abort()
+    assert asked == [(n * 16 << 20, 16 << 20) for n in range(4)]
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no file"):
+        LocalSource(tmp_path / "missing")
+    with pytest.raises(NotFoundError):
+        LocalSource(tmp_path / "missing" / "x")
+    with pytest.raises(UsageError, match="regular"):
+        LocalSource(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="regular"):
+        LocalSource(tmp_path / "pipe")
+    with pytest.raises(HostError):
+        LocalSource("a\0b")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(HostError, match="Permission denied"):
+        LocalSource(tmp_path / "x.still")
