@@ -25,7 +25,7 @@ from guests.qemu import GuestVm
 from stillframe.errors import MachineError
 
 TIMEOUT_S = 600.0
-_POLL_S = 0.005
+_POLL_S = 0.02
 _NO_LIMIT = 1 << 40
 
 

@@ -66,6 +66,8 @@ class GuestVm:
         whole: write the pages' every word, not just header and check words.
         fill: with what the populated memory is filled.
         tick_ms: time between tick lines.
+        clock_pages: pages written between two readings of the clock; more than 1 where reading
+            the TSC is slow (a VM in a VM).
         memory, accelerator, machine, vcpus: of QEMU.
         name: ``-name`` of the VM; None gives none.
         extra: more arguments for QEMU. ``append``: more for the guest's command line.
@@ -84,6 +86,7 @@ class GuestVm:
         whole: bool = False,
         fill: Fill = "random",
         tick_ms: int = 100,
+        clock_pages: int = 1,
         memory: MemoryKind = "memfd",
         accelerator: Accelerator = "tcg",
         machine: str = "q35",
@@ -111,7 +114,8 @@ class GuestVm:
         self.binary = binary
         self.guest_arguments = (
             f"sf.mem={mem_mib} sf.populate={populate_mib} sf.rate={rate_mib_per_s}"
-            f" sf.whole={int(whole)} sf.fill={fill} sf.tick_ms={tick_ms} {append}"
+            f" sf.whole={int(whole)} sf.fill={fill} sf.tick_ms={tick_ms}"
+            f" sf.clock_pages={clock_pages} {append}"
         ).strip()
         self._given_directory = directory
         self._directory: Path | None = None

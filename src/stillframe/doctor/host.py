@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import select
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from stillframe.doctor.checks import Check, CheckStatus, from_error
-from stillframe.errors import StillframeError
-from stillframe.memory.ptrace import TracedThread
+from stillframe.errors import HostError, InternalError, StillframeError
 from stillframe.memory.remote_attach import attach
 from stillframe.memory.userfaultfd import Userfaultfd
 from stillframe.store.frames import compress_frame, decompress_frame
@@ -23,6 +25,10 @@ _LITTLE_SPACE_BYTES: Final = 1 << 30
 _VERSION_TIMEOUT_S: Final = 5.0
 _END_TIMEOUT_S: Final = 2.0
 _CAP_SYS_PTRACE: Final = 19
+_PR_SET_SECCOMP: Final = 22
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_SECCOMP_MODE_FILTER: Final = 2
+_BPF_ALLOW: Final = (6, 0, 0, 0x7FFF0000)  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
 
 
 def host_checks(directory: Path) -> list[Check]:
@@ -86,27 +92,19 @@ def _ptrace() -> Check:
     return _check("ptrace", "fail", f"{found}: a running VM may not be attached to", remedy)
 
 
-def _remote_attach() -> Check:
-    with _child() as pid:
+def _attach() -> Check:
+    with _waiting_child() as pid:
         attach(pid).close()
     return _check("attach", "ok", "a userfaultfd was made in another process and fetched")
 
 
-def _seccomp_filter() -> Check:
-    with _child() as pid:
-        thread = TracedThread(pid)
-        try:
-            thread.seccomp_filter(0)
-        except StillframeError as error:
-            return _check(
-                "seccomp",
-                "warn",
-                f"filters of a process cannot be read: {error.why or error.what}",
-                "VMs under -sandbox will be refused: run as root with CAP_SYS_ADMIN",
-            )
-        finally:
-            thread.detach()
-    return _check("seccomp", "ok", "filters of a process (QEMU's -sandbox) can be read")
+def _seccomp() -> Check:
+    try:
+        with _waiting_child(filtered=True) as pid:
+            attach(pid).close()
+    except StillframeError as error:
+        return from_error("host", "seccomp", error, "warn")
+    return _check("seccomp", "ok", "a process under a seccomp filter (QEMU's -sandbox), too")
 
 
 def _memfd() -> Check:
@@ -124,7 +122,7 @@ def _memfd() -> Check:
 
 def _zstd() -> Check:
     sample = bytes(4096)
-    if bytes(decompress_frame(compress_frame(sample, 1).data)) != sample:
+    if decompress_frame(compress_frame(sample, 1).data, len(sample)) != sample:
         return _check("zstd", "fail", "the library does not work", "install stillframe anew")
     program = shutil.which("zstd")
     return _check(
@@ -193,16 +191,50 @@ def free_space(directory: Path, needed_bytes: int = _LITTLE_SPACE_BYTES) -> Chec
 
 
 @contextmanager
-def _child() -> Iterator[int]:
-    """A small process of ours that waits; to be attached to as a VM would be."""
-    process = subprocess.Popen(
-        ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def _waiting_child(*, filtered: bool = False) -> Iterator[int]:
+    """A small process of ours that waits; to be attached to as a VM would be.
+
+    Args:
+        filtered: put a seccomp filter on it, which allows everything.
+    """
     try:
+        process = subprocess.Popen(
+            ["cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            preexec_fn=_filter_ourselves if filtered else None,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HostError("a small process to try it on cannot be started", why=str(error)) from error
+    try:
+        _wait_until_it_runs(process)
         yield process.pid
     finally:
         process.kill()
         process.communicate(timeout=_END_TIMEOUT_S)
+
+
+def _wait_until_it_runs(process: subprocess.Popen[bytes]) -> None:
+    """Wait until it answers: then its libraries are mapped."""
+    if process.stdin is None or process.stdout is None:
+        raise InternalError("a pipe is missing")
+    process.stdin.write(b".")
+    if not select.select([process.stdout], [], [], _END_TIMEOUT_S)[0]:
+        raise HostError("a small process to try it on does not answer")
+    process.stdout.read(1)
+
+
+def _filter_ourselves() -> None:
+    """Put a filter of one instruction, "allow", on the calling process (seccomp(2))."""
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", *_BPF_ALLOW))
+    header = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(program)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
+        _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0
+    ):
+        raise OSError(ctypes.get_errno(), "no seccomp filter can be set")
 
 
 def _number(path: str) -> int | None:
@@ -224,8 +256,8 @@ _CHECKS: Final[dict[str, Callable[[], Check]]] = {
     "kernel": _kernel,
     "userfaultfd": _userfaultfd,
     "ptrace": _ptrace,
-    "attach": _remote_attach,
-    "seccomp": _seccomp_filter,
+    "attach": _attach,
+    "seccomp": _seccomp,
     "memfd": _memfd,
     "zstd": _zstd,
     "qemu": _qemu,

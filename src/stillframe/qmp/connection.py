@@ -41,6 +41,8 @@ def open_socket(address: Address, timeout_s: float) -> socket.socket:
     Raises:
         NotFoundError, BusyError, HostError, MachineError, UsageError: as the reason is.
     """
+    if "\0" in address if isinstance(address, str) else not 0 < address[1] < 65536:
+        raise UsageError(f"bad monitor address {address!r}")
     try:
         if isinstance(address, str):
             return _open_unix(address, timeout_s)

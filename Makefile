@@ -1,0 +1,50 @@
+# The README's commands. Everything is installed into .venv; system packages only where missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Paths to the checkout only: what is imported must be what was installed.
+export PYTHONPATH =
+
+.PHONY: demo test lint check soak bench clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python -m demo.linux_guest
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m mypy.stubtest stillframe.memory._capture --allowlist tests/stubtest_allowlist.txt
+
+check: lint test
+
+soak: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m soak tests/soak $(PYTEST_ARGUMENTS)
+
+bench: $(VENV)/demo.installed
+	$(BIN)/python -m bench.compare $(BENCH_ARGUMENTS)
+
+SOURCES = pyproject.toml CMakeLists.txt $(shell find src -name '*.py' -o -name '*.pyx' -o -name '*.h')
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/demo.installed: $(SOURCES)
+	tools/install-system-packages.sh demo
+	$(MAKE) $(BIN)/python
+	$(BIN)/python -m pip install --quiet .
+	touch $@
+
+$(VENV)/test.installed: $(SOURCES)
+	tools/install-system-packages.sh test
+	$(MAKE) $(BIN)/python
+	$(BIN)/python -m pip install --quiet --group test --group lint .
+	touch $@ $(VENV)/demo.installed
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

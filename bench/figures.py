@@ -1,0 +1,102 @@
+"""The figures of one repetition, and their medians."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from bench.guest_view import FreeRun, GuestView
+from bench.methods import Saved
+
+_MIB = float(1 << 20)
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """One save by one method; docs/reference/measurements.md says what each figure means."""
+
+    downtime_ms: float | None
+    gap_max_ms: float
+    gaps_over_1ms: int
+    stall_max_ms: float
+    free_gap_max_ms: float
+    progress: float
+    lost_s: float
+    window_s: float
+    durable_s: float
+    file_mib: float
+    written_mib: float
+    peak_mib: float
+    vmm_grew_mib: float
+    cpu_s: float | None
+    spill_peak_mib: float | None
+    spill_stall_ms: float | None
+    free_pages_per_s: float
+    own: dict[str, Any]
+
+
+def figures(saved: Saved, during: GuestView, before: FreeRun, after: FreeRun) -> Figures:
+    """Put together what was measured of one save.
+
+    Args:
+        during: from the moment the guest could feel it until the file was durable.
+        before, after: the guest left alone, right before and right after.
+    """
+    free_rate = (before.view.pages_per_s + after.view.pages_per_s) / 2
+    progress = during.pages_per_s / free_rate
+    spill_peak = saved.own.get("spill_peak_bytes")
+    return Figures(
+        downtime_ms=saved.downtime_ms,
+        gap_max_ms=during.gap_max_ms,
+        gaps_over_1ms=during.gaps_over_1ms,
+        # The guest's own maximum since the reset: it also holds the free run after.
+        stall_max_ms=after.stall_max_ms,
+        free_gap_max_ms=max(before.view.gap_max_ms, after.view.gap_max_ms),
+        progress=progress,
+        lost_s=during.seconds * (1 - progress),
+        window_s=during.seconds,
+        durable_s=saved.durable_s - saved.began_s,
+        file_mib=saved.file_bytes / _MIB,
+        written_mib=saved.written_bytes / _MIB,
+        peak_mib=saved.peak_bytes / _MIB,
+        vmm_grew_mib=saved.vmm_grew_bytes / _MIB,
+        cpu_s=saved.cpu_s,
+        spill_peak_mib=None if spill_peak is None else spill_peak / _MIB,
+        spill_stall_ms=saved.own.get("stall_ms"),
+        free_pages_per_s=free_rate,
+        own=saved.own,
+    )
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """Median, least and greatest of the repetitions."""
+
+    median: float
+    least: float
+    greatest: float
+
+
+NUMBERS = tuple(name for name in Figures.__struct_fields__ if name != "own")
+
+
+def spreads(repetitions: Sequence[Figures]) -> dict[str, Spread]:
+    """By the figure's name; figures that a method does not have are left out."""
+    result: dict[str, Spread] = {}
+    for name in NUMBERS:
+        values = [float(v) for r in repetitions if (v := getattr(r, name)) is not None]
+        if values:
+            result[name] = Spread(
+                median=statistics.median(values), least=min(values), greatest=max(values)
+            )
+    return result
+
+
+def ratios(ours: dict[str, Spread], theirs: dict[str, Spread]) -> dict[str, float]:
+    """Ours over theirs, of medians; figures that are 0 there are left out."""
+    return {
+        name: ours[name].median / theirs[name].median
+        for name in ours
+        if name in theirs and theirs[name].median
+    }

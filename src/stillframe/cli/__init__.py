@@ -1,0 +1,1 @@
+"""The command line: parse, show, exit code. The work is done by :mod:`stillframe.api`."""

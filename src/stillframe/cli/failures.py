@@ -1,0 +1,77 @@
+"""The one place where an error becomes a line, JSON, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+
+from stillframe.cli.output import give_up_stdout, json_text, say
+from stillframe.errors import (
+    InternalError,
+    RefusedError,
+    SnapshotCancelled,
+    StillframeError,
+    UsageError,
+)
+
+BROKEN_PIPE_EXIT_CODE = 141
+"""The shell's number for a program that SIGPIPE ended: 128 + 13."""
+
+
+def report(error: BaseException, *, as_json: bool) -> int:
+    """Tell of an error, and return the exit code.
+
+    Args:
+        as_json: also as JSON on standard output.
+    """
+    if isinstance(error, BrokenPipeError):
+        give_up_stdout()
+        return BROKEN_PIPE_EXIT_CODE
+    if os.environ.get("STILLFRAME_DEBUG") == "1":
+        traceback.print_exception(error)
+    known = understood(error)
+    for line in lines(known):
+        say(f"stillframe: {line}")
+    if as_json:
+        try:
+            sys.stdout.write(json_text(known.as_dict()))
+            sys.stdout.flush()
+        except OSError:
+            give_up_stdout()
+    return known.exit_code
+
+
+def understood(error: BaseException) -> StillframeError:
+    """The error as one of ours."""
+    if isinstance(error, StillframeError):
+        return error
+    if isinstance(error, click.ClickException):
+        return _usage(error)
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return SnapshotCancelled("cancelled")
+    if isinstance(error, MemoryError):
+        return InternalError("out of memory", remedy="free some memory, and try again")
+    return InternalError(
+        f"unexpected {type(error).__name__}",
+        why=str(error) or None,
+        remedy="please report it, with what STILLFRAME_DEBUG=1 shows",
+        guest_state="unknown",
+    )
+
+
+def _usage(error: click.ClickException) -> UsageError:
+    message = error.format_message().strip().rstrip(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = context.command_path if context is not None else "stillframe"
+    return UsageError(message[:1].lower() + message[1:], remedy=f"see '{path} --help'")
+
+
+def lines(error: StillframeError) -> list[str]:
+    """One line; with several reasons of a refusal, one for each."""
+    suffix = "" if error.guest_state == "none" else f" [guest {error.guest_state}]"
+    if isinstance(error, RefusedError) and len(error.reasons) > 1:
+        return [f"{name}: {reason}; {remedy}{suffix}" for name, reason, remedy in error.reasons]
+    return [f"{error}{suffix}"]

@@ -1,0 +1,84 @@
+"""The program ``stillframe``: finds the command, and turns errors into exit codes.
+
+Each command is a module of its own, imported when it is named; what a command needs below
+:mod:`stillframe.api` is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+
+import click
+from click.exceptions import NoArgsIsHelpError
+
+from stillframe.cli.failures import report
+from stillframe.cli.output import prepare_streams
+from stillframe.version import __version__
+
+PROGRAM = "stillframe"
+COMMANDS = {
+    "ps": "ps",
+    "doctor": "doctor",
+    "take": "take",
+    "show": "show",
+    "verify": "verify",
+    "export": "export",
+    "import": "import_",
+    "restore": "restore",
+}
+"""Each command and its module, in the order of the help."""
+
+
+class _Commands(click.Group):
+    """The commands, loaded lazily."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"stillframe.cli.{COMMANDS[cmd_name]}")
+        command = module.command
+        return command if isinstance(command, click.Command) else None
+
+
+@click.group(
+    PROGRAM,
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: docs/reference/errors.md. Shell completion: docs/reference/completion.md.",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Background snapshots of running virtual machines."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code (docs/reference/errors.md)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_streams()
+    try:
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        status = cli.main(words, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+    except NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last stop
+        return report(error, as_json=_asks_for_json(words))
+    return status if isinstance(status, int) else 0
+
+
+def _asks_for_json(words: Sequence[str]) -> bool:
+    """Whether ``--json`` is among the options, also where they cannot be parsed."""
+    own = words[: words.index("--")] if "--" in words else words
+    return "--json" in own
+
+
+if __name__ == "__main__":
+    sys.exit(main())

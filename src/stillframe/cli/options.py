@@ -1,0 +1,155 @@
+"""Options and arguments that several commands have, with their shell completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from stillframe.cli.quantities import format_bytes, parse_rate, parse_size
+
+if TYPE_CHECKING:
+    from stillframe.api import Compression
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_LEVEL_LOWEST, _LEVEL_HIGHEST = -7, 19
+
+
+class Size(click.ParamType):
+    """A size in bytes, within limits."""
+
+    name = "size"
+
+    def __init__(
+        self,
+        *,
+        least: int,
+        most: int,
+        metavar: str = "SIZE",
+        parse: Callable[[str], int] = parse_size,
+    ) -> None:
+        self._least, self._most, self._metavar, self._parse = least, most, metavar, parse
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self._metavar
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            size = self._parse(str(value))
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+        if not self._least <= size <= self._most:
+            limits = f"{format_bytes(self._least)} to {format_bytes(self._most)}"
+            self.fail(f"{value!r}: it must be {limits}", param, ctx)
+        return size
+
+
+SPILL = Size(least=1 << 20, most=1 << 40)
+RATE = Size(least=1 << 10, most=1 << 40, metavar="RATE", parse=parse_rate)
+
+
+class CompressionType(click.ParamType):
+    """``zstd``, ``zstd:LEVEL`` or ``none``."""
+
+    name = "compression"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "zstd[:LEVEL]|none"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Compression, int | None]:
+        if isinstance(value, tuple):
+            return value
+        kind, colon, level = str(value).partition(":")
+        if kind == "none" and not colon:
+            return "none", None
+        if kind == "zstd" and not colon:
+            return "zstd", None
+        digits = level.removeprefix("-")
+        if kind == "zstd" and digits.isdecimal() and digits.isascii() and len(digits) <= 3:
+            number = int(level)
+            if _LEVEL_LOWEST <= number <= _LEVEL_HIGHEST:
+                return "zstd", number
+        self.fail(
+            f"{value!r}: write zstd, zstd:LEVEL with a level of"
+            f" {_LEVEL_LOWEST} to {_LEVEL_HIGHEST}, or none",
+            param,
+            ctx,
+        )
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        known = ("zstd", "zstd:1", "zstd:3", "zstd:9", "zstd:19", "none")
+        return [CompletionItem(word) for word in known if word.startswith(incomplete)]
+
+
+class VmType(click.ParamType):
+    """A running VM: QMP socket path, host:port, pid, or name."""
+
+    name = "vm"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        if "/" in incomplete:
+            return [CompletionItem(incomplete, type="file")]
+        from stillframe import api
+
+        return [
+            CompletionItem(vm.name or str(vm.pid), help=f"pid {vm.pid}")
+            for vm in api.list_vms()
+            if (vm.name or str(vm.pid)).startswith(incomplete)
+        ]
+
+
+class BlockType(click.ParamType):
+    """A RAM block of the snapshot that the argument FILE names."""
+
+    name = "name"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from stillframe import api
+        from stillframe.errors import StillframeError
+
+        try:
+            with api.open(ctx.params["file"]) as snapshot:
+                names = [block.idstr for block in snapshot.blocks]
+        except (StillframeError, KeyError, TypeError):
+            return []
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+# A snapshot file need not exist as far as the parser is concerned: the error is ours to word.
+FILE = click.Path(path_type=str, readable=False)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Show the result as JSON.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+force_option = click.option("-f", "--force", is_flag=True, help="Replace an existing file.")
+
+
+def compression_option(command: Command) -> Command:
+    """``--compression``, parsed into (kind, level)."""
+    return click.option(
+        "--compression",
+        type=CompressionType(),
+        default="zstd",
+        show_default=True,
+        help="How pages are compressed; LEVEL is -7 (fast) to 19 (small).",
+    )(command)
+
+
+def output_option(what: str) -> Callable[[Command], Command]:
+    """``-o FILE``, required."""
+    return click.option(
+        "-o", "--output", required=True, type=FILE, metavar="FILE|-", help=what
+    )

@@ -1,0 +1,59 @@
+"""Where results and messages go: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable
+from typing import TextIO
+
+from stillframe.cli.text import printable
+
+
+class Results:
+    """Takes a command's result.
+
+    Args:
+        as_json: show JSON instead of text.
+        to_stderr: standard output is taken by a stream (``-o -``).
+    """
+
+    def __init__(self, *, as_json: bool, to_stderr: bool = False) -> None:
+        self.as_json = as_json
+        self._stream: TextIO = sys.stderr if to_stderr else sys.stdout
+
+    def show(self, data: object, lines: Iterable[str]) -> None:
+        """Show ``data`` as JSON, or else the lines."""
+        text = json_text(data) if self.as_json else "".join(f"{line}\n" for line in lines)
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def json_text(data: object) -> str:
+    """JSON for people and programs, in ASCII: file names need not be Unicode."""
+    return json.dumps(data, indent=2) + "\n"
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    try:
+        sys.stderr.write(f"{printable(line)}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return  # nobody listens; the work goes on
+
+
+def prepare_streams() -> None:
+    """Never fail on a character that the locale does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def give_up_stdout() -> None:
+    """The reader of standard output is gone: let Python's own flush at exit go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)

@@ -1,0 +1,77 @@
+"""All running VMs at a glance."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from stillframe.errors import StillframeError
+from stillframe.machine.qemu.machine import QemuMachine
+from stillframe.machine.qemu.processes import VmInfo, list_vms
+from stillframe.qmp.connection import address_text
+
+_TIMEOUT_S = 1.0
+_AT_ONCE = 8
+
+
+class SurveyedVm(msgspec.Struct, frozen=True, kw_only=True):
+    """A running VM, and whether a background snapshot of it can be taken.
+
+    ``snapshotable``: None if it cannot be told, for instance because its monitor is busy.
+    ``reasons``: why not, or why it cannot be told.
+    """
+
+    pid: int
+    name: str
+    uid: int
+    qemu_version: str | None
+    accelerator: str
+    ram_bytes: int
+    qmp: tuple[str, ...]
+    status: str | None
+    snapshotable: bool | None
+    reasons: tuple[str, ...] = ()
+
+
+def survey() -> list[SurveyedVm]:
+    """Look at all VMs of the host, several at a time. The guests are not touched."""
+    vms = list_vms()
+    if not vms:
+        return []
+    with ThreadPoolExecutor(min(_AT_ONCE, len(vms)), "stillframe-survey") as pool:
+        return list(pool.map(_look_at, vms))
+
+
+def _look_at(vm: VmInfo) -> SurveyedVm:
+    seen = SurveyedVm(
+        pid=vm.pid,
+        name=vm.name,
+        uid=vm.uid,
+        qemu_version=None,
+        accelerator=vm.accelerator,
+        ram_bytes=vm.ram_bytes,
+        qmp=tuple(address_text(address) for address in vm.qmp_addresses),
+        status=None,
+        snapshotable=None,
+    )
+    if not vm.qmp_addresses:
+        return msgspec.structs.replace(
+            seen, snapshotable=False, reasons=("it has no QMP monitor that can be reached",)
+        )
+    try:
+        with QemuMachine.connect(str(vm.pid), timeout_s=_TIMEOUT_S) as machine:
+            seen = msgspec.structs.replace(
+                seen,
+                qemu_version=".".join(str(number) for number in machine.qmp.version),
+                accelerator=machine.accelerator(),
+                status=machine.status(),
+            )
+            refusals = [h for h in machine.preflight() if h.severity == "refuse"]
+    except StillframeError as error:
+        return msgspec.structs.replace(seen, reasons=(str(error),))
+    return msgspec.structs.replace(
+        seen,
+        snapshotable=not refusals,
+        reasons=tuple(f"{h.name}: {h.reason}; {h.remedy}" for h in refusals),
+    )

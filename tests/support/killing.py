@@ -1,0 +1,51 @@
+"""`kill -9` of a snapshotter at random moments."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from guests.qemu import GuestVm
+from tests.support.taking import assert_unharmed, finish, start_take
+
+
+def kill_at_random_moments(
+    vm: GuestVm, directory: Path, *, times: int, seed: int, check_every: int = 1
+) -> Counter[str]:
+    """Start a snapshot, kill it at a random moment, and see that the guest is unharmed.
+
+    Moments are spread over the time that a whole snapshot takes here. Every kill is followed by
+    a look at the guest; every ``check_every``-th also by a whole snapshot.
+
+    Returns:
+        How often it was killed, and how often it had ended before.
+    """
+    chance = random.Random(seed)
+    began = time.monotonic()
+    process = start_take(vm, directory / "whole.still")
+    assert finish(process)[0] == 0
+    whole_s = time.monotonic() - began
+    (directory / "whole.still").unlink()
+    outcomes: Counter[str] = Counter()
+    for number in range(times):
+        file = directory / "killed.still"
+        process = start_take(vm, file)
+        time.sleep(chance.uniform(0.1, 1.1) * whole_s)
+        os.kill(process.pid, signal.SIGKILL)
+        code, _, complaints = finish(process)
+        if code == 0:
+            outcomes["finished"] += 1
+            file.unlink()
+        else:
+            assert code == -signal.SIGKILL, complaints
+            outcomes["killed"] += 1
+        if number % check_every == 0:
+            assert_unharmed(vm, directory)
+        else:
+            assert vm.is_progressing(1.0), f"the guest does not go on after kill {number}"
+            assert os.listdir(directory) == []
+    return outcomes

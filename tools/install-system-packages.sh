@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Installs what is missing of the programs that the demo ("demo") or the tests ("test") need,
+# with apt and only if it may. Says what is missing where it may not.
+set -euo pipefail
+
+declare -A package=(
+  [qemu-system-x86_64]=qemu-system-x86
+  [qemu-img]=qemu-utils
+  [gcc]=gcc
+  [ld]=binutils
+  [zstd]=zstd
+  [gdb]=gdb
+  [readelf]=binutils
+  [dpkg-deb]=dpkg
+  [cpio]=cpio
+)
+programs=(qemu-system-x86_64 qemu-img gcc ld dpkg-deb)
+[[ "${1:-demo}" == test ]] && programs+=(zstd gdb readelf)
+
+missing=()
+for program in "${programs[@]}"; do
+  command -v "$program" >/dev/null || missing+=("${package[$program]}")
+done
+# gcc without the C library's headers cannot build the native core.
+[[ -e /usr/include/stdio.h ]] || missing+=(libc6-dev)
+python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+python3 -c 'import sysconfig, os, sys
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
+  missing+=(python3-dev)
+
+become=()
+if [[ $EUID -ne 0 ]]; then
+  command -v sudo >/dev/null && become=(sudo)
+fi
+may=false
+if command -v apt-get >/dev/null && { [[ $EUID -eq 0 ]] || [[ ${#become[@]} -gt 0 ]]; }; then
+  may=true
+fi
+
+# The guest's kernel is fetched with apt's lists, so they must be there even if nothing is missing.
+lists=(/var/lib/apt/lists/*_Packages* /var/lib/apt/lists/*Packages.lz4)
+have_lists=false
+for list in "${lists[@]}"; do [[ -e "$list" ]] && have_lists=true; done
+if $may && { [[ ${#missing[@]} -gt 0 ]] || ! $have_lists; }; then
+  "${become[@]}" apt-get update -q
+fi
+[[ ${#missing[@]} -eq 0 ]] && exit 0
+if ! $may; then
+  echo "missing packages: ${missing[*]}; install them with your package manager" >&2
+  exit 1
+fi
+DEBIAN_FRONTEND=noninteractive "${become[@]}" apt-get install -q -y --no-install-recommends "${missing[@]}"
