@@ -20,7 +20,6 @@ FREESTANDING = (
     "-std=gnu11",
     "-Wall",
     "-Wextra",
-    "-Werror",
     "-m64",
     "-ffreestanding",
     "-nostdlib",

@@ -19,9 +19,9 @@
 #define FINE_BEFORE_US 20000
 #define FINE_AFTER_US 2000
 /* Clocks that differ by less than this in a second are taken for equal. */
-#define NOISE_US 200
+#define NOISE_US 250
 /* By how much the two clocks may drift apart in a second. */
-#define DRIFT_US 100
+#define DRIFT_US 50
 #define SECONDS_PER_DAY 86400
 
 struct clock {
@@ -94,8 +94,8 @@ static inline void clock_edge(struct clock *clock, u64 now)
 
 static inline void clock_poll(struct clock *clock)
 {
-    u64 now = clock->last_ticks;
     u32 second = cmos_read(0);
+    u64 now = read_ticks(); /* after: an edge may be seen late, never early */
     if (second != clock->second) {
         clock->second = second;
         clock_edge(clock, now);

@@ -1,11 +1,12 @@
 /* The guest's main loop, the same under Linux and on the bare machine.
  *
  * A platform gives: page_at(index) for the pages of the working set and, after them, the populated
- * ones; power_off(); calibrate(), which returns TSC ticks per second.
+ * ones; power_off().
  */
 #ifndef SF_GUEST_H
 #define SF_GUEST_H
 
+#include "calibrate.h"
 #include "clock.h"
 #include "fill.h"
 #include "page.h"
@@ -17,7 +18,6 @@
 
 static volatile u64 *page_at(u64 index);
 static void power_off(void);
-static u64 calibrate(void);
 
 struct settings {
     s64 rate_mib_per_s;

@@ -7,10 +7,9 @@
 
 enum {
     SYS_read = 0, SYS_open = 2, SYS_close = 3, SYS_mmap = 9, SYS_iopl = 172, SYS_reboot = 169,
-    SYS_mount = 165, SYS_sysinfo = 99, SYS_clock_gettime = 228,
+    SYS_mount = 165, SYS_sysinfo = 99,
 };
 enum { PROT_READ = 1, PROT_WRITE = 2, MAP_PRIVATE = 2, MAP_ANONYMOUS = 0x20, MAP_POPULATE = 0x8000 };
-enum { CLOCK_MONOTONIC_RAW = 4 };
 
 #define LEFT_TO_THE_KERNEL_BYTES (8ULL << 20)
 
@@ -41,20 +40,6 @@ static void power_off(void)
 {
     syscall6(SYS_reboot, 0xfee1dead, 672274793, 0x4321fedc, 0, 0, 0);
     for (;;) {}
-}
-
-static u64 monotonic_us(void)
-{
-    s64 time[2];
-    syscall3(SYS_clock_gettime, CLOCK_MONOTONIC_RAW, (long)time, 0);
-    return time[0] * 1000000ULL + time[1] / 1000;
-}
-
-static u64 calibrate(void)
-{
-    u64 start_us = monotonic_us(), start = read_ticks(), us;
-    while ((us = monotonic_us()) - start_us < 100000) {}
-    return (read_ticks() - start) * 1000000 / (us - start_us);
 }
 
 static void read_command_line(void)

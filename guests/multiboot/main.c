@@ -11,12 +11,9 @@
 #define HAS_MEMORY_MAP 64
 #define USABLE_RAM 1
 
-/* ACPI, where SeaBIOS puts it on pc and q35 */
+/* ACPI's PM1a control register, where SeaBIOS puts it on pc and q35 */
 #define PM_CONTROL 0x604
 #define PM_SLEEP_NOW 0x2000
-#define PM_TIMER 0x608
-#define PM_TIMER_HZ 3579545
-#define PM_TIMER_MASK 0xffffff
 
 /* Multiboot Specification 0.6.96, section 3.3, up to the memory map */
 struct multiboot_information {
@@ -44,32 +41,6 @@ static void power_off(void)
 {
     out16(PM_CONTROL, PM_SLEEP_NOW);
     for (;;) __asm__ volatile("cli; hlt");
-}
-
-/* The timer and the TSC at one moment: the reading that took the least time. */
-static u32 read_pm_timer(u64 *ticks)
-{
-    u64 best = ~0ULL;
-    u32 timer = 0;
-    for (int attempt = 0; attempt < 20; attempt++) {
-        u64 before = read_ticks();
-        u32 value = in32(PM_TIMER) & PM_TIMER_MASK;
-        u64 took = read_ticks() - before;
-        if (took >= best) continue;
-        best = took;
-        timer = value;
-        *ticks = before + took / 2;
-    }
-    return timer;
-}
-
-static u64 calibrate(void)
-{
-    u64 start_ticks, end_ticks, ignored;
-    u32 start = read_pm_timer(&start_ticks);
-    while (((read_pm_timer(&ignored) - start) & PM_TIMER_MASK) < PM_TIMER_HZ / 10) {}
-    u32 end = read_pm_timer(&end_ticks);
-    return (end_ticks - start_ticks) * PM_TIMER_HZ / ((end - start) & PM_TIMER_MASK);
 }
 
 static void read_memory_map(const struct multiboot_information *information)

@@ -6,6 +6,7 @@ userfaultfd, and listing VMs no compressor.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,9 @@ from stillframe.errors import NotFoundError, SinkError, UsageError
 from stillframe.version import __version__
 
 if TYPE_CHECKING:
-    from stillframe.doctor.checks import Check
+    from stillframe.doctor.checks import Check, CheckStatus
     from stillframe.doctor.survey import SurveyedVm
-    from stillframe.machine import Machine
+    from stillframe.machine import Hindrance, Machine
     from stillframe.machine.qemu.machine import QemuMachine
     from stillframe.machine.qemu.processes import VmInfo
     from stillframe.model import Statistics
@@ -28,6 +29,66 @@ if TYPE_CHECKING:
     from stillframe.store.snapshot import Snapshot
     from stillframe.store.verify import VerifyReport
     from stillframe.vmstate.source import Source
+
+__all__ = [
+    "COMPRESSIONS",
+    "DEFAULT_SPILL_BYTES",
+    "EXPORT_FORMATS",
+    "MODES",
+    "Check",
+    "CheckStatus",
+    "Compression",
+    "ExportFormat",
+    "Hindrance",
+    "Machine",
+    "Mode",
+    "QemuMachine",
+    "Sink",
+    "Snapshot",
+    "SnapshotJob",
+    "Source",
+    "Statistics",
+    "StrPath",
+    "SurveyedVm",
+    "TakenSnapshot",
+    "VerifyReport",
+    "VmInfo",
+    "connect",
+    "doctor",
+    "export",
+    "import_stream",
+    "list_vms",
+    "open",
+    "standard_output",
+    "survey",
+    "take",
+    "verify",
+]
+
+_TYPES: Final = {
+    "Check": "stillframe.doctor.checks",
+    "CheckStatus": "stillframe.doctor.checks",
+    "Hindrance": "stillframe.machine",
+    "Machine": "stillframe.machine",
+    "QemuMachine": "stillframe.machine.qemu.machine",
+    "Sink": "stillframe.store.backends",
+    "Snapshot": "stillframe.store.snapshot",
+    "SnapshotJob": "stillframe.snapshot.job",
+    "Source": "stillframe.vmstate.source",
+    "Statistics": "stillframe.model",
+    "SurveyedVm": "stillframe.doctor.survey",
+    "TakenSnapshot": "stillframe.snapshot.take",
+    "VerifyReport": "stillframe.store.verify",
+    "VmInfo": "stillframe.machine.qemu.processes",
+}
+"""Classes of what the functions take and return, and where they live."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TYPES:
+        return getattr(importlib.import_module(_TYPES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 Compression: TypeAlias = Literal["zstd", "none"]
 ExportFormat: TypeAlias = Literal["qemu", "raw", "elf"]
@@ -93,7 +154,7 @@ def doctor(vm: str | int | None = None, *, directory: StrPath = ".") -> list[Che
 
     checks = host_checks(Path(directory))
     if vm is not None:
-        checks += vm_checks(str(vm), Path(directory))
+        checks += vm_checks(str(vm))
     return checks
 
 
@@ -178,9 +239,7 @@ def open(path: StrPath) -> Snapshot:  # noqa: A001 - stillframe.open, as gzip.op
     return Snapshot.open(path)
 
 
-def verify(
-    path: StrPath, *, progress: Callable[[int, int], None] | None = None
-) -> VerifyReport:
+def verify(path: StrPath, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Check every digest of a snapshot file, and that its stream parses to the end.
 
     Args:
@@ -200,6 +259,7 @@ def export(
     format: ExportFormat,  # noqa: A002 - the command line's word
     block: str | None = None,
     overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a snapshot's content in a form that other programs read.
 
@@ -207,12 +267,14 @@ def export(
         format: ``qemu``, the migration stream; ``raw``, guest-physical memory from address 0
             on, or one block; ``elf``, a core file with guest-physical segments and vCPUs.
         block: only with ``raw``: the block to write.
+        progress: called with the bytes written so far.
 
     Raises:
         UsageError: the arguments do not go together, or the file exists.
         NotFoundError: no such block. SinkError: the destination cannot take it.
         DataError: the snapshot is damaged. Else as :func:`open`.
     """
+    from stillframe.store.backends.counting import counting
     from stillframe.store.export_elf import export_elf
     from stillframe.store.export_qemu import export_qemu
     from stillframe.store.export_raw import export_raw
@@ -222,6 +284,8 @@ def export(
         raise UsageError(f"format {format} holds all blocks", remedy="one block: format raw")
     with open(path) as snapshot:
         sink = _open_sink(output, overwrite)
+        if progress is not None:
+            sink = counting(sink, progress)
         with _aborting(sink):
             if format == "qemu":
                 export_qemu(snapshot, sink)

@@ -664,7 +664,7 @@ def test_a_second_process_that_maps_the_ram_is_named() -> None:
 
 def crawl(machine: QemuMachine, sink: socket.socket) -> None:
     """Start a migration that takes for ever."""
-    machine.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1})
+    machine.qmp.execute("migrate-set-parameters", {"max-bandwidth": 100})
     machine.qmp.execute("migrate", {"uri": f"tcp:127.0.0.1:{sink.getsockname()[1]}"})
 
 

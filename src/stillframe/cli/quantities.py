@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Final
 
-_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGTP]?)(iB|B)?")
+_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGTP]?)(iB?|B)?")
 _RATE_SUFFIX: Final = "/s"
 _POWERS: Final = {letter: power for power, letter in enumerate("KMGTP", 1)}
 _LONGEST: Final = 32
@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
     if found is None:
         raise ValueError("not a size; write 256M, 512KiB or 1.5G, or a number of bytes")
     number, letter, suffix = Fraction(found[1]), found[2].upper(), found[3]
-    if suffix == "iB" and not letter:
+    if suffix in ("i", "iB") and not letter:
         raise ValueError("not a size; KiB, MiB, GiB and TiB are units, 'iB' is none")
     base = 1000 if suffix == "B" else 1024
     size = number * base ** _POWERS.get(letter, 0)
@@ -42,9 +42,7 @@ def parse_rate(text: str) -> int:
     try:
         return parse_size(text.strip().removesuffix(_RATE_SUFFIX))
     except ValueError:
-        raise ValueError(
-            "not a rate; write 100M or 1.5GiB/s: it is in bytes per second"
-        ) from None
+        raise ValueError("not a rate; write 100M or 1.5GiB/s: it is in bytes per second") from None
 
 
 def format_bytes(count: float) -> str:
@@ -55,8 +53,10 @@ def format_bytes(count: float) -> str:
         unit += 1
     if unit == 0:
         return f"{int(value)} byte" if int(value) == 1 else f"{int(value)} bytes"
-    return f"{value:.0f} {_BINARY_UNITS[unit]}" if value >= 99.95 else (
-        f"{value:.1f} {_BINARY_UNITS[unit]}"
+    return (
+        f"{value:.0f} {_BINARY_UNITS[unit]}"
+        if value >= 99.95
+        else (f"{value:.1f} {_BINARY_UNITS[unit]}")
     )
 
 

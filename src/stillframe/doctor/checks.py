@@ -34,6 +34,4 @@ def from_error(
 ) -> Check:
     """The finding that an error states."""
     found = f"{error.what}: {error.why}" if error.why else error.what
-    return Check(
-        subject=subject, name=name, status=status, found=found, remedy=error.remedy or ""
-    )
+    return Check(subject=subject, name=name, status=status, found=found, remedy=error.remedy or "")

@@ -38,7 +38,7 @@ def host_checks(directory: Path) -> list[Check]:
         directory: where snapshots would go.
     """
     checks = [_tried(name, look) for name, look in _CHECKS.items()]
-    return [*checks, free_space(directory)]
+    return [*checks, _space(directory)]
 
 
 def _tried(name: str, look: Callable[[], Check]) -> Check:
@@ -84,8 +84,12 @@ def _ptrace() -> Check:
     found = f"ptrace_scope {scope}" if scope is not None else "no restriction by Yama"
     if scope in (None, 0) or powerful and scope != 3:
         who = "VMs of any user" if powerful else "VMs of this user"
-        return _check("ptrace", "ok" if powerful else "warn", f"{found}; {who} can be attached to",
-                      "" if powerful else "run as root for VMs of other users")
+        return _check(
+            "ptrace",
+            "ok" if powerful else "warn",
+            f"{found}; {who} can be attached to",
+            "" if powerful else "run as root for VMs of other users",
+        )
     remedy = "run as root, or set kernel.yama.ptrace_scope=0"
     if scope == 3:
         remedy = "restart the host with kernel.yama.ptrace_scope below 3"
@@ -151,8 +155,9 @@ def _qemu() -> Check:
             "install QEMU to restore snapshots here"
             " (Debian and Ubuntu: apt-get install qemu-system-x86)",
         )
-    version = _version_of(programs[0] if "qemu-system-x86_64" not in programs
-                          else "qemu-system-x86_64")
+    version = _version_of(
+        programs[0] if "qemu-system-x86_64" not in programs else "qemu-system-x86_64"
+    )
     more = f" and {len(programs) - 1} more" if len(programs) > 1 else ""
     return _check("qemu", "ok", version + more)
 
@@ -172,21 +177,15 @@ def _version_of(program: str) -> str:
     return f"{program}: {lines[0]}" if lines else program
 
 
-def free_space(directory: Path, needed_bytes: int = _LITTLE_SPACE_BYTES) -> Check:
-    """Whether a snapshot of ``needed_bytes`` fits into a directory."""
+def _space(directory: Path) -> Check:
     where = directory.absolute()
     try:
         free_bytes = shutil.disk_usage(where).free
     except OSError as error:
         return _check("space", "warn", f"{where}: {error.strerror}", "choose another directory")
     found = f"{free_bytes / (1 << 30):.1f} GiB free in {where}"
-    if free_bytes < needed_bytes:
-        return _check(
-            "space",
-            "warn",
-            f"{found}; a snapshot may need {needed_bytes / (1 << 30):.1f} GiB",
-            "free some space, or choose another destination",
-        )
+    if free_bytes < _LITTLE_SPACE_BYTES:
+        return _check("space", "warn", found, "free some space, or write snapshots elsewhere")
     return _check("space", "ok", found)
 
 

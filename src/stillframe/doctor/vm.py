@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from stillframe.doctor.checks import Check, CheckStatus, from_error
-from stillframe.doctor.host import free_space
 from stillframe.errors import NotFoundError, StillframeError, UsageError
 from stillframe.machine.qemu.machine import QemuMachine
 from stillframe.model import RamBlock
@@ -17,12 +17,11 @@ _ARM_NS_PER_PAGE: Final = 62
 _RESIDENT: Final = ("RssAnon", "RssShmem", "RssFile", "HugetlbPages")
 
 
-def vm_checks(ref: str, directory: Path) -> list[Check]:
+def vm_checks(ref: str) -> list[Check]:
     """Look at one VM.
 
     Args:
         ref: as ``QemuMachine.connect`` takes it.
-        directory: where its snapshot would go.
 
     Raises:
         NotFoundError, UsageError: there is no such VM.
@@ -46,9 +45,8 @@ def vm_checks(ref: str, directory: Path) -> list[Check]:
                 )
                 for hindrance in machine.preflight()
             ]
-            blocks = list(machine.ram_blocks())
+            blocks = machine.ram_blocks()
             checks += [_ram(machine.pid, blocks), *map(_block, blocks)]
-            checks.append(free_space(directory, _populated_bytes(machine.pid, blocks)))
         except StillframeError as error:
             checks.append(from_error("vm", error.kind, error))
     return checks
@@ -68,7 +66,7 @@ def _monitor(machine: QemuMachine) -> Check:
     )
 
 
-def _ram(pid: int, blocks: list[RamBlock]) -> Check:
+def _ram(pid: int, blocks: Sequence[RamBlock]) -> Check:
     total_bytes = sum(block.used_length_bytes for block in blocks)
     populated_bytes = _populated_bytes(pid, blocks)
     arm_ms = populated_bytes / 4096 * _ARM_NS_PER_PAGE / 1e6
@@ -92,7 +90,7 @@ def _block(block: RamBlock) -> Check:
     )
 
 
-def _populated_bytes(pid: int, blocks: list[RamBlock]) -> int:
+def _populated_bytes(pid: int, blocks: Sequence[RamBlock]) -> int:
     """What is resident of the VM's process, at most its RAM: an estimate (proc(5))."""
     resident_bytes = 0
     try:

@@ -6,6 +6,11 @@ One fault thread runs ``fault_loop``; any number of workers run ``Worker.next``.
 capture pages through the same ``_capture_range``: claim, copy, mark done, un-protect,
 in this order, so a page that can be written again has been copied before (invariant 2).
 The fault thread allocates nothing, takes no lock and talks to nobody (invariant 3).
+
+Reading an event (RAM dropped, unmapped) lets it happen: the kernel holds the dropping thread
+until then. So events are handled within ``_pump``, before the fault thread does anything
+else, and a worker marks its pages done only when no ``_pump`` is under way: a page that was
+dropped before its copy was complete is never taken for done.
 The Python twin with the same semantics is ``capture_oracle``.
 Source of the kernel's side: Documentation/admin-guide/mm/userfaultfd.rst.
 """
@@ -88,7 +93,8 @@ cdef enum:
     MAX_RUNS = 1024
     MAX_ABSENT = 65536      # never-populated pages that one batch may describe
     ARMED_WINDOW = 16       # pages; more would have to be protected again in the downtime
-    MESSAGES = 64
+    MESSAGES = 1024
+    SWEEP_TRIES = 1000
     BUCKETS = 512           # fault times: 8 linear steps per power of two of nanoseconds
     GROW_SLABS = 8
     EVENT_PAGEFAULT = 0x12
@@ -101,6 +107,7 @@ cdef struct Block:
     uint64_t pages
     uint64_t unit           # pages that the sweep claims at once
     uint64_t units
+    uint64_t target_pages   # what goes into the stream; a last huge page may be longer
     uint64_t read_offset
     int read_fd             # -1: process_vm_readv
     int check_holes
@@ -111,8 +118,9 @@ cdef struct Block:
     uint64_t *done
     uint64_t *noted
     uint64_t *faulted
-    uint64_t *populated     # found populated when RAM was armed
-    uint64_t *written       # noted since; populated or about to be
+    uint64_t *populated
+    uint64_t *fresh         # noted while not populated: to be looked at once protected
+    uint64_t *removed       # dropped while armed: the protection may be gone with the page
 
 cdef struct Run:
     uint64_t first_page
@@ -166,7 +174,9 @@ cdef inline int64_t ring_take(Ring *ring) noexcept nogil:
     return value
 
 cdef inline uint64_t ring_count(Ring *ring) noexcept nogil:
-    return sf_load(&ring.tail) - sf_load(&ring.head)
+    # Head first: what is taken and put in between only makes the count too large.
+    cdef uint64_t head = sf_load(&ring.head)
+    return sf_load(&ring.tail) - head
 
 
 PHASE_ARMED = ARMED         # a write only un-protects and is noted
@@ -185,7 +195,8 @@ cdef class Capture:
     cdef int uffd, stop_fd, pid
     cdef Block *blocks
     cdef uint32_t block_count
-    cdef uint64_t phase, busy, cursor, units_total
+    cdef uint64_t phase, cursor, units_total
+    cdef uint64_t serving, reading  # odd while a fault is served, while messages are read
     cdef uint64_t slab_bytes, max_window_bytes
     cdef Slab *slabs
     cdef uint32_t slab_limit
@@ -200,7 +211,7 @@ cdef class Capture:
     cdef uint64_t pages_done, pages_faulted, pages_zero, pages_data, pages_absent
     cdef uint64_t buckets[BUCKETS]
     cdef int64_t error
-    cdef uint64_t lost_kind, lost_hva, lost_length
+    cdef uint64_t lost_taken, lost_kind, lost_hva, lost_length
     cdef sf_uffd_msg queue[MESSAGES]
     cdef uint32_t queue_head, queue_tail
 
@@ -214,7 +225,7 @@ cdef class Capture:
         self.stop_fd = stop_fd
         self.pid = pid
         self.slab_bytes = slab_bytes
-        self.max_window_bytes = max_window_bytes
+        self.max_window_bytes = min(max_window_bytes, slab_bytes)
         self.current = -1
         self.block_count = len(blocks)
         pthread_mutex_init(&self.worker_lock, NULL)
@@ -227,7 +238,7 @@ cdef class Capture:
         ring_init(&self.full, spill_slabs)
         ring_init(&self.empty, spill_slabs)
         for i in range(self.block_count):
-            hva, pages, page_bytes, read_fd, read_offset, check_holes, idstr = blocks[i]
+            hva, pages, target_pages, page_bytes, read_fd, read_offset, check_holes, idstr = blocks[i]
             if page_bytes & (page_bytes - 1) or page_bytes < TARGET_PAGE or page_bytes > slab_bytes:
                 raise ValueError(f"page size {page_bytes} of block {i}")
             if len(idstr) > 255:
@@ -235,6 +246,7 @@ cdef class Capture:
             b = &self.blocks[i]
             b.hva = hva
             b.pages = pages
+            b.target_pages = target_pages
             b.shift = sf_log2(page_bytes)
             b.read_fd = read_fd
             b.read_offset = read_offset
@@ -245,14 +257,15 @@ cdef class Capture:
             b.units = (b.pages + b.unit - 1) // b.unit
             self.units_total += b.units
             words = (b.pages + 63) // 64 + 1
-            b.claim = <uint64_t *>calloc(words * 6, sizeof(uint64_t))
+            b.claim = <uint64_t *>calloc(words * 7, sizeof(uint64_t))
             if b.claim == NULL:
                 raise MemoryError()
             b.done = b.claim + words
             b.noted = b.done + words
             b.faulted = b.noted + words
             b.populated = b.faulted + words
-            b.written = b.populated + words
+            b.fresh = b.populated + words
+            b.removed = b.fresh + words
 
     def __dealloc__(self):
         cdef uint32_t i
@@ -274,10 +287,16 @@ cdef class Capture:
     def set_section_id(self, uint32_t section_id):
         self.section_id = section_id
 
+    cdef int _check_range(self, uint32_t block, uint64_t first_page, uint64_t pages) except -1:
+        if block >= self.block_count:
+            raise ValueError("no such block")
+        if pages > self.blocks[block].pages or first_page > self.blocks[block].pages - pages:
+            raise ValueError("pages outside the block")
+        return 0
+
     def mark_populated(self, uint32_t block, uint64_t first_page, uint64_t pages):
         cdef uint64_t page
-        if block >= self.block_count or first_page + pages > self.blocks[block].pages:
-            raise ValueError("pages outside the block")
+        self._check_range(block, first_page, pages)
         with nogil:
             page = first_page
             while page < first_page + pages:
@@ -293,17 +312,16 @@ cdef class Capture:
         cdef uint64_t i, page, entry
         cdef uint64_t n = entries.shape[0]
         cdef int step = 0
-        if block >= self.block_count:
-            raise ValueError("no such block")
+        self._check_range(block, first_page, 0)
         step = self.blocks[block].shift - 12
-        if first_page + (n >> step) > self.blocks[block].pages:
-            raise ValueError("pages outside the block")
+        self._check_range(block, first_page, (n + (1 << step) - 1) >> step)
         with nogil:
             for i in range(n):
                 entry = entries[i]
                 # Present, or in swap, or just being migrated. Our own protection of an
-                # empty page shows as swap type 31 (SWP_PTE_MARKER) where types are shown.
-                if entry >> 63 or ((entry >> 62) & 1 and entry & 31 != 31):
+                # empty page shows as protected (bit 57) and swap type 31 (SWP_PTE_MARKER)
+                # where types are shown; the marker of a poisoned page is not protected.
+                if entry >> 63 or ((entry >> 62) & 1 and (entry & 31 != 31 or not (entry >> 57) & 1)):
                     page = first_page + (i >> step)
                     self.blocks[block].populated[page >> 6] |= (<uint64_t>1) << (page & 63)
 
@@ -323,9 +341,15 @@ cdef class Capture:
                 self.slab_limit = self.slabs_grown   # no memory: the spill ends here
                 return
             self.slabs[self.slabs_grown].data = data
-            ring_put(&self.empty, self.slabs_grown)
-            self.slabs_grown += 1
+            # Counted before it can be taken, so the used ones never come out negative.
+            sf_store(&self.slabs_grown, self.slabs_grown + 1)
+            ring_put(&self.empty, <uint32_t>self.slabs_grown - 1)
             slabs -= 1
+
+    cdef uint64_t _slabs_used(self) noexcept nogil:
+        cdef uint64_t vacant = ring_count(&self.empty)
+        cdef uint64_t grown = sf_load(&self.slabs_grown)
+        return grown - min(vacant, grown)
 
     # --- protection -----------------------------------------------------------
 
@@ -341,13 +365,16 @@ cdef class Capture:
 
     def protect(self, uint32_t block, uint64_t first_page, uint64_t pages):
         cdef int rc
+        self._check_range(block, first_page, pages)
         with nogil:
             rc = self._protect(&self.blocks[block], first_page, pages, 1)
         return rc
 
     def unregister(self, uint32_t block, uint64_t first_page, uint64_t pages):
         cdef int rc
-        cdef Block *b = &self.blocks[block]
+        cdef Block *b
+        self._check_range(block, first_page, pages)
+        b = &self.blocks[block]
         with nogil:
             rc = sf_unregister(self.uffd, b.hva + (first_page << b.shift), pages << b.shift)
         return rc
@@ -358,6 +385,7 @@ cdef class Capture:
         cdef int rc = 0
         cdef uint32_t i
         with nogil:
+            self._await(&self.serving)      # a fault of before the stop is of before the stop
             for i in range(self.block_count):
                 rc = self._protect_noted_block(&self.blocks[i], &total)
                 if rc < 0:
@@ -370,12 +398,17 @@ cdef class Capture:
         cdef uint64_t word, bits, page, start = 0, end = 0
         cdef int rc
         for word in range((b.pages + 63) >> 6):
-            if sf_load(&b.noted[word]) == 0:
+            if (sf_load(&b.noted[word]) | sf_load(&b.removed[word])) == 0:
                 continue
             # Taken before it is protected: a write after the ioctl faults and notes anew.
             bits = sf_exchange(&b.noted[word], 0)
-            b.written[word] |= bits
             total[0] += sf_popcount(bits)
+            # Dropped pages stay in `removed`: the drop itself may come after this pass.
+            bits |= sf_load(&b.removed[word])
+            if b.check_holes:
+                b.fresh[word] |= (bits & ~b.populated[word]) | sf_load(&b.removed[word])
+            else:
+                b.populated[word] |= bits
             while bits:
                 page = (word << 6) + sf_ctz(bits)
                 bits &= bits - 1
@@ -389,8 +422,27 @@ cdef class Capture:
                 start = page
                 end = page + 1
         if end:
-            return self._protect(b, start, end - start, 1)
+            rc = self._protect(b, start, end - start, 1)
+            if rc < 0:
+                return rc
+        if b.check_holes:
+            self._look_at_fresh(b)
         return 0
+
+    cdef void _look_at_fresh(self, Block *b) noexcept nogil:
+        """Un-protected is not yet written: a page that is still a hole, protected again, has
+        never been populated, and its hole must not count as RAM that was dropped."""
+        cdef uint64_t word, bits, page
+        for word in range((b.pages + 63) >> 6):
+            bits = b.fresh[word]
+            b.fresh[word] = 0
+            while bits:
+                page = (word << 6) + sf_ctz(bits)
+                if sf_has_hole(b.read_fd, b.read_offset + (page << b.shift), (<uint64_t>1) << b.shift):
+                    b.populated[word] &= ~(bits & (~bits + 1))
+                else:
+                    b.populated[word] |= bits & (~bits + 1)
+                bits &= bits - 1
 
     def noted_runs(self, uint32_t most=4096):
         """Runs (block, first page, pages) noted and not yet protected again."""
@@ -418,8 +470,18 @@ cdef class Capture:
         with nogil:
             sf_store_sc(&self.phase, phase)
             sf_futex_wake(&self.freed)
-            while sf_load_sc(&self.busy):
-                sched_yield()
+            self._await(&self.serving)
+            self._await(&self.reading)
+
+    def await_fault(self):
+        """Wait until the fault that is being served now, if any, has been served."""
+        with nogil:
+            self._await(&self.serving)
+
+    cdef void _await(self, const uint64_t *sequence) noexcept nogil:
+        cdef uint64_t seen = sf_load_sc(sequence)
+        while seen & 1 and sf_load_sc(sequence) == seen:
+            sched_yield()
 
     # --- capture: shared by the fault thread and the sweep ------------------------
 
@@ -428,12 +490,12 @@ cdef class Capture:
             self.error = error
 
     cdef void _lost(self, uint64_t kind, uint64_t hva, uint64_t length) noexcept nogil:
-        if self.lost_kind == 0:
+        if sf_exchange(&self.lost_taken, 1) == 0:
             self.lost_hva = hva
             self.lost_length = length
-            self.lost_kind = kind
+            sf_store(&self.lost_kind, kind)
 
-    cdef int _copy(self, Block *b, uint64_t first, uint64_t pages, uint8_t *to, bint known) noexcept nogil:
+    cdef int _copy(self, Block *b, uint64_t first, uint64_t pages, uint8_t *to) noexcept nogil:
         cdef uint64_t length = pages << b.shift
         cdef uint64_t offset = first << b.shift
         cdef uint64_t got = 0
@@ -445,23 +507,27 @@ cdef class Capture:
                 n = sf_read_process(self.pid, to + got, b.hva + offset + got, length - got)
             if n == -EINTR:
                 continue
+            if n == -EFAULT or (n == 0 and b.read_fd >= 0):
+                # Nothing is mapped there any more, or its file was cut off.
+                self._lost(GONE_UNMAPPED if n else GONE_HOLE, b.hva + offset + got, length - got)
+                return 0
             if n <= 0:
                 return <int>n if n < 0 else -EIO
             got += n
-        if known and b.check_holes:
-            # These pages were populated when RAM was armed; a hole means that they were
+        if b.check_holes:
+            # These pages were populated at the instant; a hole means that they were
             # punched out before the copy, so zeros would be silently wrong.
             if sf_has_hole(b.read_fd, b.read_offset + offset, length):
                 self._lost(GONE_HOLE, b.hva + offset, length)
         return 0
 
-    cdef void _append(self, Slab *slab, uint32_t block, uint64_t first, uint64_t pages, int kind, bint known) noexcept nogil:
+    cdef void _append(self, Slab *slab, uint32_t block, uint64_t first, uint64_t pages, int kind) noexcept nogil:
         cdef Block *b = &self.blocks[block]
         cdef Run *last
         cdef uint64_t at = slab.used
         cdef int rc
         if kind == KIND_DATA:
-            rc = self._copy(b, first, pages, slab.data + at, known)
+            rc = self._copy(b, first, pages, slab.data + at)
             if rc < 0:
                 self._fail(rc)
             slab.used += pages << b.shift
@@ -481,31 +547,40 @@ cdef class Capture:
         last.data_offset = at
         slab.runs += 1
 
-    cdef void _unprotect(self, Block *b, uint64_t first, uint64_t pages, bint by_fault) noexcept nogil:
+    cdef int _unprotect(self, Block *b, uint64_t first, uint64_t pages, bint by_fault) noexcept nogil:
         cdef int rc, tries = 0
         if self.uffd < 0:
-            return                      # the guest stands still, nothing is protected
+            return 0                    # the guest stands still, nothing is protected
         while True:
             rc = sf_writeprotect(self.uffd, b.hva + (first << b.shift), pages << b.shift, 0)
-            if rc == -EAGAIN and tries < 100000:
-                tries += 1
-                if by_fault:
-                    self._pump()        # nobody else reads the event that is in the way
-                sched_yield()
-                continue
-            break
+            if rc != -EAGAIN:
+                break
+            # An event is in the way, which only the fault thread reads. The sweep need not
+            # wait for that: its pages are done, and the next write to one comes as a fault.
+            tries += 1
+            if tries == (100000 if by_fault else SWEEP_TRIES):
+                break
+            if by_fault:
+                self._pump()
+            sched_yield()
         if rc == -ENOENT:
             sf_wake(self.uffd, b.hva + (first << b.shift), pages << b.shift)
-        elif rc < 0:
+        elif rc < 0 and (by_fault or rc != -EAGAIN):
             self._fail(rc)
+        return rc
+
+    cdef void _release_captured(self, Block *b, uint64_t first, uint64_t pages, bint by_fault) noexcept nogil:
+        # Not registered any more: something else was mapped over it, so what was copied may
+        # be of that. (When we give up we unregister it ourselves.)
+        if self._unprotect(b, first, pages, by_fault) == -ENOENT and sf_load_sc(&self.phase) == ACTIVE:
+            self._lost(GONE_UNMAPPED, b.hva + (first << b.shift), pages << b.shift)
 
     cdef uint64_t _capture_range(self, uint32_t block, uint64_t first, uint64_t pages,
                                  Slab *slab, bint by_fault) noexcept nogil:
         """Claim, copy, mark done, un-protect; returns how many pages were won."""
         cdef Block *b = &self.blocks[block]
         cdef uint64_t page = first, end = first + pages
-        cdef uint64_t word, mask, won, alike, at, run, total = 0
-        cdef bint known
+        cdef uint64_t word, mask, won, there, at, run, total = 0
         cdef uint64_t open_start = 0, open_end = 0
         cdef int low, kind
         while page < end:
@@ -520,15 +595,12 @@ cdef class Capture:
             mask = won
             while mask:
                 at = sf_ctz(mask)
-                known = (b.populated[word] >> at) & 1
-                kind = KIND_DATA if known or (b.written[word] >> at) & 1 else KIND_ZERO
-                alike = b.populated[word] if known else ~b.populated[word]
-                if not known:
-                    alike &= b.written[word] if kind == KIND_DATA else ~b.written[word]
+                kind = KIND_DATA if (b.populated[word] >> at) & 1 else KIND_ZERO
                 run = 1
-                while at + run < 64 and (mask >> (at + run)) & 1 and (alike >> (at + run)) & 1:
+                there = b.populated[word] if kind == KIND_DATA else ~b.populated[word]
+                while at + run < 64 and (mask >> (at + run)) & 1 and (there >> (at + run)) & 1:
                     run += 1
-                self._append(slab, block, (word << 6) + at, run, kind, known)
+                self._append(slab, block, (word << 6) + at, run, kind)
                 if at + run == 64:
                     mask = 0
                 else:
@@ -538,6 +610,8 @@ cdef class Capture:
             total += sf_popcount(won)
             if by_fault:
                 sf_fetch_or(&b.faulted[word], won)
+            else:
+                self._await(&self.reading)      # see the top of this file
             # Release: a loser that sees `done` may un-protect; the copy is complete.
             sf_fetch_or(&b.done[word], won)
             mask = won
@@ -550,7 +624,7 @@ cdef class Capture:
                     open_end += run
                 else:
                     if open_end:
-                        self._unprotect(b, open_start, open_end - open_start, by_fault)
+                        self._release_captured(b, open_start, open_end - open_start, by_fault)
                     open_start = (word << 6) + at
                     open_end = open_start + run
                 if at + run == 64:
@@ -558,7 +632,7 @@ cdef class Capture:
                 else:
                     mask &= ~<uint64_t>0 << (at + run)
         if open_end:
-            self._unprotect(b, open_start, open_end - open_start, by_fault)
+            self._release_captured(b, open_start, open_end - open_start, by_fault)
         sf_fetch_add(&self.pages_done, total << (b.shift - 12))
         return total
 
@@ -572,8 +646,12 @@ cdef class Capture:
         return rc
 
     cdef int _pump(self) noexcept nogil:
+        """Read what there is: faults are queued, events are handled at once."""
         cdef int64_t n
-        cdef uint32_t i
+        cdef uint32_t i, count
+        cdef int rc = 0
+        cdef uint64_t phase
+        cdef sf_uffd_msg *msg
         if self.queue_head:
             for i in range(self.queue_head, self.queue_tail):
                 self.queue[i - self.queue_head] = self.queue[i]
@@ -581,16 +659,32 @@ cdef class Capture:
             self.queue_head = 0
         if self.queue_tail == MESSAGES:
             return 0
+        # reading before phase, both sequentially consistent: see set_phase.
+        sf_store_sc(&self.reading, self.reading + 1)
+        phase = sf_load_sc(&self.phase)
         n = read(self.uffd, &self.queue[self.queue_tail], (MESSAGES - self.queue_tail) * sizeof(sf_uffd_msg))
         if n < 0:
-            return 0 if errno == EAGAIN or errno == EINTR else -errno
-        self.queue_tail += <uint32_t>(n // <int64_t>sizeof(sf_uffd_msg))
-        return 0
+            rc = 0 if errno == EAGAIN or errno == EINTR else -errno
+            n = 0
+        count = <uint32_t>(n // <int64_t>sizeof(sf_uffd_msg))
+        msg = &self.queue[self.queue_tail]
+        for i in range(count):
+            if msg[i].event == EVENT_PAGEFAULT:
+                self.queue[self.queue_tail] = msg[i]
+                self.queue_tail += 1
+            elif msg[i].event == EVENT_REMOVE:
+                self._range_gone(phase, GONE_REMOVED, msg[i].arg0, msg[i].arg1)
+            elif msg[i].event == EVENT_UNMAP:
+                self._range_gone(phase, GONE_UNMAPPED, msg[i].arg0, msg[i].arg1)
+            elif msg[i].event == EVENT_REMAP:
+                self._range_gone(phase, GONE_UNMAPPED, msg[i].arg0, msg[i].arg0 + msg[i].arg2)
+        sf_store_sc(&self.reading, self.reading + 1)
+        return rc
 
     cdef int _fault_loop(self) noexcept nogil:
         cdef pollfd fds[2]
         cdef int rc
-        cdef sf_uffd_msg msg
+        cdef uint64_t address
         while True:
             if self.queue_head == self.queue_tail:
                 rc = self._pump()
@@ -614,40 +708,44 @@ cdef class Capture:
                     self._fail(-ESRCH)
                     return -ESRCH
                 continue
-            msg = self.queue[self.queue_head]
+            address = self.queue[self.queue_head].arg1
             self.queue_head += 1
-            # busy before phase, both sequentially consistent: see set_phase.
+            # serving before phase, both sequentially consistent: see set_phase.
             while True:
-                sf_store_sc(&self.busy, 1)
+                sf_store_sc(&self.serving, self.serving + 1)
                 if sf_load_sc(&self.phase) != HOLD:
                     break
-                sf_store_sc(&self.busy, 0)
+                sf_store_sc(&self.serving, self.serving + 1)
+                self._pump()            # an unread event would keep us from protecting
                 sched_yield()
-            if msg.event == EVENT_PAGEFAULT:
-                self._fault(msg.arg1)
-            elif msg.event == EVENT_REMOVE:
-                self._range_gone(GONE_REMOVED, msg.arg0, msg.arg1)
-            elif msg.event == EVENT_UNMAP:
-                self._range_gone(GONE_UNMAPPED, msg.arg0, msg.arg1)
-            elif msg.event == EVENT_REMAP:
-                self._range_gone(GONE_UNMAPPED, msg.arg0, msg.arg0 + msg.arg2)
-            sf_store_sc(&self.busy, 0)
+            self._fault(address)
+            sf_store_sc(&self.serving, self.serving + 1)
 
-    cdef void _range_gone(self, uint64_t kind, uint64_t start, uint64_t end) noexcept nogil:
-        """RAM was dropped or unmapped behind us: wrong only for pages not yet copied."""
+    cdef void _range_gone(self, uint64_t phase, uint64_t kind, uint64_t start, uint64_t end) noexcept nogil:
+        """RAM is dropped or was unmapped behind us: wrong only for pages not yet copied."""
         cdef uint32_t i
-        cdef uint64_t low, high, page
+        cdef uint64_t low, high, page, first, last, mask
         cdef Block *b
+        if phase == RELEASE:
+            return
         for i in range(self.block_count):
             b = &self.blocks[i]
             low = max(start, b.hva)
             high = min(end, b.hva + (b.pages << b.shift))
             if low >= high:
                 continue
-            if self.phase == ARMED and kind == GONE_REMOVED:
-                continue                # before the instant: the guest gave the pages up
-            for page in range((low - b.hva) >> b.shift, ((high - 1 - b.hva) >> b.shift) + 1):
-                if not (sf_load(&b.done[page >> 6]) >> (page & 63)) & 1 and (b.populated[page >> 6] >> (page & 63)) & 1:
+            first = (low - b.hva) >> b.shift
+            last = (high - 1 - b.hva) >> b.shift
+            if phase == HOLD or (phase == ARMED and kind != GONE_REMOVED):
+                self._lost(kind, low, high - low)
+                return
+            for page in range(first, last + 1):
+                mask = (<uint64_t>1) << (page & 63)
+                if phase == ARMED:
+                    # Before the instant the guest may give pages up; but with an anonymous
+                    # page its protection goes too, so it is protected anew at the instant.
+                    sf_fetch_or(&b.removed[page >> 6], mask)
+                elif not sf_load(&b.done[page >> 6]) & mask and b.populated[page >> 6] & mask:
                     self._lost(kind, b.hva + (page << b.shift), high - b.hva - (page << b.shift))
                     return
 
@@ -700,17 +798,15 @@ cdef class Capture:
         return min(BUCKETS - 1, ((exponent - 2) << 3) + ((ns >> (exponent - 3)) & 7))
 
     cdef void _note(self, Block *b, uint64_t page) noexcept nogil:
-        cdef uint64_t pages = ARMED_WINDOW, word, mask
-        page &= ~<uint64_t>(ARMED_WINDOW - 1)
-        if b.shift > 12:
-            pages = 1
-        if page + pages > b.pages:
-            pages = b.pages - page
-        word = page >> 6
-        mask = (((<uint64_t>1) << pages) - 1) << (page & 63)
-        # Noted before it is un-protected: no write can come in between unseen.
-        sf_fetch_or(&b.noted[word], mask)
+        cdef uint64_t pages = 1
+        if b.shift == 12:
+            page &= ~<uint64_t>(ARMED_WINDOW - 1)
+            pages = min(ARMED_WINDOW, b.pages - page)
+        # Noted after it is un-protected: protect_noted may take the note and protect the
+        # page at any moment, and an un-protect after that would go unseen. A write in
+        # between is not missed either, as set_phase waits for this function's end.
         self._unprotect(b, page, pages, True)
+        sf_fetch_or(&b.noted[page >> 6], (((<uint64_t>1) << pages) - 1) << (page & 63))
         self.armed_faults += 1
 
     cdef void _window(self, Block *b, uint64_t page, uint64_t *first, uint64_t *pages) noexcept nogil:
@@ -761,6 +857,7 @@ cdef class Capture:
                 index = ring_take(&self.empty)
                 if index >= 0 or sf_load_sc(&self.phase) == RELEASE:
                     break
+                self._pump()            # who waits for an event to be read may be in our way
                 sf_futex_wait(&self.freed, seen, 10000000)
             sf_store(&self.waiting, 0)
             self.stall_ns += sf_now_ns() - began
@@ -769,7 +866,7 @@ cdef class Capture:
         self.current = index
         slab = &self.slabs[index]
         slab.used = slab.absent = slab.runs = 0
-        used = self.slabs_grown - ring_count(&self.empty)
+        used = self._slabs_used()
         if used > self.spill_peak:
             self.spill_peak = used
         return slab
@@ -784,11 +881,10 @@ cdef class Capture:
 
     cdef int64_t _take_full(self, bint always) noexcept nogil:
         cdef int64_t index = -1
-        cdef uint64_t used, vacant
+        cdef uint64_t used
         pthread_mutex_lock(&self.worker_lock)
-        vacant = ring_count(&self.empty)
-        used = self.slabs_grown - vacant
-        if vacant < GROW_SLABS:
+        used = self._slabs_used()
+        if self.slabs_grown - used < GROW_SLABS:
             self._grow(GROW_SLABS)
             if sf_load(&self.waiting):
                 sf_bump(&self.freed)
@@ -859,7 +955,7 @@ cdef class Capture:
             "fault_max_us": self.fault_max_ns / 1000.0,
             "stall_ms": self.stall_ns / 1e6,
             "stalls": self.stalls,
-            "spill_used_bytes": (self.slabs_grown - ring_count(&self.empty)) * self.slab_bytes,
+            "spill_used_bytes": self._slabs_used() * self.slab_bytes,
             "spill_peak_bytes": self.spill_peak * self.slab_bytes,
             "pages_done": self.pages_done,
             "pages_faulted": self.pages_faulted,
@@ -951,8 +1047,9 @@ cdef class Worker:
         for i in range(slab.runs):
             run = &slab.run[i]
             b = &self.capture.blocks[run.block]
-            total = (<uint64_t>run.pages) << (b.shift - 12)
             offset = run.first_page << b.shift
+            total = (<uint64_t>run.pages) << (b.shift - 12)
+            total = min(total, b.target_pages - min(b.target_pages, offset >> 12))
             page = slab.data + run.data_offset
             for n in range(total):
                 kind = KIND_ZERO

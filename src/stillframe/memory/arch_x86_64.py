@@ -21,9 +21,10 @@ _SYS_RESTART_SYSCALL = 219
 
 _REGISTERS = struct.Struct("=27Q")
 _NAMES = (
-    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss "
-    "fs_base gs_base ds es fs gs"
-).split()
+    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8"),
+    *("rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss"),
+    *("fs_base", "gs_base", "ds", "es", "fs", "gs"),
+)
 _RED_ZONE_BYTES = 128
 _U64 = (1 << 64) - 1
 _ERESTARTSYS, _ERESTARTNOINTR, _ERESTARTNOHAND, _ERESTART_RESTARTBLOCK = 512, 513, 514, 516
@@ -135,11 +136,28 @@ def safety_frame(
     frame = struct.pack("=Q", restorer)
     frame += struct.pack("=QQ", _UC_FLAGS, 0)
     frame += struct.pack("=QiiQ", 0, _SS_FLAGS_INVALID, 0, 0)
-    names = "r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip eflags".split()
+    names = [
+        "r8",
+        "r9",
+        "r10",
+        "r11",
+        "r12",
+        "r13",
+        "r14",
+        "r15",
+        "rdi",
+        "rsi",
+        "rbp",
+        "rbx",
+        "rdx",
+        "rax",
+        "rcx",
+        "rsp",
+        "rip",
+        "eflags",
+    ]
     frame += struct.pack("=18Q", *(back[name] & _U64 for name in names))
-    frame += struct.pack(
-        "=HHHH", back["cs"], back["gs"] & 0xFFFF, back["fs"] & 0xFFFF, back["ss"]
-    )
+    frame += struct.pack("=HHHH", back["cs"], back["gs"] & 0xFFFF, back["fs"] & 0xFFFF, back["ss"])
     frame += struct.pack("=QQQQ", 0, 0, 0, 0)  # err, trapno, oldmask, cr2
     frame += struct.pack("=Q64x", fp_address)
     frame += struct.pack("=Q", signal_mask)

@@ -97,9 +97,7 @@ class RemoteSyscalls:
     def call(self, number: int, *arguments: int) -> int:
         """Run one system call in the process; returns its result, or -errno."""
         thread = self._require()
-        registers = arch.call_registers(
-            self._before, self._gadget, self._stack, number, arguments
-        )
+        registers = arch.call_registers(self._before, self._gadget, self._stack, number, arguments)
         # Registers first: from here on the frame brings the thread back by itself, with
         # its signal mask, so blocking the signals after this cannot outlive us.
         thread.set_registers(arch.pack_registers(registers))
@@ -219,5 +217,3 @@ def _refuse_shadow_stack(pid: int) -> None:
             why="attaching through a signal frame would be stopped by it",
             remedy="start the VM with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or --mode stop",
         )
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+from pathlib import Path
 
 from stillframe.errors import HostError
 from stillframe.memory._capture import Capture
@@ -27,14 +28,37 @@ def mark_populated(
     Args:
         file_fd: our own descriptor of the file behind the block, if it has one.
     """
-    if block.backing == "hugetlbfs":
-        # SEEK_DATA knows no holes here, and pread of a hole gives zeros without filling it.
+    if block.shared and (file_fd is None or block.backing == "hugetlbfs"):
+        # hugetlbfs: SEEK_DATA knows no holes here, and pread of a hole gives zeros without
+        # filling it. No file: nobody can tell what other mappings have populated.
         capture.mark_populated(index, 0, block.pages)
         return
-    if file_fd is not None:
+    if block.backing == "hugetlbfs" and file_fd is not None and os.fstat(file_fd).st_blocks:
+        # A private mapping shows the file's pages where it has none of its own.
+        capture.mark_populated(index, 0, block.pages)
+        return
+    if file_fd is not None and block.backing != "hugetlbfs":
         _from_file(capture, index, block, file_fd)
     if not block.shared:
         _from_pagemap(capture, index, block, pid)
+
+
+def file_behind(block: RamBlock, pid: int) -> str:
+    """Path under /proc of the file that a block maps; for memory that the VMM keeps no
+    descriptor of (shared and anonymous), the mapping's own (proc(5): map_files).
+
+    Raises:
+        OSError: the process is gone, or may not be inspected.
+    """
+    if block.backing_fd is not None:
+        return f"/proc/{pid}/fd/{block.backing_fd}"
+    with Path(f"/proc/{pid}/maps").open() as maps:
+        for line in maps:
+            mapped = line.split(maxsplit=1)[0]
+            low, high = (int(part, 16) for part in mapped.split("-"))
+            if low <= block.hva < high:
+                return f"/proc/{pid}/map_files/{mapped}"
+    raise FileNotFoundError(errno.ENOENT, "nothing is mapped there")
 
 
 def _from_file(capture: Capture, index: int, block: RamBlock, fd: int) -> None:

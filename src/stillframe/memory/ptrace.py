@@ -69,9 +69,7 @@ class TracedThread:
         number = ctypes.get_errno()
         if result == -1 and number:
             if number == errno.ESRCH:
-                raise MachineError(
-                    f"thread {self.tid} of the VM is gone", guest_state="unknown"
-                )
+                raise MachineError(f"thread {self.tid} of the VM is gone", guest_state="unknown")
             raise HostError(
                 f"attaching to the VM's thread {self.tid} is not possible",
                 why=os.strerror(number),

@@ -12,21 +12,24 @@ writable and nobody waiting.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from stillframe.errors import HostError, InternalError, MachineError, SnapshotFailed
 from stillframe.memory import _capture
-from stillframe.memory.population import mark_populated
+from stillframe.memory.population import file_behind, mark_populated
 from stillframe.memory.userfaultfd import Userfaultfd
 from stillframe.model import RamBlock, StoppedWrite
 
 SLAB_BYTES = 1 << 20
 MOST_PAGE_BYTES = 64 << 20
 """Larger huge pages would stall the guest for too long at each fault."""
+_TARGET_PAGE_BYTES = 4096
 _MAX_WINDOW_BYTES = 1 << 20
 _PROTECT_STEP_BYTES = 64 << 20
 _UNREGISTER_STEP_BYTES = 16 << 20
@@ -81,6 +84,7 @@ class RamCapture:
                 (
                     block.hva,
                     block.pages,
+                    -(-block.used_length_bytes // _TARGET_PAGE_BYTES),
                     block.page_size_bytes,
                     # Private memory is only in the VMM's page tables, so read it there.
                     fd if fd is not None and block.shared else -1,
@@ -94,18 +98,20 @@ class RamCapture:
             spill_slabs=self._spill_bytes // self._slab_bytes,
             max_window_bytes=_MAX_WINDOW_BYTES,
         )
-        self._core.grow_spill(max(2, min(self._spill_bytes, _FIRST_SPILL_BYTES) // self._slab_bytes))
+        self._core.grow_spill(
+            max(2, min(self._spill_bytes, _FIRST_SPILL_BYTES) // self._slab_bytes)
+        )
 
     @property
     def spill_bytes(self) -> int:
         return self._spill_bytes
 
     def _open_file(self, block: RamBlock) -> int | None:
-        if block.backing_fd is None:
+        if not block.shared and block.backing_fd is None and block.backing_path is None:
             return None
         try:
             # Opened anew: a duplicate would share the VMM's file position.
-            fd = os.open(f"/proc/{self._pid}/fd/{block.backing_fd}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(file_behind(block, self._pid), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise HostError(
                 f"the memory behind {block.idstr} cannot be opened",
@@ -131,10 +137,8 @@ class RamCapture:
         self._thread.start()
 
     def _serve(self) -> None:
-        try:
+        with contextlib.suppress(PermissionError):  # else served at normal priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _FAULT_THREAD_NICE)
-        except PermissionError:
-            pass  # faults are served at normal priority
         if self._core.fault_loop() < 0:
             self._on_end()
 
@@ -239,11 +243,14 @@ class RamCapture:
                 return f"{block.idstr} at offset {hva - block.hva:#x}"
         return f"address {hva:#x}"
 
-    def statistics(self) -> dict[str, object]:
+    def statistics(self) -> dict[str, Any]:
         return self._core.statistics()
 
     def finish(self) -> None:
-        """After the workers found nothing more: end the protection, then the fault thread."""
+        """After all workers found nothing more: end the protection, then the fault thread."""
+        # Every page is claimed by now, and done but for those of one fault under way:
+        # unregistering would wake its writer in the middle of the copy.
+        self._core.await_fault()
         self._unregister()
         self._stop_thread()
         self._core.flush()
@@ -272,6 +279,7 @@ class RamCapture:
 
     def close(self) -> None:
         """Close the userfaultfd and everything else; the kernel wakes whoever still waits."""
+        self._core.set_phase(_capture.PHASE_RELEASE)  # else the thread may wait for room
         self._stop_thread()
         if self._uffd is not None:
             self._uffd.close()

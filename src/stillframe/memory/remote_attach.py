@@ -115,9 +115,11 @@ def _create(pid: int, call: int, arguments: tuple[int, ...]) -> Userfaultfd:
             )
             theirs = remote.call(call, *arguments)
             if theirs < 0:
-                error = host_error_for(-theirs)
-                error.guest_state = "running"
-                raise _NotPermitted(error) if -theirs in (errno.EPERM, errno.EACCES) else error
+                failure = host_error_for(-theirs)
+                failure.guest_state = "running"
+                if -theirs in (errno.EPERM, errno.EACCES):
+                    raise _NotPermitted(failure)
+                raise failure
             try:
                 ours = _fetch(pidfd, theirs)
             finally:

@@ -31,12 +31,12 @@ def allows(program: bytes, call: int, arguments: tuple[int, ...] = (), pointer: 
     data = struct.pack("=IIQ6Q", call, AUDIT_ARCH_X86_64, pointer, *padded)
     try:
         action = _run(program, data) & _ACTION_MASK
-    except (_UnknownInstruction, struct.error, IndexError, ZeroDivisionError):
+    except (_UnknownInstructionError, struct.error, IndexError, ZeroDivisionError):
         return False
     return action in (_ACTION_ALLOW, _ACTION_LOG)
 
 
-class _UnknownInstruction(Exception):
+class _UnknownInstructionError(Exception):
     pass
 
 
@@ -71,7 +71,7 @@ def _run(program: bytes, data: bytes) -> int:
         elif code & 0xF8 == 0x80:  # MISC TXA
             accumulator = index
         else:
-            raise _UnknownInstruction(code)
+            raise _UnknownInstructionError(code)
 
 
 def _load(code: int, k: int, memory: list[int], data: bytes) -> int:
@@ -84,7 +84,7 @@ def _load(code: int, k: int, memory: list[int], data: bytes) -> int:
         return memory[k]
     if mode == 0x80:  # LEN
         return len(data)
-    raise _UnknownInstruction(code)
+    raise _UnknownInstructionError(code)
 
 
 def _alu(operation: int, left: int, right: int) -> int:
@@ -103,7 +103,7 @@ def _alu(operation: int, left: int, right: int) -> int:
         0xA0: lambda: left ^ right,
     }
     if operation not in results:
-        raise _UnknownInstruction(operation)
+        raise _UnknownInstructionError(operation)
     return results[operation]() & _U32
 
 
@@ -116,4 +116,4 @@ def _jump(operation: int, left: int, right: int) -> bool:
         return left >= right
     if operation == 0x40:
         return bool(left & right)
-    raise _UnknownInstruction(operation)
+    raise _UnknownInstructionError(operation)

@@ -80,9 +80,7 @@ class Userfaultfd:
             BusyError: the range belongs to another userfaultfd already.
             HostError: this kind of memory cannot be write-protected.
         """
-        argument = bytearray(
-            abi.REGISTER_STRUCT.pack(hva, length_bytes, abi.REGISTER_MODE_WP, 0)
-        )
+        argument = bytearray(abi.REGISTER_STRUCT.pack(hva, length_bytes, abi.REGISTER_MODE_WP, 0))
         try:
             fcntl.ioctl(self._fd, abi.UFFDIO_REGISTER, argument)
         except OSError as error:

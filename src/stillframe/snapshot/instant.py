@@ -36,9 +36,7 @@ class _Laps:
         return passed
 
 
-def take_instant(
-    machine: Machine, guard: Guard, ram: RamCapture, *, was_running: bool
-) -> Instant:
+def take_instant(machine: Machine, guard: Guard, ram: RamCapture, *, was_running: bool) -> Instant:
     """Stop the guest, fix the instant, let it go on.
 
     Args:
@@ -63,9 +61,7 @@ def take_instant(
     return instant
 
 
-def _in_downtime(
-    machine: Machine, ram: RamCapture, was_running: bool
-) -> Instant:
+def _in_downtime(machine: Machine, ram: RamCapture, was_running: bool) -> Instant:
     laps = _Laps()
     if was_running:
         machine.stop()

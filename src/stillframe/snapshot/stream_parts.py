@@ -63,9 +63,7 @@ class StreamParts:
                 stream.ram_end_section(self.section_id),
                 *(section.raw for section in self._sections if not is_early(section)),
                 stream.eof(),
-                stream.vmdescription(
-                    describe(self._sections, target_page_bytes=TARGET_PAGE_BYTES)
-                ),
+                stream.vmdescription(describe(self._sections, target_page_bytes=TARGET_PAGE_BYTES)),
             )
         )
 

@@ -19,7 +19,7 @@ from stillframe.snapshot.bandwidth import BandwidthLimit
 from stillframe.snapshot.encoders import Encoders, worker_count
 from stillframe.snapshot.exclusive import VmLock
 from stillframe.snapshot.guard import Guard
-from stillframe.snapshot.instant import Instant, take_instant
+from stillframe.snapshot.instant import take_instant
 from stillframe.snapshot.job import JobControl
 from stillframe.snapshot.options import SnapshotOptions
 from stillframe.snapshot.stopped import hold_still

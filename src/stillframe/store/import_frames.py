@@ -10,16 +10,16 @@ from typing import Final, Self
 
 from stillframe.errors import InternalError
 from stillframe.store.frames import FRAME_RAW_TARGET_BYTES, EncodedFrame
-from stillframe.store.index import KIND_DATA, KIND_ZERO, ZERO_RECORD_BYTES, PageRun
+from stillframe.store.index import KIND_DATA, KIND_ZERO, WORD_BYTES, ZERO_RECORD_BYTES, PageRun
 from stillframe.store.writer import SnapshotWriter
 from stillframe.vmstate import writer as stream_writer
+from stillframe.vmstate.devices import encode_name
 from stillframe.vmstate.wire import RamFlag
 
 _WORKERS: Final = 2
 _WORD = struct.Struct(">Q")
-_ZERO_RECORD = struct.Struct(">QB")
-_NEXT_PAGE = int(RamFlag.PAGE | RamFlag.CONTINUE)
-_NEXT_ZERO = int(RamFlag.ZERO | RamFlag.CONTINUE)
+_FLAGS: Final = {KIND_DATA: RamFlag.PAGE.value, KIND_ZERO: RamFlag.ZERO.value}
+_CONTINUE: Final = RamFlag.CONTINUE.value
 
 
 class FrameBuilder:
@@ -39,7 +39,9 @@ class FrameBuilder:
         self._plain = bytearray()
         self._ram = bytearray()
         self._runs: list[PageRun] = []
-        self._names: list[str] = []
+        self._names: list[bytes] = []
+        self._next_name: bytes | None = None
+        self._flag = 0
         self._page_bytes = 0
 
     def __enter__(self) -> Self:
@@ -55,7 +57,7 @@ class FrameBuilder:
 
     def set_blocks(self, names: list[str], page_bytes: int) -> None:
         """Name the RAM blocks, before any page."""
-        self._names = names
+        self._names = [bytes((len(name),)) + encode_name(name) for name in names]
         self._page_bytes = page_bytes
 
     def add_stream(self, piece: bytes) -> None:
@@ -76,17 +78,15 @@ class FrameBuilder:
             SinkError: the destination cannot take a frame.
         """
         page_bytes = self._page_bytes
-        if len(self._ram) + len(data) > FRAME_RAW_TARGET_BYTES * 5 // 4:
-            self._end_ram()
-        self._begin_run(block, offset_bytes, len(data) // page_bytes, KIND_DATA)
-        self._ram += stream_writer.ram_page_record(
-            offset_bytes, data[:page_bytes], block=self._names[block]
-        )
-        pieces: list[bytes] = []
-        for start in range(page_bytes, len(data), page_bytes):
-            pieces.append(_WORD.pack(offset_bytes + start | _NEXT_PAGE))
-            pieces.append(data[start : start + page_bytes])
-        self._ram += b"".join(pieces)
+        start = 0
+        while start < len(data):
+            pages = self._room(WORD_BYTES + page_bytes, (len(data) - start) // page_bytes)
+            self._begin_run(block, offset_bytes + start, pages, KIND_DATA)
+            pieces: list[bytes] = []
+            for place in range(start, start + pages * page_bytes, page_bytes):
+                pieces += (self._head(offset_bytes + place), data[place : place + page_bytes])
+            self._ram += b"".join(pieces)
+            start += pages * page_bytes
 
     def add_zeroes(self, block: int, offset_bytes: int, pages: int) -> None:
         """Add zero pages that follow each other.
@@ -96,20 +96,14 @@ class FrameBuilder:
         """
         page_bytes = self._page_bytes
         while pages:
-            room = max(0, FRAME_RAW_TARGET_BYTES - len(self._ram)) // ZERO_RECORD_BYTES
-            if not room:
-                self._end_ram()
-                continue
-            count = min(pages, room)
+            count = self._room(ZERO_RECORD_BYTES, pages)
             self._begin_run(block, offset_bytes, count, KIND_ZERO)
-            self._ram += stream_writer.ram_zero_record(offset_bytes, block=self._names[block])
-            words = range(
-                offset_bytes + page_bytes | _NEXT_ZERO,
-                offset_bytes + count * page_bytes | _NEXT_ZERO,
-                page_bytes,
-            )
-            self._ram += b"".join([_ZERO_RECORD.pack(word, 0) for word in words])
-            offset_bytes += count * page_bytes
+            end = offset_bytes + count * page_bytes
+            pieces: list[bytes] = []
+            for place in range(offset_bytes, end, page_bytes):
+                pieces += (self._head(place), b"\0")
+            self._ram += b"".join(pieces)
+            offset_bytes = end
             pages -= count
 
     def flush(self) -> None:
@@ -123,14 +117,36 @@ class FrameBuilder:
         while self._pending:
             self._append_next()
 
+    def _room(self, record_bytes: int, wanted: int) -> int:
+        """How many of the records go into this frame, at least one; or a new one is begun."""
+        if len(self._ram) >= FRAME_RAW_TARGET_BYTES:
+            self._end_ram()
+        left = FRAME_RAW_TARGET_BYTES - len(self._ram)
+        return min(wanted, -(-left // record_bytes))
+
     def _begin_run(self, block: int, offset_bytes: int, pages: int, kind: int) -> None:
+        """Begin a run, or go on with the last one; :meth:`_head` knows which."""
         if not self._names:
             raise InternalError("pages came before the list of blocks")
         self._end_plain()
         if not self._ram:
             self._ram += self._prefix
         first_page = offset_bytes // self._page_bytes
-        self._runs.append(PageRun(block, first_page, pages, kind, len(self._ram)))
+        last = self._runs[-1] if self._runs else None
+        self._flag = _FLAGS[kind]
+        if last is not None and _continues(last, block, first_page, kind):
+            self._runs[-1] = last._replace(pages=last.pages + pages)
+            self._next_name = None
+        else:
+            self._runs.append(PageRun(block, first_page, pages, kind, len(self._ram)))
+            self._next_name = self._names[block]
+
+    def _head(self, offset_bytes: int) -> bytes:
+        """Word of a record, and the block's name if it is a run's first."""
+        name, self._next_name = self._next_name, None
+        if name is None:
+            return _WORD.pack(offset_bytes | self._flag | _CONTINUE)
+        return _WORD.pack(offset_bytes | self._flag) + name
 
     def _end_ram(self) -> None:
         if self._ram:
@@ -152,3 +168,7 @@ class FrameBuilder:
     def _append_next(self) -> None:
         future, runs = self._pending.popleft()
         self._writer.append(future.result(), runs)
+
+
+def _continues(last: PageRun, block: int, first_page: int, kind: int) -> bool:
+    return (last.block, last.kind, last.first_page + last.pages) == (block, kind, first_page)

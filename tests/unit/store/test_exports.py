@@ -223,7 +223,6 @@ def test_gdb_shows_the_registers(tmp_path: Path) -> None:
         for position, name in enumerate(names):
             assert [name, hex(((cpu + 1) << 32) + position)] in values
         assert ["rip", hex(((cpu + 1) << 32) + 100)] in values
-        assert ["fs_base", hex(((cpu + 1) << 32) + 4)] in values
 
 
 def test_elf_needs_a_vcpu() -> None:

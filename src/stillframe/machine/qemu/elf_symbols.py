@@ -37,7 +37,7 @@ class _Segment(msgspec.Struct, frozen=True):
     file_bytes: int
 
 
-class _Elf:
+class ElfFile:
     """One ELF64 little-endian file behind a descriptor."""
 
     def __init__(self, fd: int) -> None:
@@ -167,7 +167,7 @@ def symbol_address(pid: int, name: str) -> int | None:
     """
     fd = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        elf = _Elf(fd)
+        elf = ElfFile(fd)
         value = elf.find(name)
         if value is None:
             return None
@@ -176,7 +176,7 @@ def symbol_address(pid: int, name: str) -> int | None:
         os.close(fd)
 
 
-def _load_bias(pid: int, elf: _Elf) -> int:
+def _load_bias(pid: int, elf: ElfFile) -> int:
     vector = Path(f"/proc/{pid}/auxv").read_bytes()
     for kind, value in struct.iter_unpack("<QQ", vector[: len(vector) // 16 * 16]):
         if kind == _AT_PHDR:

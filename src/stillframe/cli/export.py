@@ -1,0 +1,85 @@
+"""``stillframe export``: a snapshot's content for other programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from stillframe.cli.options import (
+    FILE,
+    BlockType,
+    force_option,
+    json_option,
+    output_option,
+    quiet_option,
+)
+from stillframe.cli.output import Results
+from stillframe.cli.progress import ByteRate, choose_progress
+from stillframe.cli.quantities import format_bytes
+from stillframe.cli.text import facts
+
+if TYPE_CHECKING:
+    from stillframe.api import ExportFormat
+
+
+@click.command("export")
+@click.argument("file", type=FILE)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["qemu", "raw", "elf"]),
+    required=True,
+    help="qemu: the migration stream, for -incoming. raw: guest-physical memory, or one block."
+    " elf: a core file for gdb, readelf and crash.",
+)
+@click.option("--block", type=BlockType(), metavar="NAME", help="With raw: only this RAM block.")
+@output_option("The file to make; - is standard output.")
+@force_option
+@quiet_option
+@json_option
+def command(
+    file: str,
+    kind: ExportFormat,
+    block: str | None,
+    output: str,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write a snapshot's content in a form that other programs read.
+
+    Zero pages are holes in a file, and zeroes in a pipe.
+    """
+    from stillframe import api
+
+    written = 0
+    progress = choose_progress(quiet=quiet)
+    rate = ByteRate(progress, "exporting")
+
+    def note(done_bytes: int) -> None:
+        nonlocal written
+        written = done_bytes
+        rate.update(done_bytes)
+
+    try:
+        api.export(
+            file,
+            api.standard_output() if output == "-" else output,
+            format=kind,
+            block=block,
+            overwrite=force,
+            progress=note,
+        )
+    finally:
+        progress.close()
+    if output == "-" and not as_json:
+        return
+    data = {
+        "file": None if output == "-" else output,
+        "format": kind,
+        "block": block,
+        "written_bytes": written,
+    }
+    lines = facts([("exported", output), ("format", kind), ("written", format_bytes(written))])
+    Results(as_json=as_json, to_stderr=output == "-").show(data, lines)
