@@ -18,8 +18,6 @@
 #define FINE_POLL_US 50
 #define FINE_BEFORE_US 20000
 #define FINE_AFTER_US 2000
-/* Clocks that differ by less than this in a second are taken for equal. */
-#define NOISE_US 250
 /* By how much the two clocks may drift apart in a second. */
 #define DRIFT_US 50
 #define SECONDS_PER_DAY 86400
@@ -30,7 +28,9 @@ struct clock {
     u64 start_ticks;
     u64 last_ticks;      /* the latest reading */
     u64 next_poll_ticks; /* when to look at the CMOS clock again */
-    u64 edge_ticks;      /* when the seconds changed last; 0: not yet known */
+    u64 poll_ticks;      /* just before the last look: it showed `second` */
+    /* the seconds changed last between these two; 0: not yet known */
+    u64 edge_low_ticks, edge_high_ticks;
     u64 edges;
     u32 second;          /* of the minute, as the CMOS clock had it last */
     u32 day_second;      /* at the last edge */
@@ -68,42 +68,52 @@ static inline void clock_reset(struct clock *clock)
     clock->tick_stop_us = clock->max_stop_us = clock->max_stall_us = clock->over_1ms = 0;
 }
 
-/* The seconds have changed, at `now`: see how much of them the TSC has missed. */
-static inline void clock_edge(struct clock *clock, u64 now)
+/* The seconds have changed between `low` and `high`: see how much of them the TSC has missed.
+ *
+ * A look at the clock may come late, so all moments are intervals. Where the interval seen overlaps
+ * the one expected, there was no stop, and the moment is known better than before.
+ */
+static inline void clock_edge(struct clock *clock, u64 low, u64 high)
 {
     u32 day_second = cmos_day_second();
-    u64 stop_us = 0, edge = now;
-    if (clock->edge_ticks) {
+    u64 stop_us = 0;
+    if (clock->edge_high_ticks) {
         u64 seconds = (day_second + SECONDS_PER_DAY - clock->day_second) % SECONDS_PER_DAY;
-        u64 expected = clock->edge_ticks + seconds * clock->ticks_per_second;
-        s64 missed = (s64)(expected - now);
-        /* an edge that is seen late, after a gap, was not late itself */
-        if (-missed > (s64)(DRIFT_US * clock->ticks_per_us))
-            edge = expected + DRIFT_US * clock->ticks_per_us;
-        if (missed > (s64)(NOISE_US * clock->ticks_per_us)) stop_us = missed / clock->ticks_per_us;
+        u64 drift = seconds * DRIFT_US * clock->ticks_per_us;
+        u64 expected_low = clock->edge_low_ticks + seconds * clock->ticks_per_second - drift;
+        u64 expected_high = clock->edge_high_ticks + seconds * clock->ticks_per_second + drift;
+        if (high < expected_low) {
+            stop_us = (expected_low - high + expected_high - low) / 2 / clock->ticks_per_us;
+        } else if (low <= expected_high) {
+            if (expected_low > low) low = expected_low;
+            if (expected_high < high) high = expected_high;
+        }
         u64 stall_us = stop_us + clock->second_gap_ticks / clock->ticks_per_us;
         if (stall_us > clock->max_stall_us) clock->max_stall_us = stall_us;
     }
     if (stop_us > clock->max_stop_us) clock->max_stop_us = stop_us;
     clock->tick_stop_us += stop_us;
     clock->second_gap_ticks = 0;
-    clock->edge_ticks = edge;
+    clock->edge_low_ticks = low;
+    clock->edge_high_ticks = high;
     clock->day_second = day_second;
     clock->edges++;
 }
 
 static inline void clock_poll(struct clock *clock)
 {
+    u64 before = read_ticks();
     u32 second = cmos_read(0);
-    u64 now = read_ticks(); /* after: an edge may be seen late, never early */
+    u64 after = read_ticks();
     if (second != clock->second) {
         clock->second = second;
-        clock_edge(clock, now);
+        clock_edge(clock, clock->poll_ticks, after);
     }
-    s64 to_edge = (s64)(clock->edge_ticks + clock->ticks_per_second - now);
+    clock->poll_ticks = before;
+    s64 to_edge = (s64)(clock->edge_low_ticks + clock->ticks_per_second - after);
     int fine = to_edge < (s64)(FINE_BEFORE_US * clock->ticks_per_us)
         && to_edge > -(s64)(FINE_AFTER_US * clock->ticks_per_us);
-    clock->next_poll_ticks = now + (fine ? FINE_POLL_US : COARSE_POLL_US) * clock->ticks_per_us;
+    clock->next_poll_ticks = after + (fine ? FINE_POLL_US : COARSE_POLL_US) * clock->ticks_per_us;
 }
 
 /* One reading of the TSC; to be called at least once per page. */
@@ -128,8 +138,9 @@ static inline void clock_start(struct clock *clock, u64 ticks_per_second)
 {
     clock->ticks_per_second = ticks_per_second;
     clock->ticks_per_us = ticks_per_second / 1000000;
+    clock->poll_ticks = read_ticks();
     clock->second = cmos_read(0);
-    clock->edge_ticks = 0;
+    clock->edge_low_ticks = clock->edge_high_ticks = 0;
     clock->start_ticks = clock->last_ticks = clock->next_poll_ticks = read_ticks();
     clock_reset(clock);
 }

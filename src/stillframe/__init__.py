@@ -15,13 +15,13 @@ from stillframe.version import __version__
 
 if TYPE_CHECKING:
     from stillframe import errors
-    from stillframe.api import (  # noqa: A004 - stillframe.open, as gzip.open
+    from stillframe.api import (
         connect,
         doctor,
         export,
         import_stream,
         list_vms,
-        open,
+        open,  # noqa: A004 - stillframe.open, as gzip.open
         restore,
         take,
         verify,

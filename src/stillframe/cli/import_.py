@@ -70,4 +70,4 @@ def _source(stream: str) -> StrPath | Source:
         raise UsageError(
             "standard input is a terminal", remedy="pipe a migration stream in, or name its file"
         )
-    return sys.stdin.buffer.raw  # type: ignore[attr-defined, no-any-return]
+    return sys.stdin.buffer

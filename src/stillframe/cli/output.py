@@ -46,7 +46,21 @@ def say(line: str) -> None:
 
 
 def prepare_streams() -> None:
-    """Never fail on a character that the locale does not have."""
+    """Make the standard streams fit for use, however the program was started.
+
+    A closed one is opened on nothing, so that no file of ours gets its number. A character that
+    the locale does not have is shown as an escape.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.dup(number), "w"))
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.dup(0), "r")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

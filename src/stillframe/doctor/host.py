@@ -82,7 +82,7 @@ def _ptrace() -> Check:
     scope = _number("/proc/sys/kernel/yama/ptrace_scope")
     powerful = bool(_capabilities() >> _CAP_SYS_PTRACE & 1)
     found = f"ptrace_scope {scope}" if scope is not None else "no restriction by Yama"
-    if scope in (None, 0) or powerful and scope != 3:
+    if scope in (None, 0) or (powerful and scope != 3):
         who = "VMs of any user" if powerful else "VMs of this user"
         return _check(
             "ptrace",

@@ -1,8 +1,11 @@
-"""A synchronous, thread-safe QMP client over the ``qemu.qmp`` package.
+"""A synchronous, thread-safe QMP client.
 
-One daemon thread per client runs the asyncio loop that owns the connection; callers of any thread
-hand it commands and wait. The socket is made here and not by ``qemu.qmp``, so that a guard
-process can inherit it and go on talking to the VM when this process dies.
+The thread that asks writes its command itself and waits; one daemon thread per client reads, and
+hands each answer straight to who asked. That is one thread switch a command, which counts: stop,
+device state and cont are the downtime. (An asyncio client, ``qemu.qmp``, took twice the time.)
+
+The socket can be inherited by a guard process, which goes on talking to the VM when this process
+dies; so it is never shut down, only closed.
 
 Protocol: QEMU ``docs/interop/qmp-spec.rst``; descriptors travel as SCM_RIGHTS on the unix socket
 (``qapi/misc.json``: add-fd).
@@ -10,12 +13,9 @@ Protocol: QEMU ``docs/interop/qmp-spec.rst``; descriptors travel as SCM_RIGHTS o
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import contextlib
 import itertools
-import json
 import logging
+import os
 import queue
 import select
 import socket
@@ -26,17 +26,27 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import msgspec
-from qemu.qmp import ConnectError, QMPClient, QMPError, Runstate
-from qemu.qmp.message import Message
 
 from stillframe.errors import InternalError, MachineError, UsageError
-from stillframe.qmp.connection import Address, address_text, greeting_error, open_socket
+from stillframe.qmp.connection import (
+    Address,
+    address_text,
+    greeting_error,
+    no_qmp_error,
+    open_socket,
+)
 from stillframe.qmp.events import EventLog, QmpEvent
+from stillframe.qmp.framing import Framer, FramingError
 
 _log = logging.getLogger(__name__)
 
-_LOOKUP_REMEDY = "look whether the VM still runs"
-_CLOSE_TIMEOUT_S = 2.0
+_LOOK_REMEDY = "look whether the VM still runs"
+_STUCK_REMEDY = f"its main loop may be stuck; {_LOOK_REMEDY}"
+_READ_BYTES = 1 << 16
+_JOIN_S = 2.0
+
+Waiter = queue.SimpleQueue[dict[str, object] | None]
+"""Where an asker waits: its answer, or None when the connection ends."""
 
 
 class QmpCommandError(MachineError):
@@ -54,7 +64,7 @@ class QmpCommandError(MachineError):
 
 
 class AddedFd(msgspec.Struct, frozen=True, kw_only=True):
-    """A descriptor that the VMM holds now: its set, its number there, and the path to open."""
+    """A descriptor that the VMM holds now: its set, and its number in the VMM."""
 
     fdset_id: int
     fd: int
@@ -65,55 +75,26 @@ class AddedFd(msgspec.Struct, frozen=True, kw_only=True):
         return f"/dev/fdset/{self.fdset_id}"
 
 
-class _Reader(QMPClient):
-    """The package's client as we use it: it greets, negotiates, reads, and tells of events.
-
-    Commands are written by the thread that asks, and their answers handed straight to it: two
-    thread switches and two tasks less on the downtime path. The debug log, whose indented JSON
-    costs more than a round trip, is left out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("stillframe")
-        self.waiters: dict[str, queue.SimpleQueue[Message | None]] = {}
-        if not self.logger.handlers:
-            # Errors reach the caller as exceptions; without a handler Python would print them too.
-            self.logger.addHandler(logging.NullHandler())
-
-    def _cb_outbound(self, msg: Message) -> Message:
-        return msg
-
-    def _cb_inbound(self, msg: Message) -> Message:
-        return msg
-
-    async def _on_message(self, msg: Message) -> None:
-        command_id = msg.get("id")
-        waiter = self.waiters.pop(command_id, None) if isinstance(command_id, str) else None
-        if waiter is None:
-            await super()._on_message(msg)
-        else:
-            waiter.put(msg)
-
-
 class QmpClient:
     """A connection to one QMP monitor. Use ``connect``; close it, or use it in ``with``."""
 
     def __init__(self, address: Address, sock: socket.socket) -> None:
         self._address = address
         self._socket = sock
-        self._client = _Reader()
+        self._framer = Framer()
         self._events = EventLog()
-        self._fd_lock = threading.Lock()
-        self._write_lock = threading.Lock()
-        self._state_lock = threading.Lock()
+        self._greeting: Mapping[str, object] = {}
+        self._waiters: dict[object, Waiter] = {}
         self._ids = itertools.count()
+        self._state_lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._fd_lock = threading.Lock()
+        self._alive = False
         self._closed = False
-        self._lost = False
         self._lost_callbacks: list[Callable[[], None]] = []
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(_note_loop_error)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(
-            target=self._loop.run_forever, name=f"qmp {address_text(address)}", daemon=True
+            target=self._read, name=f"qmp {address_text(address)}", daemon=True
         )
 
     @classmethod
@@ -133,36 +114,41 @@ class QmpClient:
         deadline_s = time.monotonic() + timeout_s
         sock = open_socket(address, timeout_s)
         self = cls(address, sock)
-        self._thread.start()
-        future = asyncio.run_coroutine_threadsafe(self._open(), self._loop)
         try:
-            future.result(max(0.05, deadline_s - time.monotonic()))
-        except (TimeoutError, concurrent.futures.TimeoutError, ConnectError, OSError) as error:
-            future.cancel()
-            cause = error.exc if isinstance(error, ConnectError) else error
-            greeted = self._client.greeting is not None
-            failure = greeting_error(address, cause, timeout_s, greeted=greeted)
+            self._negotiate(deadline_s, timeout_s)
+        except BaseException:
             self.close()
-            raise failure from error
+            raise
+        self._alive = True
+        self._thread.start()
         return self
 
-    async def _open(self) -> None:
-        self._client.events.event_filter = self._events.note
-        await self._client.connect(self._socket)
-        self._supervisor = asyncio.create_task(self._watch_connection())
+    def _negotiate(self, deadline_s: float, timeout_s: float) -> None:
+        try:
+            greeting = self._receive_one(deadline_s).get("QMP")
+            if not isinstance(greeting, Mapping):
+                raise no_qmp_error(self._address)
+            self._greeting = greeting
+            self._send(b'{"execute": "qmp_capabilities"}\n', deadline_s)
+            if "return" not in self._receive_one(deadline_s):
+                raise no_qmp_error(self._address)
+        except FramingError as error:
+            raise no_qmp_error(self._address) from error
+        except (OSError, EOFError) as error:
+            raise greeting_error(
+                self._address, error, timeout_s, greeted=bool(self._greeting)
+            ) from error
 
-    async def _watch_connection(self) -> None:
-        while self._client.runstate == Runstate.RUNNING:
-            await self._client.runstate_changed()
-        with self._state_lock:
-            self._lost = True
-            waiters = list(self._client.waiters.values())
-        for waiter in waiters:
-            waiter.put(None)
-        for callback in self._lost_callbacks:
-            self._loop.call_soon(callback)
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            await self._client.disconnect()
+    def _receive_one(self, deadline_s: float) -> dict[str, object]:
+        while True:
+            if not _wait(self._socket, select.POLLIN, deadline_s):
+                raise TimeoutError
+            data = self._socket.recv(_READ_BYTES)
+            if not data:
+                raise EOFError
+            messages = self._framer.feed(data)
+            if messages:
+                return messages[0]  # no server says more before it is asked
 
     # What the connection is
 
@@ -173,7 +159,7 @@ class QmpClient:
 
     @property
     def socket(self) -> socket.socket:
-        """The connected socket (non-blocking): dup it for a guard process, do not read from it."""
+        """The connected socket: dup it for a guard process, do not read from it here."""
         return self._socket
 
     def fileno(self) -> int:
@@ -183,25 +169,19 @@ class QmpClient:
     @property
     def alive(self) -> bool:
         """Whether the connection stands, as far as is known now."""
-        return not (self._closed or self._lost)
+        return self._alive
 
     @property
     def version(self) -> tuple[int, int, int]:
         """The VMM's version from the greeting: (major, minor, micro)."""
-        numbers = self._greeting_version().get("qemu")
-        if not isinstance(numbers, Mapping):
-            return (0, 0, 0)
-        major, minor, micro = (_small_int(numbers.get(k)) for k in ("major", "minor", "micro"))
+        numbers = _as_map(_as_map(self._greeting.get("version")).get("qemu"))
+        major, minor, micro = (_as_int(numbers.get(k)) for k in ("major", "minor", "micro"))
         return (major, minor, micro)
 
     @property
     def package(self) -> str:
         """The VMM's package string from the greeting, such as ``Debian 1:7.2+dfsg-7``."""
-        return str(self._greeting_version().get("package") or "")
-
-    def _greeting_version(self) -> Mapping[str, object]:
-        greeting = self._client.greeting
-        return greeting.QMP.version if greeting is not None else {}
+        return str(_as_map(self._greeting.get("version")).get("package") or "")
 
     # Commands
 
@@ -220,6 +200,7 @@ class QmpClient:
             QmpCommandError: the VMM answered with an error.
             MachineError: the connection was lost, or no answer came in time (the command may
                 still be carried out: ``guest_state`` is ``unknown``).
+            UsageError: the arguments cannot be written as JSON.
         """
         if threading.get_ident() == self._thread.ident:
             raise InternalError("a QMP command was called for from an event callback")
@@ -228,55 +209,36 @@ class QmpClient:
         if arguments is not None:
             message["arguments"] = arguments
         try:
-            line = json.dumps(message).encode() + b"\n"
-        except (TypeError, ValueError) as error:
+            line = msgspec.json.encode(message) + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"cannot send '{command}'", why=str(error)) from error
-        waiter: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        deadline_s = time.monotonic() + timeout_s
+        waiter: Waiter = queue.SimpleQueue()
         with self._state_lock:
-            if not self.alive:
+            if not self._alive:
                 raise self._lost_error(command)
-            self._client.waiters[command_id] = waiter
+            self._waiters[command_id] = waiter
         try:
-            self._write(command, line, timeout_s)
-            reply = waiter.get(timeout=timeout_s)
+            self._write(command, line, deadline_s)
+            reply = waiter.get(timeout=max(0.0, deadline_s - time.monotonic()))
         except queue.Empty:
-            raise MachineError(
-                f"the VM did not answer '{command}' within {timeout_s:g} s",
-                remedy="its main loop may be stuck; " + _LOOKUP_REMEDY,
-                guest_state="unknown",
-            ) from None
+            raise self._silence_error(command, timeout_s) from None
         finally:
-            self._client.waiters.pop(command_id, None)
+            self._waiters.pop(command_id, None)
         if reply is None:
             raise self._lost_error(command)
         failure = reply.get("error")
-        if isinstance(failure, Mapping):
-            raise QmpCommandError(command, str(failure.get("class")), str(failure.get("desc")))
+        if failure is not None:
+            error_class, description = (str(_as_map(failure).get(key)) for key in ("class", "desc"))
+            raise QmpCommandError(command, error_class, description)
         return reply.get("return")
 
-    def _write(
-        self, command: str, data: bytes, timeout_s: float, fds: tuple[int, ...] = ()
-    ) -> None:
-        """Send from this thread; nothing else writes once the session stands."""
-        deadline_s = time.monotonic() + timeout_s
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        try:
-            with self._write_lock:
-                while data:
-                    try:
-                        sent = self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL)
-                    except BlockingIOError:
-                        left_s = deadline_s - time.monotonic()
-                        if left_s <= 0:
-                            raise
-                        select.select([], [self._socket], [], left_s)
-                        continue
-                    data, rights = data[sent:], []
-        except (OSError, ValueError) as error:
-            raise self._lost_error(command) from error
-
     def hmp(self, command_line: str, *, timeout_s: float = 30.0) -> str:
-        """Run a command of the human monitor and return its text (errors come as text, too)."""
+        """Run a command of the human monitor and return its text (errors come as text, too).
+
+        Raises:
+            MachineError: as ``execute``.
+        """
         text = self.execute(
             "human-monitor-command", {"command-line": command_line}, timeout_s=timeout_s
         )
@@ -285,9 +247,83 @@ class QmpClient:
     def _lost_error(self, command: str) -> MachineError:
         return MachineError(
             f"lost the monitor {address_text(self._address)} at '{command}'",
-            remedy=_LOOKUP_REMEDY,
+            remedy=_LOOK_REMEDY,
             guest_state="unknown",
         )
+
+    def _silence_error(self, command: str, timeout_s: float) -> MachineError:
+        return MachineError(
+            f"the VM did not answer '{command}' within {timeout_s:g} s",
+            remedy=_STUCK_REMEDY,
+            guest_state="unknown",
+        )
+
+    def _write(
+        self, command: str, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()
+    ) -> None:
+        try:
+            with self._write_lock:
+                self._send(data, deadline_s, fds)
+        except (OSError, ValueError) as error:
+            # Half a command may be out: nothing that follows would be understood.
+            self._end()
+            raise self._lost_error(command) from error
+
+    def _send(self, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+        while data:
+            try:
+                sent = self._socket.sendmsg(
+                    [data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+                )
+            except BlockingIOError:
+                if not _wait(self._socket, select.POLLOUT, deadline_s):
+                    raise TimeoutError from None
+                continue
+            data, rights = data[sent:], []
+
+    # The reading thread
+
+    def _read(self) -> None:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        poller.register(self._wake_fd, select.POLLIN)
+        wake_fd = self._wake_fd
+        try:
+            while not any(fd == wake_fd for fd, _event in poller.poll()):
+                try:
+                    data = self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    continue
+                if not data:
+                    break
+                for message in self._framer.feed(data):
+                    self._dispatch(message)
+        except (OSError, FramingError) as error:
+            _log.debug("%s: %s", address_text(self._address), error)
+        self._end()
+
+    def _dispatch(self, message: dict[str, object]) -> None:
+        if "event" in message:
+            self._events.note(message)
+            return
+        waiter = self._waiters.pop(message.get("id"), None)
+        if waiter is not None:  # else: nobody waits for it any more
+            waiter.put(message)
+
+    def _end(self) -> None:
+        """The connection is over: wake all who wait, and tell, once."""
+        with self._state_lock:
+            was_alive, self._alive = self._alive, False
+            waiters = list(self._waiters.values())
+            callbacks = list(self._lost_callbacks) if was_alive and not self._closed else []
+        for waiter in waiters:
+            waiter.put(None)
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:
+                _log.exception("a callback failed")
 
     # Descriptors
 
@@ -308,10 +344,10 @@ class QmpClient:
                 f"no descriptor can be passed to {address_text(self._address)}",
                 why="it is not a unix socket",
             )
-        if not self.alive:
+        if not self._alive:
             raise self._lost_error("send_fd")
         # QEMU takes descriptors with any byte, and a blank between commands means nothing.
-        self._write("send_fd", b" ", timeout_s, (fd,))
+        self._write("send_fd", b" ", time.monotonic() + timeout_s, (fd,))
 
     def add_fd(self, fd: int, *, opaque: str = "stillframe") -> AddedFd:
         """Hand a descriptor to the VMM as a new fd set. The caller may close its own copy.
@@ -321,13 +357,14 @@ class QmpClient:
         """
         with self._fd_lock:  # a descriptor and its add-fd belong together
             self.send_fd(fd)
-            reply = self.execute("add-fd", {"opaque": opaque})
-        if not isinstance(reply, Mapping):
-            raise MachineError("the VM's answer to 'add-fd' makes no sense", why=repr(reply)[:80])
-        return AddedFd(fdset_id=_small_int(reply.get("fdset-id")), fd=_small_int(reply.get("fd")))
+            reply = _as_map(self.execute("add-fd", {"opaque": opaque}))
+        return AddedFd(fdset_id=_as_int(reply.get("fdset-id")), fd=_as_int(reply.get("fd")))
 
     def remove_fd(self, added: AddedFd) -> None:
         """Make the VMM close a descriptor given by ``add_fd``.
+
+        QEMU does so only while the guest runs; of a paused one, when it runs again and another
+        descriptor is removed, or the monitor is disconnected (QEMU ``monitor/fds.c``).
 
         Raises:
             MachineError: as ``execute``.
@@ -350,45 +387,32 @@ class QmpClient:
 
         The callback must be quick and must not run QMP commands.
         """
-
-        def deliver(event: QmpEvent) -> None:
-            self._loop.call_soon(callback, event)
-
-        return self._events.subscribe(deliver)
+        return self._events.subscribe(callback)
 
     def on_lost(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once in the client's thread when the connection ends."""
-        self._lost_callbacks.append(callback)
+        """Call ``callback`` once, in the client's thread, if the connection is lost."""
+        with self._state_lock:
+            self._lost_callbacks.append(callback)
 
     # The end
 
     def close(self) -> None:
         """Disconnect and end the thread; never raises, and does nothing the second time.
 
-        The guest is left as it is.
+        The guest is left as it is. A process that inherited the socket keeps its connection.
         """
         with self._state_lock:
             if self._closed:
                 return
             self._closed = True
-        future = asyncio.run_coroutine_threadsafe(self._shut(), self._loop)
-        # A peer that does not read must not keep us: the socket is closed below in any case.
-        concurrent.futures.wait([future], _CLOSE_TIMEOUT_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        if threading.get_ident() != self._thread.ident:
-            self._thread.join(_CLOSE_TIMEOUT_S)
-        if not self._loop.is_running():
-            self._loop.close()
+        os.eventfd_write(self._wake_fd, 1)
+        own_thread = threading.get_ident() == self._thread.ident
+        if self._thread.is_alive() and not own_thread:
+            self._thread.join(_JOIN_S)
+        self._end()
         self._socket.close()
-
-    async def _shut(self) -> None:
-        self._lost_callbacks.clear()
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            await self._client.disconnect()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        if not own_thread:
+            os.close(self._wake_fd)
 
     def __enter__(self) -> QmpClient:
         return self
@@ -402,11 +426,16 @@ class QmpClient:
         self.close()
 
 
-def _note_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-    """A subscriber's mistake is worth a line; the end of a connection is told by ``execute``."""
-    level = logging.ERROR if "handle" in context else logging.DEBUG
-    _log.log(level, "%s: %r", context.get("message"), context.get("exception"))
+def _wait(sock: socket.socket, event: int, deadline_s: float) -> bool:
+    """Whether the socket became ready before the deadline."""
+    poller = select.poll()
+    poller.register(sock, event)
+    return bool(poller.poll(max(0.0, deadline_s - time.monotonic()) * 1e3))
 
 
-def _small_int(value: object) -> int:
+def _as_map(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _as_int(value: object) -> int:
     return value if isinstance(value, int) else 0

@@ -98,7 +98,7 @@ def _connect_error(address: Address, error: OSError) -> StillframeError:
 
 
 def greeting_error(
-    address: Address, cause: BaseException, timeout_s: float, *, greeted: bool
+    address: Address, cause: OSError | EOFError, timeout_s: float, *, greeted: bool
 ) -> StillframeError:
     """Why a connected monitor did not greet us, as well as can be told from outside."""
     where = address_text(address)

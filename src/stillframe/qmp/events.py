@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
 import msgspec
+
+_log = logging.getLogger(__name__)
 
 _KEPT = 4096
 """Events kept until somebody drains them; the oldest go first, and that is counted."""
@@ -35,8 +38,8 @@ class EventLog:
         self._subscribers: list[Callable[[QmpEvent], None]] = []
         self._dropped = 0
 
-    def note(self, message: Mapping[str, object]) -> bool:
-        """Take one message of the wire; False, so that ``qemu.qmp`` keeps no history of its own."""
+    def note(self, message: Mapping[str, object]) -> None:
+        """Take one event message of the wire, and tell the subscribers."""
         event = _event_of(message)
         with self._lock:
             if len(self._log) == _KEPT:
@@ -44,8 +47,11 @@ class EventLog:
             self._log.append(event)
             subscribers = tuple(self._subscribers)
         for subscriber in subscribers:
-            subscriber(event)
-        return False
+            try:
+                subscriber(event)
+            except Exception:
+                # A subscriber's mistake must not end the connection.
+                _log.exception("a subscriber failed at event %s", event.name)
 
     def drain(self) -> list[QmpEvent]:
         """Take out all events, oldest first."""

@@ -1,0 +1,238 @@
+"""The process of ``tests/native/writer.c``, captures of it, and whether one is torn."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from stillframe.memory.ram_capture import RamCapture
+from stillframe.memory.remote_attach import attach
+from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.model import Backing, RamBlock, StoppedWrite
+from tests.support.native_build import build
+
+IDLE = -1
+FULL_SPEED = 0
+SECTION_ID = 2
+_BACKING: dict[str, Backing] = {
+    "private": "anonymous",
+    "shared": "memfd",
+    "zero": "shmem",
+    "hugetlb": "hugetlbfs",
+    "hugetlb-private": "hugetlbfs",
+}
+
+
+@dataclass(frozen=True)
+class WriterStatus:
+    passes: int
+    longest_gap_us: int
+    written_pages: int
+    result: int
+
+
+class WriterProcess:
+    """A running writer; ended with the context."""
+
+    def __init__(self, kind: str, mib: int, pages_per_s: int) -> None:
+        self._process = subprocess.Popen(
+            [str(build("tests/native/writer.c")), kind, str(mib), str(pages_per_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.pid = self._process.pid
+        hva, length, fd, page = map(int, self._process.stdout.readline().split())
+        self.block = RamBlock(
+            idstr="pc.ram",
+            hva=hva,
+            used_length_bytes=length,
+            max_length_bytes=length,
+            page_size_bytes=page,
+            backing=_BACKING[kind],
+            shared=kind in ("shared", "zero", "hugetlb"),
+            backing_fd=fd if fd >= 0 else None,
+        )
+        written = length - length // 4
+        self.written_bytes = written - written % page
+
+    def command(self, line: str = "s") -> WriterStatus:
+        """Send one command; TimeoutError if the process does not answer in ten seconds."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        timer = threading.Timer(10, self._process.kill)
+        timer.start()
+        try:
+            answer = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not answer:
+            raise TimeoutError(f"the writer did not answer to {line!r}")
+        return WriterStatus(*map(int, answer.split()))
+
+    def drop(self, how: str, offset_bytes: int, length_bytes: int) -> None:
+        result = self.command(f"{how} {offset_bytes} {length_bytes}").result
+        assert result == 0, os.strerror(result)
+
+    def exit_now(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("z\n")
+        self._process.stdin.flush()
+        self._process.wait(timeout=10)
+
+    def runs(self) -> bool:
+        """Whether it writes: its counter moves within a second."""
+        before = self.command().written_pages
+        for _ in range(50):
+            if self.command().written_pages > before:
+                return True
+            threading.Event().wait(0.02)
+        return False
+
+    def __enter__(self) -> WriterProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.wait(timeout=10)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+
+@dataclass
+class Captured:
+    """What a capture gave: pages by offset (None: a zero page), each seen exactly once."""
+
+    pages: dict[int, bytes | None] = field(default_factory=dict)
+    repeated: list[int] = field(default_factory=list)
+    writes: tuple[StoppedWrite, ...] = ()
+    statistics: dict[str, object] = field(default_factory=dict)
+
+    def add_section(self, raw: bytes) -> None:
+        at = 5
+        while True:
+            (word,) = struct.unpack_from(">Q", raw, at)
+            at += 8
+            offset, flags = word & ~0xFFF, word & 0xFFF
+            if flags & 0x10:
+                assert raw[at] == 0x7E
+                assert len(raw) == at + 5
+                return
+            if not flags & 0x20:
+                at += 1 + raw[at]
+            if offset in self.pages:
+                self.repeated.append(offset)
+            if flags & 0x08:
+                self.pages[offset] = raw[at : at + 4096]
+                at += 4096
+            else:
+                self.pages[offset] = None
+                at += 1
+
+    def words(self, written_bytes: int, page_bytes: int) -> list[int]:
+        """First and last word of each page, in the order in which they are written."""
+        found = []
+        for offset in range(0, written_bytes, page_bytes):
+            for target, at in ((offset, 0), (offset + page_bytes - 4096, 4088)):
+                page = self.pages[target]
+                found.append(0 if page is None else struct.unpack_from("<Q", page, at)[0])
+        return found
+
+    def is_torn(self, written_bytes: int, page_bytes: int) -> bool:
+        """Whether it shows no single instant of the writer."""
+        words = self.words(written_bytes, page_bytes)
+        edges = sum(left != right for left, right in zip(words, words[1:], strict=False))
+        return edges > 1 or max(words) - min(words) > 1 or words[0] < words[-1]
+
+
+@contextlib.contextmanager
+def armed(
+    writer: WriterProcess,
+    *,
+    spill_bytes: int = 64 << 20,
+    kind: Callable[..., RamCapture] = RamCapture,
+    arm: bool = True,
+) -> Iterator[RamCapture]:
+    """A capture of the writer, up to the moment before the stop."""
+    uffd: Userfaultfd = attach(writer.pid)
+    capture = kind(uffd, writer.pid, [writer.block], spill_bytes=spill_bytes)
+    try:
+        capture.register()
+        capture.start()
+        if arm:
+            capture.arm()
+        yield capture
+    finally:
+        capture.release()
+        capture.close()
+
+
+def stop_and_fix(writer: WriterProcess, capture: RamCapture) -> tuple[StoppedWrite, ...]:
+    """The downtime: pause, protect what was written, fix the instant, continue."""
+    writer.command("p")
+    capture.protect_written()
+    writes = capture.instant()
+    writer.command("c")
+    return writes
+
+
+def drain(capture: RamCapture, into: Captured, workers: int = 2) -> None:
+    """Run workers until they find nothing more."""
+    batches: list[bytes] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            worker = capture.worker(SECTION_ID)
+            while worker.next():
+                batches.append(bytes(worker.raw))
+                assert len(worker.runs) % 24 == 0
+        except BaseException as error:  # noqa: BLE001 - raised below
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+    for batch in batches:
+        into.add_section(batch)
+
+
+def take(
+    writer: WriterProcess,
+    *,
+    workers: int = 2,
+    spill_bytes: int = 64 << 20,
+    kind: Callable[..., RamCapture] = RamCapture,
+    arm: bool = True,
+) -> Captured:
+    """One whole capture of the writer."""
+    captured = Captured()
+    with armed(writer, spill_bytes=spill_bytes, kind=kind, arm=arm) as capture:
+        captured.writes = stop_and_fix(writer, capture)
+        drain(capture, captured, workers)
+        capture.finish()
+        drain(capture, captured, 1)
+        captured.statistics = capture.statistics()
+        capture.check()
+    return captured
