@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from guests.consistency import ConsistencyReport, check_pages, guest_pages
+from guests.consistency import MAGIC, ConsistencyReport, check_pages, guest_pages
 from guests.monitor import qmp_execute
 from guests.qemu import GuestVm
 from guests.serial import SerialConsole
@@ -129,6 +129,42 @@ def test_bare_metal_guest_under_kvm(multiboot_guest: GuestFactory, tmp_path: Pat
     assert report.consistent, report
     assert vm.console.settled_stall_us() >= 100_000
     assert vm.command("audit").startswith("audit ok pages=8192 ")
+
+
+def wait_status(vm: GuestVm, query: str, status: str) -> None:
+    deadline = time.monotonic() + 60
+    while qmp_execute(vm.qmp_path, query).get("status") != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def migrate_to_file(vm: GuestVm, file: Path) -> None:
+    """Stop the VM and let QEMU itself write its stream."""
+    qmp_execute(vm.qmp_path, "stop")
+    qmp_execute(vm.qmp_path, "migrate-set-parameters", {"max-bandwidth": 1 << 40})
+    qmp_execute(vm.qmp_path, "migrate", {"uri": f"exec:cat > {file}"})
+    wait_status(vm, "query-migrate", "completed")
+
+
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_audit_after_a_restore_by_qemu_itself(
+    linux_guest: GuestFactory, tmp_path: Path, corrupt: bool
+) -> None:
+    file = tmp_path / "stream"
+    # what is corrupt must not be written anew before the audit
+    source = linux_guest(rate_mib_per_s=-1 if corrupt else 0, populate_mib=16)
+    before = source.wait_tick()
+    migrate_to_file(source, file)
+    if corrupt:
+        stream = bytearray(file.read_bytes())
+        stream[stream.index(MAGIC) + 24] ^= 1
+        file.write_bytes(stream)
+    restored = linux_guest(wait_ready=False, extra=["-incoming", f"exec:cat {file}"])
+    wait_status(restored, "query-status", "paused")
+    qmp_execute(restored.qmp_path, "cont")
+    assert restored.wait_tick().n > before.n
+    assert restored.is_progressing()
+    assert restored.command("audit").startswith("audit FAILED " if corrupt else "audit ok ")
 
 
 def test_quit_ends_qemu(linux_guest: GuestFactory) -> None:

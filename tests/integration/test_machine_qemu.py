@@ -9,6 +9,7 @@ import contextlib
 import mmap
 import os
 import re
+import signal
 import socket
 import struct
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from stillframe.errors import BusyError, NotFoundError, RefusedError, UsageError
+from stillframe.errors import BusyError, MachineError, NotFoundError, RefusedError, UsageError
 from stillframe.machine.qemu import ramblocks
 from stillframe.machine.qemu.device_state import DeviceStateSaver, save_device_state
 from stillframe.machine.qemu.find import find_vm
@@ -391,6 +392,49 @@ def test_relative_sockets_and_host_and_port(tmp_path: Path) -> None:
             assert find_vm(address).pid == vm.pid
             with QemuMachine.connect(address) as machine:
                 assert machine.pid == vm.pid
+
+
+def test_a_pretty_monitor_speaks_many_lines(tmp_path: Path) -> None:
+    path = tmp_path / "pretty"
+    pretty = ["-qmp-pretty", f"unix:{path},server=on,wait=off"]
+    with BareVm("-S", "-m", "32", *pretty, name="still-pretty", qmp=False) as vm:
+        while not path.exists():
+            time.sleep(0.01)
+        with QemuMachine.connect("still-pretty") as machine:
+            assert machine.pid == vm.pid
+            assert machine.save_device_state()[:4] == b"QEVM"
+            assert len(machine.ram_blocks()) > 3
+
+
+def test_a_vanished_vm_is_noticed_at_once() -> None:
+    with BareVm("-m", "32") as vm, QemuMachine.connect(vm.qmp) as machine:
+        lost = threading.Event()
+        machine.qmp.on_lost(lost.set)
+        began = time.monotonic()
+        vm.process.kill()
+        with pytest.raises(MachineError):
+            while True:
+                machine.status()
+        assert lost.wait(5)
+        assert time.monotonic() - began < 5
+        assert not machine.qmp.alive
+        with pytest.raises(MachineError):
+            machine.ram_blocks()
+        with pytest.raises(MachineError):
+            machine.save_device_state()
+
+
+def test_a_stuck_vm_is_a_clear_error() -> None:
+    with BareVm("-S", "-m", "32") as vm, QmpClient.connect(vm.qmp) as qmp:
+        os.kill(vm.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(MachineError, match="did not answer 'query-status'"):
+                qmp.execute("query-status", timeout_s=0.2)
+            with pytest.raises(BusyError, match="main loop is stuck"):
+                QmpClient.connect(vm.second_qmp, timeout_s=0.2)
+        finally:
+            os.kill(vm.pid, signal.SIGCONT)
+        assert qmp.execute("query-status", timeout_s=10)
 
 
 def test_a_socket_whose_path_was_used_before_is_asked_itself(tmp_path: Path) -> None:

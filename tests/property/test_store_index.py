@@ -62,7 +62,7 @@ def test_the_last_record_of_a_page_counts(layout: list[list[tuple[int, int, int,
             location = index.lookup(block, page)
             expected = truth.get((block, page))
             if location is None or expected is None:
-                assert location is expected
+                assert (location, expected) == (None, None)
                 continue
             run = location.run
             stride = 8 + (PAGE if run.kind == KIND_DATA else 1)

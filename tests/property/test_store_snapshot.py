@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -111,7 +112,7 @@ def test_any_bytes_are_refused(content: bytes) -> None:
 
 def use(content: bytes) -> None:
     """Everything that can be done with a file; only our own errors may come out."""
-    actions = [
+    actions: list[Callable[[Snapshot], object]] = [
         lambda s: s.verify(deep=False),
         lambda s: s.verify(),
         lambda s: [s.read_page(b.idstr, n) for b in s.blocks[:3] for n in (0, 1, 17)],

@@ -107,17 +107,22 @@ def test_round_trip(
     assert len(analysis.state) == len(devices)
 
 
+AMBIGUOUS = "the device sections can be read in more than one way"
+
+
+def split_or_why(data: bytes) -> tuple[DeviceSection, ...] | str:
+    try:
+        return split_device_state(data)
+    except DataError as error:
+        return error.what.partition(" (at")[0]
+
+
 @settings(deadline=None, max_examples=300)
 @given(sections(wild=True))
 def test_sections_are_found_by_their_footers(devices: tuple[DeviceSection, ...]) -> None:
     """Found exactly, or, where a payload imitates sections, refused; never cut wrongly."""
     data = writer.stream_header() + b"".join(d.raw for d in devices) + writer.eof()
-    try:
-        found = split_device_state(data)
-    except DataError as error:
-        assert "more than one way" in error.what
-    else:
-        assert found == devices
+    assert split_or_why(data) in (devices, AMBIGUOUS)
 
 
 @settings(deadline=None, max_examples=300)
@@ -141,9 +146,4 @@ def test_imitated_sections_never_win(
     )
     expected = (*devices[:victim], changed, *devices[victim + 1 :])
     stream = writer.stream_header() + b"".join(d.raw for d in expected) + writer.eof()
-    try:
-        found = split_device_state(stream)
-    except DataError as error:
-        assert "more than one way" in error.what
-    else:
-        assert found == expected
+    assert split_or_why(stream) in (expected, AMBIGUOUS)

@@ -17,7 +17,10 @@ from tests.support.probes import (
 )
 
 GuestFactory = Callable[..., GuestVm]
-"""Takes the keyword arguments of :class:`GuestVm`; gives it started and ready."""
+"""Takes the keyword arguments of :class:`GuestVm`; gives it started and ready.
+
+With ``wait_ready=False`` it does not wait for the guest, which may be an incoming one.
+"""
 
 
 def _require(options: dict[str, Any]) -> None:
@@ -33,9 +36,10 @@ def linux_guest() -> Iterator[GuestFactory]:
     has_linux_guest().require()
     with ExitStack() as stack:
 
-        def start(**options: Any) -> GuestVm:
+        def start(*, wait_ready: bool = True, **options: Any) -> GuestVm:
             _require(options)
-            return stack.enter_context(GuestVm("linux", **options).start())
+            vm = GuestVm("linux", **options)
+            return stack.enter_context(vm.start(wait_ready=wait_ready))
 
         yield start
 
@@ -46,8 +50,9 @@ def multiboot_guest() -> Iterator[GuestFactory]:
     has_multiboot_guest().require()
     with ExitStack() as stack:
 
-        def start(**options: Any) -> GuestVm:
+        def start(*, wait_ready: bool = True, **options: Any) -> GuestVm:
             _require(options)
-            return stack.enter_context(GuestVm("multiboot", **options).start())
+            vm = GuestVm("multiboot", **options)
+            return stack.enter_context(vm.start(wait_ready=wait_ready))
 
         yield start

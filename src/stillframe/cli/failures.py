@@ -21,18 +21,23 @@ BROKEN_PIPE_EXIT_CODE = 141
 """The shell's number for a program that SIGPIPE ended: 128 + 13."""
 
 
-def report(error: BaseException, *, as_json: bool) -> int:
+class ReaderGone(Exception):  # noqa: N818 - not an error: nobody reads on
+    """The reader of standard output went away."""
+
+
+def report(error: BaseException, *, as_json: bool, with_guest: bool = False) -> int:
     """Tell of an error, and return the exit code.
 
     Args:
         as_json: also as JSON on standard output.
+        with_guest: the command was at work on a guest.
     """
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, (ReaderGone, BrokenPipeError)):
         give_up_stdout()
         return BROKEN_PIPE_EXIT_CODE
     if os.environ.get("STILLFRAME_DEBUG") == "1":
         traceback.print_exception(error)
-    known = understood(error)
+    known = understood(error, with_guest=with_guest)
     for line in lines(known):
         say(f"stillframe: {line}")
     if as_json:
@@ -44,7 +49,7 @@ def report(error: BaseException, *, as_json: bool) -> int:
     return known.exit_code
 
 
-def understood(error: BaseException) -> StillframeError:
+def understood(error: BaseException, *, with_guest: bool = False) -> StillframeError:
     """The error as one of ours."""
     if isinstance(error, StillframeError):
         return error
@@ -58,7 +63,7 @@ def understood(error: BaseException) -> StillframeError:
         f"unexpected {type(error).__name__}",
         why=str(error) or None,
         remedy="please report it, with what STILLFRAME_DEBUG=1 shows",
-        guest_state="unknown",
+        guest_state="unknown" if with_guest else "none",
     )
 
 

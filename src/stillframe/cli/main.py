@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from stillframe.cli.failures import report
+from stillframe.cli.failures import ReaderGone, report
 from stillframe.cli.output import prepare_streams
+from stillframe.errors import SnapshotCancelled
 from stillframe.version import __version__
 
 PROGRAM = "stillframe"
@@ -45,6 +46,15 @@ class _Commands(click.Group):
         command = module.command
         return command if isinstance(command, click.Command) else None
 
+    def invoke(self, ctx: click.Context) -> object:
+        # Click has ways of its own to end on these two.
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise SnapshotCancelled("cancelled") from error
+        except BrokenPipeError as error:
+            raise ReaderGone from error
+
 
 @click.group(
     PROGRAM,
@@ -69,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except SystemExit:  # click's way when the reader of the help is gone
+        return report(ReaderGone(), as_json=False)
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last stop
-        return report(error, as_json=_asks_for_json(words))
+        return report(error, as_json=_asks_for_json(words), with_guest=words[:1] == ["take"])
     return status if isinstance(status, int) else 0
 
 

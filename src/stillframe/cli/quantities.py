@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Final
 
-_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGTP]?)(iB?|B)?")
+_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKmMgGtTpP]?)(iB?|B)?")
 _RATE_SUFFIX: Final = "/s"
 _POWERS: Final = {letter: power for power, letter in enumerate("KMGTP", 1)}
 _LONGEST: Final = 32

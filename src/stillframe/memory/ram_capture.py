@@ -71,6 +71,7 @@ class RamCapture:
         self._armed = False
         self._registered = [0] * len(self._blocks)
         self._files: list[int] = []
+        self._huge_blocks: dict[int, int] = {}
         self._thread: threading.Thread | None = None
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._slab_bytes = max([SLAB_BYTES, *(block.page_size_bytes for block in self._blocks)])
@@ -200,6 +201,7 @@ class RamCapture:
         self._core.set_phase(_capture.PHASE_HOLD)
         runs = self._core.noted_runs()
         self.protect_written()
+        self._huge_blocks = self._count_huge_blocks()
         self._core.set_phase(_capture.PHASE_ACTIVE)
         return tuple(
             StoppedWrite(
@@ -235,7 +237,24 @@ class RamCapture:
                 remedy="take another one, with the balloon and memory hotplug at rest",
                 guest_state="running",
             )
+        for index, now in self._count_huge_blocks().items():
+            if now < self._huge_blocks.get(index, 0):
+                raise SnapshotFailed(
+                    "the snapshot would not show one instant",
+                    why=f"{_LOST[_capture.LOST_HOLE]}: {self._blocks[index].idstr}",
+                    remedy="take another one, with the balloon and memory hotplug at rest",
+                    guest_state="running",
+                )
         self._check(numbers["error"], "copying guest RAM")
+
+    def _count_huge_blocks(self) -> dict[int, int]:
+        # The kernel tells nobody about a huge page that is punched out of its file, and has
+        # no way to look for the hole; the file's size on its file system shows it.
+        return {
+            index: os.fstat(fd).st_blocks
+            for index, (block, fd) in enumerate(zip(self._blocks, self._readers, strict=True))
+            if block.backing == "hugetlbfs" and block.shared and fd is not None
+        }
 
     def _name(self, hva: int) -> str:
         for block in self._blocks:

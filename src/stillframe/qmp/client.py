@@ -38,7 +38,7 @@ from stillframe.qmp.connection import (
 from stillframe.qmp.events import EventLog, QmpEvent
 from stillframe.qmp.framing import Framer, FramingError
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _LOOK_REMEDY = "look whether the VM still runs"
 _STUCK_REMEDY = f"its main loop may be stuck; {_LOOK_REMEDY}"
@@ -300,8 +300,9 @@ class QmpClient:
                 for message in self._framer.feed(data):
                     self._dispatch(message)
         except (OSError, FramingError) as error:
-            _log.debug("%s: %s", address_text(self._address), error)
-        self._end()
+            logger.debug("%s: %s", address_text(self._address), error)
+        finally:
+            self._end()
 
     def _dispatch(self, message: dict[str, object]) -> None:
         if "event" in message:
@@ -323,7 +324,7 @@ class QmpClient:
             try:
                 callback()
             except Exception:
-                _log.exception("a callback failed")
+                logger.exception("a callback failed")
 
     # Descriptors
 

@@ -119,10 +119,13 @@ def greeting_error(
             why=f"another client may hold it ({_ONE_CLIENT}), or the VM's main loop is stuck",
             remedy=_OTHER_MONITOR,
         )
-    if isinstance(cause, (EOFError, OSError)):
-        return MachineError(f"the monitor {where} hung up", remedy="look whether the VM still runs")
+    return MachineError(f"the monitor {where} hung up", remedy="look whether the VM still runs")
+
+
+def no_qmp_error(address: Address) -> MachineError:
+    """Something else than a QMP server is behind the socket."""
     return MachineError(
-        f"{where} does not speak QMP",
+        f"{address_text(address)} does not speak QMP",
         remedy="name a -qmp (or -mon mode=control) socket, not the human monitor",
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _KEPT = 4096
 """Events kept until somebody drains them; the oldest go first, and that is counted."""
@@ -51,7 +51,7 @@ class EventLog:
                 subscriber(event)
             except Exception:
                 # A subscriber's mistake must not end the connection.
-                _log.exception("a subscriber failed at event %s", event.name)
+                logger.exception("a subscriber failed at event %s", event.name)
 
     def drain(self) -> list[QmpEvent]:
         """Take out all events, oldest first."""

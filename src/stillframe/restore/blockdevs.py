@@ -11,12 +11,12 @@ import json
 import msgspec
 
 from stillframe.restore.disk_use import is_written
-from stillframe.restore.disks import OVERLAY_REASON, OWN_DISK, add_overlay
+from stillframe.restore.disks import OVERLAY_REASON, OWN_DISK, add_overlay, is_remote
 from stillframe.restore.draft import Draft, Option
 from stillframe.restore.option_value import OptionValue
 
-_FORMATS = frozenset("raw qcow2 qcow qed vmdk vdi vpc vhdx".split())
-_FILTERS = frozenset("throttle copy-on-read preallocate".split())
+_FORMATS = frozenset({"raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx"})
+_FILTERS = frozenset({"throttle", "copy-on-read", "preallocate"})
 _FILES = frozenset({"file", "host_device"})
 _WITHOUT_DISK = frozenset({"null-co", "null-aio"})
 _LAYOUT_KEYS = ("offset", "size", "backing.driver")
@@ -58,10 +58,10 @@ def _replace_root(
         return
     file, image_format = image
     record = draft.disk_record(name)
-    if record is not None and record.filename and not record.filename.startswith("json:"):
-        if draft.resolve(record.filename) != draft.resolve(file):
-            draft.refuse(option, f"the VM's disk had become {record.filename}", OWN_DISK)
-            return
+    shown = record.filename if record is not None else ""
+    if shown and not is_remote(shown) and draft.resolve(shown) != draft.resolve(file):
+        draft.refuse(option, f"the VM's disk had become {shown}", OWN_DISK)
+        return
     overlay, in_use = add_overlay(draft, option, file, image_format)
     base = f"stillframe-base-{len(draft.overlays)}"
     value.set("node-name", base)

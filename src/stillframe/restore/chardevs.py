@@ -10,10 +10,11 @@ import re
 from stillframe.restore.draft import Draft, Option
 from stillframe.restore.option_value import OptionValue, escape_commas
 
-_HARMLESS = frozenset(
-    "null vc pty ringbuf memory mux msmouse wctablet testdev spicevmc spiceport qemu-vdagent"
-    " dbus hub none".split()
-)
+_HARMLESS_WORDS = """
+null none vc pty ringbuf memory mux hub msmouse wctablet testdev spicevmc spiceport qemu-vdagent
+dbus
+"""
+_HARMLESS = frozenset(_HARMLESS_WORDS.split())
 _MOVED = "the first VM may use it still; private now"
 _OWN_MONITOR = "replaced by a monitor of its own"
 

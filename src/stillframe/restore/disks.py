@@ -17,7 +17,7 @@ OVERLAY_REASON = "so that the first VM's disk is not written"
 OWN_DISK = "give the disk yourself after --, with the same id"
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
-_SHORT = {
+SHORT_FORMS = {
     "": "index=0,media=disk",
     "hda": "index=0,media=disk",
     "hdb": "index=1,media=disk",
@@ -34,7 +34,7 @@ _LOCATION = ("file", "format", "driver", "snapshot")
 
 def short_disk(draft: Draft, option: Option) -> None:
     """``-hda FILE`` and its like, and a bare file name."""
-    value = OptionValue(_SHORT[option.name], "file")
+    value = OptionValue(SHORT_FORMS[option.name], "file")
     value.set("file", option.value)
     _drive(draft, option, value)
 
@@ -73,7 +73,10 @@ def _drive(draft: Draft, option: Option, value: OptionValue) -> None:
         value.drop(*_LOCATION)
         draft.replace(option, ("-drive", value.text), "the drive was empty")
     elif value.get("media") == "cdrom" or value.is_on("readonly") or value.is_on("read-only"):
-        draft.read_file(file, option)
+        if is_remote(file):
+            draft.touch("network", "connect", file, option)
+        else:
+            draft.read_file(file, option)
         value.set("file", file)
         draft.replace(option, (option.words[0], value.text), "its medium was changed")
     else:
@@ -89,6 +92,8 @@ def _drive(draft: Draft, option: Option, value: OptionValue) -> None:
 def _location(value: OptionValue) -> tuple[str, str]:
     """(file, format), from ``file=`` or ``file.filename=``."""
     driver = value.get("driver")
+    if value.get("file").startswith("file:"):
+        value.set("file", value.get("file").removeprefix("file:"))
     if value.get("file.filename") and value.get("file.driver", "file") in ("file", "host_device"):
         file = value.get("file.filename")
         value.drop("file.filename", "file.driver", "file.locking", "file.aio")
@@ -97,7 +102,7 @@ def _location(value: OptionValue) -> tuple[str, str]:
 
 
 def _is_elsewhere(draft: Draft, option: Option, value: OptionValue, file: str) -> bool:
-    odd = sorted(k for k in value.keys() if k.startswith(("file.", "backing.")))
+    odd = sorted(k for k, _ in value.items() if k.startswith(("file.", "backing.")))
     if odd:
         draft.refuse(option, f"it describes the image by parts ({', '.join(odd)})", OWN_DISK)
     elif "/dev/fdset/" in file:
@@ -117,7 +122,10 @@ def add_overlay(draft: Draft, option: Option, file: str, image_format: str) -> t
     draft.overlays.append(
         DiskOverlay(base=base, base_format=image_format, overlay=overlay, in_use=in_use)
     )
-    draft.read_file(file if is_remote(file) else base, option)
+    if is_remote(file):
+        draft.touch("network", "connect", file, option)
+    else:
+        draft.read_file(base, option)
     draft.touch("file", "create", overlay, option)
     draft.note("disks are as they are now, not as they were at the snapshot's instant")
     if in_use:
@@ -130,7 +138,7 @@ def add_overlay(draft: Draft, option: Option, file: str, image_format: str) -> t
 
 def is_remote(file: str) -> bool:
     """Whether a file name is a URL or a protocol of QEMU's."""
-    return bool(_URL.match(file)) and not file.startswith("file:")
+    return bool(_URL.match(file))
 
 
 def _same(draft: Draft, one: str, other: str) -> bool:

@@ -96,9 +96,7 @@ class Draft:
         new = tuple(words)
         self.words += new
         if new != option.words:
-            self.rewrites.append(
-                Rewrite(before=option.text, after=shown_words(new), reason=reason)
-            )
+            self.rewrites.append(Rewrite(before=option.text, after=shown_words(new), reason=reason))
 
     def add(self, words: Sequence[str], reason: str) -> None:
         """Write an option that was not there."""
@@ -115,9 +113,23 @@ class Draft:
 
     # What is learnt
 
-    def touch(self, kind: TouchKind, access: Access, target: str, option: Option | None) -> None:
+    def touch(
+        self,
+        kind: TouchKind,
+        access: Access,
+        target: str,
+        option: Option | None,
+        *,
+        required: bool = False,
+    ) -> None:
         """Note that something of the host is used."""
-        entry = Touch(kind=kind, access=access, target=target, option=option.text if option else "")
+        entry = Touch(
+            kind=kind,
+            access=access,
+            target=target,
+            option=option.text if option else "",
+            required=required,
+        )
         if entry not in self.touches:
             self.touches.append(entry)
 
@@ -136,22 +148,17 @@ class Draft:
 
     def resolve(self, path: str) -> str:
         """A recorded path, absolute."""
-        return os.path.normpath(os.path.join(self.record.cwd or "/", path))
+        return os.path.normpath(Path(self.record.cwd or "/", path))
 
-    def read_file(self, path: str, option: Option, *, searched: bool = False) -> None:
+    def read_file(self, path: str, option: Option, *, required: bool = True) -> None:
         """Note a file that QEMU reads.
 
         Args:
-            searched: QEMU looks for names without a directory among its own files.
+            required: QEMU does not start without it.
         """
-        if "://" in path:
-            self.touch("network", "connect", path, option)
-            return
         resolved = self.resolve(path)
-        if searched and "/" not in path and not os.path.lexists(resolved):
-            return
         kind: TouchKind = "device" if resolved.startswith("/dev/") else "file"
-        self.touch(kind, "read", resolved, option)
+        self.touch(kind, "read", resolved, option, required=required)
 
     def private_path(self, name: str, suffix: str) -> Path:
         """A new name in the restore's own directory."""
@@ -194,8 +201,8 @@ class Draft:
             elif _RUNS_PROGRAM.search(text):
                 self.touch("program", "run", text, option)
                 self.risk(option, f"it runs a program: {text}")
-            elif "/" in text or os.path.lexists(self.resolve(text)) and _is_file_key(last):
-                self.read_file(text, option)
+            elif "/" in text or (_is_file_key(last) and os.path.lexists(self.resolve(text))):
+                self.read_file(text, option, required=False)
 
 
 def _is_file_key(key: str) -> bool:

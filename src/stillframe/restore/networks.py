@@ -24,9 +24,7 @@ def network(draft: Draft, option: Option) -> None:
         draft.refuse(option, "a part of the network card is in another process", _OWN_BACKEND)
         return
     if value.drop(*_FD_KEYS) or value.get("addr.type") == "fd":
-        draft.refuse(
-            option, "it uses a file descriptor that the first VM was given", _OWN_BACKEND
-        )
+        draft.refuse(option, "it uses a file descriptor that the first VM was given", _OWN_BACKEND)
         return
     if kind == "user":
         _user(draft, option, value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+from pathlib import Path
 
 from stillframe.restore.draft import Draft, Option
 from stillframe.restore.option_value import OptionValue
@@ -88,8 +89,7 @@ def _shared_memory_file(draft: Draft, option: Option, value: OptionValue) -> Non
     reason = f"{path} is the first VM's own memory; a nameless file instead"
     if huge_bytes:
         value.set("hugetlb", True)
-        # A size has a suffix on the command line and is a number in JSON.
-        value.set("hugetlbsize", f"{huge_bytes >> 10}K")
+        value.set("hugetlbsize", huge_bytes)
         reason += f", on {huge_bytes >> 10} KiB pages as before"
     draft.replace(option, (option.words[0], value.text), reason)
 
@@ -106,7 +106,7 @@ def _huge_page_bytes(path: str) -> int:
     """The page size, if a file or directory is on hugetlbfs (statfs(2)), else 0."""
     found = _Statfs()
     libc = ctypes.CDLL(None, use_errno=True)
-    for place in (path, os.path.dirname(path)):
+    for place in (Path(path), Path(path).parent):
         if libc.statfs(os.fsencode(place), ctypes.byref(found)) == 0:
             return found.f_bsize if found.f_type == _HUGETLBFS_MAGIC else 0
     return 0

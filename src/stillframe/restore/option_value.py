@@ -114,13 +114,14 @@ class OptionValue:
             ]
         return present
 
-    def set(self, key: str, value: str | bool) -> None:
+    def set(self, key: str, value: str | bool | int) -> None:
         """Give ``key`` this one value, in its place if it has one."""
         if self._json is not None:
             _set_path(self._json, key, value)
             return
         if isinstance(value, bool):
             value = "on" if value else "off"
+        value = str(value)
         part = f"{key}={escape_commas(value)}"
         places = [index for index, (name, _) in enumerate(self.items()) if name == key]
         if not places:
@@ -158,7 +159,7 @@ def _drop_path(tree: dict[str, Any], path: str) -> None:
         _drop_path(tree[head], rest)
 
 
-def _set_path(tree: dict[str, Any], path: str, value: str | bool) -> None:
+def _set_path(tree: dict[str, Any], path: str, value: str | bool | int) -> None:
     head, _, rest = path.partition(".")
     if rest and isinstance(tree.get(head), dict):
         _set_path(tree[head], rest, value)

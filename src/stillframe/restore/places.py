@@ -57,8 +57,11 @@ def private_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".")[:24] or "unnamed"
 
 
-def check_socket_path(path: str) -> None:
+def check_socket_path(path: str, *, made_later: bool = False) -> None:
     """Check that a unix socket can be bound there.
+
+    Args:
+        made_later: its directory is not there yet.
 
     Raises:
         UsageError: too long, there is something of that name, or no directory for it.
@@ -68,8 +71,10 @@ def check_socket_path(path: str) -> None:
         raise UsageError(
             f"the socket path {path} is too long",
             why=f"it has {length} bytes, {SUN_PATH_BYTES} are possible",
-            remedy="choose a shorter one",
+            remedy="choose a shorter one, or a shorter directory",
         )
+    if made_later:
+        return
     if os.path.lexists(path):
         # QEMU itself would remove it, also under the nose of a VM that listens there.
         raise UsageError(f"{path} exists already", remedy="choose another path, or remove it")
@@ -110,7 +115,10 @@ def _state_root() -> Path:
         return Path(given) / "stillframe" / "restored"
     if os.geteuid() == 0:
         return Path("/var/lib/stillframe/restored")
-    return Path.home() / ".local" / "state" / "stillframe" / "restored"
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home() raises without a home
+    if not home.is_absolute():
+        raise HostError("there is no home directory", remedy="set XDG_STATE_HOME")
+    return home / ".local" / "state" / "stillframe" / "restored"
 
 
 def _is_own(path: Path) -> bool:

@@ -20,12 +20,16 @@ class Rewrite(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Touch(msgspec.Struct, frozen=True, kw_only=True):
-    """Something of the host that the restored VM, or its start, uses. ``option``: what says so."""
+    """Something of the host that the restored VM, or its start, uses.
+
+    ``option``: what says so. ``required``: the VM cannot start without it.
+    """
 
     kind: TouchKind
     access: Access
     target: str
     option: str
+    required: bool = False
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):

@@ -200,6 +200,11 @@ class StreamReader:
         if self._ram is not None:
             raise DataError("the RAM section starts twice", offset_bytes=start)
         capabilities = self._configuration.capabilities if self._configuration else ()
+        if self._postcopy_advised and CAPABILITY_IGNORE_SHARED in capabilities:
+            raise DataError(
+                "the stream claims postcopy and x-ignore-shared, which no QEMU does together",
+                offset_bytes=start,
+            )
         self._ram_id = section_id
         self._ram = RamReader(source, page_bytes=self.page_bytes, page_lookup=self._page_lookup)
         yield from self._ram.read_block_list(

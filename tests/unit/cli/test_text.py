@@ -41,9 +41,7 @@ class _Terminal(io.StringIO):
         ({}, False),
     ],
 )
-def test_colour(
-    environment: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_colour(environment: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TERM", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

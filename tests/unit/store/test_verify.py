@@ -290,3 +290,15 @@ def test_rows_are_checked_when_the_index_is_decoded() -> None:
         parts.index = encode_index(index)
         with pytest.raises(DataError, match="index"):
             open_bytes(parts.join())
+
+
+def test_every_byte_of_a_file_is_covered() -> None:
+    good = small_file()
+    for place in range(len(good)):
+        content = bytearray(good)
+        content[place] ^= 1
+        try:
+            open_bytes(bytes(content)).verify(deep=False)
+        except DataError:
+            continue
+        pytest.fail(f"a change of byte {place} of {len(good)} went unnoticed")

@@ -264,6 +264,12 @@ def test_postcopy_page_sizes() -> None:
     refused(data.replace(pack(">Q", 2 << 20), pack(">Q", 3 << 20)), "impossible page size")
 
 
+def test_postcopy_with_ignored_shared_memory_is_refused() -> None:
+    advice = b"\x08\0\3\0\x10" + bytes(16)
+    begin = sb.configuration("m", sb.capabilities("x-ignore-shared")) + advice
+    refused(begin + writer.ram_start_section(TWO, section_id=2), "which no QEMU does together")
+
+
 # RAM records
 
 

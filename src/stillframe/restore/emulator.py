@@ -1,0 +1,111 @@
+"""The QEMU process that a restore starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+from stillframe.errors import HostError, MachineError
+from stillframe.restore.records import RestorePlan
+from stillframe.restore.show import printable
+
+_KILL_TIMEOUT_S = 10.0
+_LOG_TAIL_BYTES = 16 << 10
+_SHOWN_LINES = 4
+
+
+class Emulator:
+    """One started QEMU that reads its stream from a pipe. It is in a session of its own.
+
+    If this process dies, the pipe ends, and a QEMU that has not got its whole stream exits.
+    """
+
+    def __init__(self, plan: RestorePlan) -> None:
+        """Start it.
+
+        Raises:
+            HostError: it cannot be started.
+        """
+        self._log_path = Path(plan.log_path)
+        read_end, self.stream_fd = os.pipe()
+        try:
+            with open(plan.log_path, "ab", opener=_private) as log:
+                self._process = subprocess.Popen(
+                    plan.argv_with_stream(read_end),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=plan.cwd,
+                    pass_fds=(read_end,),
+                    start_new_session=True,
+                )
+        except (OSError, ValueError) as error:
+            os.close(self.stream_fd)
+            raise HostError(f"cannot start {plan.program}", why=str(error)) from error
+        finally:
+            os.close(read_end)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def wait_end(self, timeout_s: float) -> bool:
+        """Whether it ends within that time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+        return self.has_ended()
+
+    def failure(self, doing: str) -> MachineError:
+        """What to say when it ended or failed: QEMU's own words."""
+        code = self._process.poll()
+        what = f"QEMU failed while {doing}"
+        if code is not None:
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            what = f"QEMU ended {how} while {doing}"
+        return MachineError(what, why=self.last_words() or None, guest_state="none")
+
+    def last_words(self) -> str:
+        """The last lines of its log, on one line."""
+        try:
+            with self._log_path.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(0, size - _LOG_TAIL_BYTES))
+                text = log.read().decode(errors="replace")
+        except OSError:
+            return ""
+        lines = [re.sub(r"^\S*qemu\S*: ", "", line) for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if not line.startswith("warning:")]
+        return printable(" / ".join((errors or lines)[-_SHOWN_LINES:]))
+
+    def close_stream(self) -> None:
+        """End the stream; does nothing the second time."""
+        if self.stream_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self.stream_fd)
+            self.stream_fd = -1
+
+    def kill(self) -> None:
+        """End it at once, and wait until it is gone."""
+        self.close_stream()
+        if not self.has_ended():
+            self._process.send_signal(signal.SIGKILL)
+            self.wait_end(_KILL_TIMEOUT_S)
+
+    def let_go(self) -> None:
+        """Leave it running; its end is awaited, so that no zombie stays while we live."""
+        self.close_stream()
+        threading.Thread(
+            target=self._process.wait, name=f"reaper of {self.pid}", daemon=True
+        ).start()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,402 @@
+"""The capture core on a real process that writes its memory in a known order."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from stillframe.errors import MachineError, SnapshotFailed
+from stillframe.memory import _capture
+from stillframe.memory.ram_capture import RamCapture
+from stillframe.model import StoppedWrite
+from tests.support.capture_child import STAGES
+from tests.support.probes import has_huge_pages, has_uffd_wp
+from tests.support.writer_process import (
+    FULL_SPEED,
+    IDLE,
+    SECTION_ID,
+    Captured,
+    WriterProcess,
+    armed,
+    drain,
+    stop_and_fix,
+    take,
+)
+
+MIB = 1 << 20
+RAM_MIB = 16
+HUGE_RAM_MIB = 48
+KINDS = ("private", "shared", "zero", "hugetlb", "hugetlb-private")
+_UFFDIO_WRITEPROTECT = 0xC018AA06
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _needs_uffd() -> None:
+    has_uffd_wp().require()
+
+
+def start(kind: str, pages_per_s: int) -> WriterProcess:
+    if kind.startswith("hugetlb"):
+        has_huge_pages(HUGE_RAM_MIB).require()
+        return WriterProcess(kind, HUGE_RAM_MIB, pages_per_s)
+    return WriterProcess(kind, RAM_MIB, pages_per_s)
+
+
+def assert_one_instant(writer: WriterProcess, captured: Captured) -> None:
+    assert not captured.repeated
+    assert len(captured.pages) == writer.block.used_length_bytes // 4096
+    assert not captured.is_torn(writer.written_bytes, writer.block.page_size_bytes)
+
+
+# --- one instant -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", [True, False], ids=["armed", "unarmed"])
+@pytest.mark.parametrize("pages_per_s", [FULL_SPEED, 200_000, 2_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_never_torn(kind: str, pages_per_s: int, arm: bool) -> None:
+    with start(kind, pages_per_s) as writer:
+        for _ in range(3):
+            assert_one_instant(writer, take(writer, spill_bytes=64 * MIB, arm=arm))
+        assert writer.runs()
+
+
+class Unprotected(RamCapture):
+    """The control: everything is un-protected right after the instant."""
+
+    def instant(self) -> tuple[StoppedWrite, ...]:
+        writes = super().instant()
+        assert self._uffd is not None
+        for block in self._blocks:
+            argument = struct.pack("=QQQ", block.hva, block.used_length_bytes, 0)
+            fcntl.ioctl(self._uffd.fileno(), _UFFDIO_WRITEPROTECT, argument)
+        return writes
+
+
+class NotProtectedAgain(RamCapture):
+    """The control: what was written while armed stays un-protected."""
+
+    def protect_written(self) -> int:
+        return 0 if self._armed else super().protect_written()
+
+
+@pytest.mark.parametrize("broken", [Unprotected, NotProtectedAgain])
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_control_without_protection_is_caught(kind: str, broken: type[RamCapture]) -> None:
+    """Without this, ``test_never_torn`` would show nothing."""
+    with start(kind, FULL_SPEED) as writer:
+        torn = 0
+        for _ in range(10):
+            captured = take(writer, kind=broken)
+            torn += captured.is_torn(writer.written_bytes, writer.block.page_size_bytes)
+        assert torn
+
+
+def test_a_pass_of_arming_in_which_the_guest_writes_new_pages() -> None:
+    """Pages first written while armed are in the snapshot, their neighbours stay holes, and
+    neither counts as RAM that was dropped."""
+    with start("shared", IDLE) as writer, armed(writer) as capture:
+        first = writer.written_bytes
+        for n in range(20):
+            writer.command(f"w {first + n * 17 * 4096} {n + 1}")
+        captured = Captured()
+        stop_and_fix(writer, capture)
+        drain(capture, captured)
+        capture.finish()
+        drain(capture, captured)
+        capture.check()
+        for n in range(20):
+            page = captured.pages[first + n * 17 * 4096]
+            assert page is not None
+            assert page[:8] == struct.pack("<Q", n + 1)
+        resident = writer.command(f"i {first} {writer.block.used_length_bytes - first}").result
+        assert resident == 20
+
+
+def test_the_last_huge_page_ends_with_the_used_length() -> None:
+    """A block of hugetlb pages may be longer than what goes into the stream."""
+    with start("hugetlb", IDLE) as writer:
+        whole = writer.block
+        writer.block = msgspec.structs.replace(whole, used_length_bytes=5 * MIB + 8192)
+        captured = take(writer)
+        assert sorted(captured.pages) == list(range(0, 5 * MIB + 8192, 4096))
+        assert not captured.repeated
+
+
+# --- the spill ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_a_full_spill_makes_the_guest_wait_and_loses_nothing(kind: str) -> None:
+    with start(kind, FULL_SPEED) as writer, armed(writer, spill_bytes=2 * MIB) as capture:
+        captured = Captured()
+        stop_and_fix(writer, capture)
+        time.sleep(0.2)
+        waiting = writer.command().written_pages
+        time.sleep(0.2)
+        assert writer.command().written_pages == waiting, "the guest did not wait"
+        # Who drops RAM meanwhile waits for the fault thread to read the event.
+        began = time.monotonic()
+        writer.drop("d", writer.block.used_length_bytes - 4096, 4096)
+        assert time.monotonic() - began < 1
+        drain(capture, captured)
+        capture.finish()
+        drain(capture, captured)
+        capture.check()
+        assert_one_instant(writer, captured)
+        numbers = capture.statistics()
+        assert numbers["stalls"]
+        assert float(str(numbers["stall_ms"])) > 300
+        assert numbers["spill_peak_bytes"] == 2 * MIB
+        assert writer.runs()
+
+
+# --- pages that were never populated ------------------------------------------------------------
+
+
+def _present_pages(writer: WriterProcess) -> int:
+    """Pages of the block that the process's page tables show (the zero page counts too)."""
+    with open(f"/proc/{writer.pid}/pagemap", "rb") as pagemap:
+        pagemap.seek(writer.block.hva // 4096 * 8)
+        content = pagemap.read(writer.block.used_length_bytes // 4096 * 8)
+    return sum(entry[0] >> 63 for entry in struct.iter_unpack("=Q", content))
+
+
+@pytest.mark.parametrize("kind", ["private", "shared", "zero", "hugetlb-private"])
+def test_never_populated_pages_are_not_read_nor_made_resident(kind: str) -> None:
+    with start(kind, IDLE) as writer:
+        hole = writer.block.used_length_bytes - writer.written_bytes
+        assert _present_pages(writer) * 4096 == writer.written_bytes
+        captured = take(writer)
+        assert captured.statistics["pages_never_populated"] == hole // 4096
+        assert _present_pages(writer) * 4096 == writer.written_bytes
+        if not kind.startswith("hugetlb"):
+            assert writer.command(f"i {writer.written_bytes} {hole}").result == 0
+
+
+def test_a_hole_of_shared_memory_stays_a_hole() -> None:
+    for kind in ("shared", "hugetlb"):
+        with start(kind, IDLE) as writer:
+            path = f"/proc/{writer.pid}/fd/{writer.block.backing_fd}"
+            before = os.stat(path).st_blocks
+            assert_one_instant(writer, take(writer))
+            assert os.stat(path).st_blocks == before
+
+
+# --- writes while the guest is stopped ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["private", "shared", "hugetlb"])
+def test_writes_while_stopped_are_reported_and_belong_to_the_instant(kind: str) -> None:
+    with start(kind, IDLE) as writer, armed(writer) as capture:
+        page = writer.block.page_size_bytes
+        writer.command("p")
+        capture.protect_written()
+        writer.command(f"w {3 * page + 128} 77")
+        writes = capture.instant()
+        writer.command(f"w {3 * page + 128} 78")
+        writer.command("c")
+        captured = Captured()
+        drain(capture, captured)
+        capture.finish()
+        drain(capture, captured)
+        capture.check()
+        target = captured.pages[3 * page]
+        assert target is not None
+        assert target[128:136] == struct.pack("<Q", 77)
+        assert len(writes) == 1
+        assert writes[0].idstr == "pc.ram"
+        assert writes[0].offset_bytes <= 3 * page < writes[0].offset_bytes + writes[0].length_bytes
+
+
+def test_no_write_while_stopped_is_reported_where_there_was_none() -> None:
+    with start("private", FULL_SPEED) as writer:
+        for _ in range(10):
+            assert take(writer).writes == ()
+
+
+# --- RAM that goes away ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("private", "d"),
+        ("private", "u"),
+        ("shared", "m"),
+        ("shared", "h"),
+        ("shared", "u"),
+        ("zero", "m"),
+        ("hugetlb", "h"),
+        ("hugetlb-private", "d"),
+    ],
+)
+def test_ram_dropped_before_its_copy_fails_the_snapshot(kind: str, how: str) -> None:
+    with start(kind, IDLE) as writer, armed(writer) as capture:
+        page = writer.block.page_size_bytes
+        stop_and_fix(writer, capture)
+        writer.drop(how, 2 * page, 4 * page)
+        captured = Captured()
+        drain(capture, captured)
+        with pytest.raises(SnapshotFailed, match=r"pc\.ram") as caught:
+            capture.check()
+        assert caught.value.guest_state == "running"
+        capture.release()
+        assert writer.command().result == 0
+
+
+@pytest.mark.parametrize(("kind", "how"), [("private", "d"), ("shared", "m"), ("zero", "m")])
+def test_ram_dropped_while_armed_is_zero_and_protected_again(kind: str, how: str) -> None:
+    """The guest gave the pages up before the instant, and may write them after it."""
+    with start(kind, IDLE) as writer, armed(writer) as capture:
+        writer.drop(how, 8 * 4096, 64 * 4096)
+        writer.command(f"w {16 * 4096} 5")
+        stop_and_fix(writer, capture)
+        writer.command(f"w {12 * 4096} 6")
+        writer.command(f"w {16 * 4096} 6")
+        captured = Captured()
+        drain(capture, captured)
+        capture.finish()
+        drain(capture, captured)
+        capture.check()
+        assert captured.pages[12 * 4096] in (None, bytes(4096))
+        page = captured.pages[16 * 4096]
+        assert page is not None
+        assert page[:8] == struct.pack("<Q", 5)
+
+
+def test_ram_dropped_after_its_copy_is_nobodys_business() -> None:
+    with start("private", IDLE) as writer, armed(writer) as capture:
+        stop_and_fix(writer, capture)
+        captured = Captured()
+        drain(capture, captured)
+        writer.drop("d", 0, MIB)
+        capture.finish()
+        drain(capture, captured)
+        capture.check()
+        assert_one_instant(writer, captured)
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_a_dropped_page_read_beside_other_faults_is_never_taken_for_zeroes(kind: str) -> None:
+    """The sweep may copy a page between the drop and the handling of its event."""
+    silent = 0
+    with start(kind, FULL_SPEED) as writer:
+        for _ in range(15):
+            captured = Captured()
+            with armed(writer) as capture:
+                stop_and_fix(writer, capture)
+                sweep = threading.Thread(target=drain, args=(capture, captured))
+                sweep.start()
+                for offset in range(0, 4 * MIB, 256 << 10):
+                    writer.drop("d" if kind == "private" else "m", offset, 16 << 10)
+                sweep.join()
+                capture.finish()
+                drain(capture, captured)
+                try:
+                    capture.check()
+                except SnapshotFailed:
+                    continue
+            silent += captured.is_torn(writer.written_bytes, writer.block.page_size_bytes)
+    assert silent == 0
+
+
+# --- the process goes, or we go -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_the_process_exits_midway(kind: str) -> None:
+    with start(kind, IDLE) as writer, armed(writer) as capture:
+        stop_and_fix(writer, capture)
+        worker = capture.worker(SECTION_ID)
+        assert worker.next()
+        writer.exit_now()
+        while worker.next():
+            pass
+        with pytest.raises(MachineError, match="exited"):
+            capture.check()
+
+
+@pytest.mark.parametrize("kind", ["private", "shared", "hugetlb"])
+@pytest.mark.parametrize("stage", ["registered", "armed", "stopped", "hold", "active", "swept"])
+def test_release_at_any_stage_leaves_the_process_running(kind: str, stage: str) -> None:
+    with start(kind, FULL_SPEED) as writer:
+        with armed(writer, arm=stage != "registered", spill_bytes=4 * MIB) as capture:
+            if stage == "stopped":
+                writer.command("p")
+                capture.protect_written()
+            elif stage == "hold":
+                capture._core.set_phase(_capture.PHASE_HOLD)
+            elif stage in ("active", "swept"):
+                stop_and_fix(writer, capture)
+                time.sleep(0.05)
+                if stage == "swept":
+                    drain(capture, Captured())
+            began = time.monotonic()
+            capture.release()
+            assert time.monotonic() - began < 1
+            if stage == "stopped":
+                writer.command("c")
+            assert writer.runs()
+        assert_one_instant(writer, take(writer))
+
+
+def test_an_event_while_faults_are_held_stands_in_nobodys_way() -> None:
+    """In the moment before cont the fault thread serves nothing, but must read events: the
+    kernel protects nothing while one is unread."""
+    with start("private", FULL_SPEED) as writer, armed(writer) as capture:
+        capture._core.set_phase(_capture.PHASE_HOLD)
+        time.sleep(0.05)
+        writer.drop("d", writer.block.used_length_bytes - 4096, 4096)
+        assert capture.protect_written() >= 0
+        capture._core.set_phase(_capture.PHASE_ACTIVE)
+        with pytest.raises(SnapshotFailed):
+            capture.check()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_kill_9_of_the_capturing_process(kind: str, stage: str) -> None:
+    chance = random.Random(f"{kind} {stage}")
+    with start(kind, FULL_SPEED) as writer:
+        for _ in range(4):
+            child = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.support.capture_child",
+                    str(writer.pid),
+                    msgspec.json.encode(writer.block).decode(),
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=_ROOT,
+            )
+            try:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    if line.strip() == stage:
+                        break
+                else:
+                    pytest.fail("the capturing process ended by itself")
+                time.sleep(chance.random() ** 3 * 0.02)
+            finally:
+                child.kill()
+                child.wait(timeout=10)
+                if child.stdout is not None:
+                    child.stdout.close()
+            began = time.monotonic()
+            assert writer.runs(), f"the guest stands still after a death in {stage}"
+            assert time.monotonic() - began < 1
+        assert_one_instant(writer, take(writer))
