@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 
+from bench.cpu_wait import CpuWait
 from bench.figures import Figures, Spread, figures, ratios, spreads
-from bench.guest_view import FreeRun, free_run, guest_view
+from bench.free_run import FreeRun, free_run
+from bench.guest_view import guest_view
 from bench.methods import Method, Subject
 from bench.observer import Observer
 from guests.qemu import Accelerator, Fill, GuestKind, GuestVm, MemoryKind
@@ -47,7 +50,6 @@ class CaseResult(msgspec.Struct, kw_only=True):
     """A case and what came of it."""
 
     case: Case
-    command_line: list[str]
     methods: dict[str, MethodResult]
     qemu_version: str = ""
     audits: list[str] = []
@@ -73,9 +75,7 @@ def run_case(
         free_s: how long the guest is left alone between two saves.
         peer: the method that ours are compared with.
     """
-    result = CaseResult(
-        case=case, command_line=[], methods={name: MethodResult() for name in methods}
-    )
+    result = CaseResult(case=case, methods={name: MethodResult() for name in methods})
     with tempfile.TemporaryDirectory(prefix="stillframe-bench-vm-") as sockets:
         observed = Path(sockets) / "observer.sock"
         vm = GuestVm(
@@ -93,18 +93,18 @@ def run_case(
             directory=Path(sockets),
         )
         try:
-            with vm.start(timeout_s=300):
-                result.command_line = vm.command_line()
+            with vm.start(timeout_s=300), ExitStack() as cleanup:
                 observer = Observer(observed)
-                try:
-                    version = observer.execute("query-version")
-                    result.qemu_version = version["package"] or str(version["qemu"])
-                    _take_turns(
-                        Subject(vm, observer), methods, repeat, directory, free_s, result, say
-                    )
-                    result.audits.append(vm.command("audit", timeout_s=300))
-                finally:
-                    observer.close()
+                cleanup.callback(observer.close)
+                parts = observer.execute("query-version")["qemu"]
+                numbers = (str(parts[name]) for name in ("major", "minor", "micro"))
+                result.qemu_version = f"QEMU {'.'.join(numbers)}"
+                threads = [cpu["thread-id"] for cpu in observer.execute("query-cpus-fast")]
+                cpu_wait = CpuWait(vm.pid, threads)
+                cleanup.callback(cpu_wait.close)
+                subject = Subject(vm, observer, cpu_wait)
+                _take_turns(subject, methods, repeat, directory, free_s, result, say)
+                result.audits.append(vm.command("audit", timeout_s=300))
         except StillframeError as error:
             result.failure = str(error)
             say(f"  the case failed: {error}")
@@ -127,7 +127,7 @@ def _take_turns(
     result: CaseResult,
     say: Callable[[str], None],
 ) -> None:
-    before = free_run(subject.vm, free_s)
+    before = free_run(subject, free_s)
     for number in range(repeat):
         for name, method in methods.items():
             found, before = _once(subject, method, directory, free_s, before)
@@ -157,10 +157,11 @@ def _once(
         saved = method(subject, out)
     except (StillframeError, OSError, ValueError, KeyError) as error:
         failure = f"{type(error).__name__}: {error}"
-        return failure, free_run(vm, free_s)
+        return failure, free_run(subject, free_s)
     finally:
         out.unlink(missing_ok=True)
         out.with_suffix(".part").unlink(missing_ok=True)
-    after = free_run(vm, free_s)
+    after = free_run(subject, free_s)
     during = guest_view(vm.ticks(since), saved.touched_s, saved.durable_s)
-    return figures(saved, during, before, after), after
+    cpu_wait = subject.cpu_wait.share(saved.touched_s, saved.durable_s)
+    return figures(saved, during, before, after, cpu_wait), after

@@ -27,7 +27,7 @@ from bench.targets import targets_text
 PEER = "qemu"
 METHODS = ("take", "take-none", "qemu", "qemu-zstd", "stop")
 _DEFAULT_METHODS = "take,take-none,qemu,stop"
-_LEFT_TO_THE_GUEST_MIB = 96
+_LEFT_TO_THE_GUEST_MIB = {"linux": 96, "multiboot": 16}
 
 
 def _numbers(text: str) -> list[int]:
@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _populate_mib(text: str, ram_mib: int, mem_mib: int) -> int:
-    most = max(0, ram_mib - mem_mib - _LEFT_TO_THE_GUEST_MIB)
+def _populate_mib(text: str, guest: str, ram_mib: int, mem_mib: int) -> int:
+    most = max(0, ram_mib - mem_mib - _LEFT_TO_THE_GUEST_MIB[guest])
     wanted = ram_mib * int(text[:-1]) // 100 if text.endswith("%") else int(text)
     return min(wanted, most)
 
@@ -92,7 +92,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         Case(
             guest=options.guest,
             ram_mib=ram_mib,
-            populate_mib=_populate_mib(options.populate, ram_mib, options.mem),
+            populate_mib=_populate_mib(options.populate, options.guest, ram_mib, options.mem),
             fill=fill,
             mem_mib=options.mem,
             rate_mib_per_s=rate,

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from bench.guest_view import FreeRun, GuestView
+from bench.free_run import FreeRun
+from bench.guest_view import GuestView
 from bench.methods import Saved
 
 _MIB = float(1 << 20)
@@ -34,15 +35,20 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     spill_peak_mib: float | None
     spill_stall_ms: float | None
     free_pages_per_s: float
+    cpu_wait: float
+    free_cpu_wait: float
     own: dict[str, Any]
 
 
-def figures(saved: Saved, during: GuestView, before: FreeRun, after: FreeRun) -> Figures:
+def figures(
+    saved: Saved, during: GuestView, before: FreeRun, after: FreeRun, cpu_wait: float
+) -> Figures:
     """Put together what was measured of one save.
 
     Args:
         during: from the moment the guest could feel it until the file was durable.
         before, after: the guest left alone, right before and right after.
+        cpu_wait: part of the time of the save in which a vCPU was ready and had no processor.
     """
     free_rate = (before.view.pages_per_s + after.view.pages_per_s) / 2
     progress = during.pages_per_s / free_rate
@@ -66,6 +72,8 @@ def figures(saved: Saved, during: GuestView, before: FreeRun, after: FreeRun) ->
         spill_peak_mib=None if spill_peak is None else spill_peak / _MIB,
         spill_stall_ms=saved.own.get("stall_ms"),
         free_pages_per_s=free_rate,
+        cpu_wait=cpu_wait,
+        free_cpu_wait=(before.cpu_wait + after.cpu_wait) / 2,
         own=saved.own,
     )
 
@@ -93,10 +101,22 @@ def spreads(repetitions: Sequence[Figures]) -> dict[str, Spread]:
     return result
 
 
+_COMPARED = (
+    "downtime_ms",
+    "gap_max_ms",
+    "stall_max_ms",
+    "progress",
+    "durable_s",
+    "file_mib",
+    "written_mib",
+    "peak_mib",
+)
+
+
 def ratios(ours: dict[str, Spread], theirs: dict[str, Spread]) -> dict[str, float]:
-    """Ours over theirs, of medians; figures that are 0 there are left out."""
+    """Ours over theirs, of medians, where a ratio says something; not of figures that are 0."""
     return {
         name: ours[name].median / theirs[name].median
-        for name in ours
-        if name in theirs and theirs[name].median
+        for name in _COMPARED
+        if name in ours and name in theirs and theirs[name].median
     }

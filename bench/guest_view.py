@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from guests.qemu import GuestVm
 from guests.serial import Tick
 from stillframe.errors import MachineError
 
@@ -53,34 +52,4 @@ def guest_view(ticks: Sequence[Tick], from_s: float, to_s: float) -> GuestView:
         pages_per_s=pages / (to_s - from_s),
         gap_max_ms=max(tick.gap_us for tick in inside) / 1e3,
         gaps_over_1ms=max(0, inside[-1].over_1ms - inside[0].over_1ms),
-    )
-
-
-class FreeRun(msgspec.Struct, frozen=True, kw_only=True):
-    """The guest left alone. ``stall_max_ms`` also holds what came before, since the ``reset``."""
-
-    view: GuestView
-    stop_max_ms: float
-    stall_max_ms: float
-
-
-def free_run(vm: GuestVm, seconds: float) -> FreeRun:
-    """Leave the guest alone for some seconds, and until its clocks have settled.
-
-    Raises:
-        MachineError: the guest does not tick.
-    """
-    since = vm.console.mark()
-    start = vm.wait_tick()
-    while True:
-        vm.wait_tick()
-        ticks = vm.ticks(since)
-        last = ticks[-1]
-        if last.received_s - start.received_s >= seconds and last.seconds >= start.seconds + 2:
-            break
-    view = guest_view(ticks, start.received_s + 1e-6, last.received_s)
-    return FreeRun(
-        view=view,
-        stop_max_ms=last.stop_max_us / 1e3,
-        stall_max_ms=max(last.stall_max_us, last.gap_max_us) / 1e3,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from bench.cpu_wait import CpuWait
 from bench.observer import Observer, stopped_ms
 from bench.processes import (
     PeakSampler,
@@ -53,10 +54,11 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """The VM to save, and the benchmark's own connection to its monitor."""
+    """The VM to save, the benchmark's own connection to its monitor, and its vCPUs' waiting."""
 
     vm: GuestVm
     observer: Observer
+    cpu_wait: CpuWait
 
 
 Method = Callable[[Subject, Path], Saved]

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from bench.case import CaseResult
 from bench.figures import Spread
 
-_COLUMNS = (
+_LINES = (
     # title, figure, factor, digits
-    ("downtime ms", "downtime_ms", 1.0, 1),
-    ("gap ms", "gap_max_ms", 1.0, 1),
-    ("stall< ms", "stall_max_ms", 1.0, 1),
-    ("progress %", "progress", 100.0, 0),
-    ("lost s", "lost_s", 1.0, 2),
-    ("durable s", "durable_s", 1.0, 2),
-    ("file MiB", "file_mib", 1.0, 0),
-    ("written MiB", "written_mib", 1.0, 0),
-    ("memory MiB", "peak_mib", 1.0, 0),
-    ("CPU s", "cpu_s", 1.0, 2),
-    ("spill MiB", "spill_peak_mib", 1.0, 0),
-    ("spill wait ms", "spill_stall_ms", 1.0, 1),
+    ("downtime, ms", "downtime_ms", 1.0, 1),
+    ("longest gap in the guest, ms", "gap_max_ms", 1.0, 1),
+    ("longest stall, at most, ms", "stall_max_ms", 1.0, 1),
+    ("guest progress, %", "progress", 100.0, 0),
+    ("guest had no CPU, %", "cpu_wait", 100.0, 0),
+    ("guest time lost, s", "lost_s", 1.0, 2),
+    ("durable after, s", "durable_s", 1.0, 2),
+    ("file, MiB", "file_mib", 1.0, 0),
+    ("written, MiB", "written_mib", 1.0, 0),
+    ("memory, MiB", "peak_mib", 1.0, 0),
+    ("CPU time, s", "cpu_s", 1.0, 2),
+    ("spill peak, MiB", "spill_peak_mib", 1.0, 0),
+    ("waited for spill, ms", "spill_stall_ms", 1.0, 1),
 )
 
 
@@ -37,39 +38,39 @@ def _grid(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  ".join(
             [row[0].ljust(widths[0])]
-            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         )
         for row in rows
     ]
 
 
 def case_table(result: CaseResult, peer: str) -> str:
-    """One case: a line per method with median [least greatest], then ours over QEMU's own."""
+    """One case: a column per method with median [least greatest], then ours over QEMU's own."""
     case = result.case
     rate = "full speed" if case.rate_mib_per_s == 0 else f"{case.rate_mib_per_s} MiB/s"
     lines = [
         f"{case.ram_mib} MiB of RAM ({case.memory}, {case.accelerator}), {case.populate_mib} MiB"
-        f" of {case.fill} data, {rate} written over {case.mem_mib} MiB"
+        f" of {case.fill} data, {rate} written over {case.mem_mib} MiB; {result.qemu_version}"
     ]
-    rows = [["", *(title for title, *_ in _COLUMNS)]]
-    for name, method in result.methods.items():
-        cells = [_spread_text(method.spreads.get(f), k, d) for _, f, k, d in _COLUMNS]
-        rows.append([name, *cells])
-    for name, method in result.methods.items():
-        if method.ratios:
-            shown = (method.ratios.get(figure) for _, figure, _, _ in _COLUMNS)
-            cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in shown]
-            rows.append([f"{name} / {peer}", *cells])
+    compared = [name for name, method in result.methods.items() if method.ratios]
+    rows = [["", *result.methods, *(f"{name}/{peer}" for name in compared)]]
+    for title, figure, factor, digits in _LINES:
+        cells = [
+            _spread_text(method.spreads.get(figure), factor, digits)
+            for method in result.methods.values()
+        ]
+        for name in compared:
+            ratio = result.methods[name].ratios.get(figure)
+            cells.append("" if ratio is None else f"{ratio:.2f}")
+        rows.append([title, *cells])
     lines += _grid(rows)
-    free = [
-        repetition.free_gap_max_ms
-        for method in result.methods.values()
-        for repetition in method.repetitions
-    ]
-    if free:
+    every = [r for method in result.methods.values() for r in method.repetitions]
+    if every:
+        gaps = [repetition.free_gap_max_ms for repetition in every]
+        waits = [repetition.free_cpu_wait * 100 for repetition in every]
         lines.append(
-            f"left alone, the guest itself saw gaps of up to {max(free):.1f} ms"
-            f" (least {min(free):.1f}): this host's own noise"
+            f"left alone, the guest saw gaps of {min(gaps):.1f} to {max(gaps):.1f} ms and had no"
+            f" CPU for {min(waits):.0f} to {max(waits):.0f} % of the time: this host's own noise"
         )
     for name, method in result.methods.items():
         lines += [f"{name} failed: {failure}" for failure in method.failures]

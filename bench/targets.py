@@ -24,7 +24,7 @@ def targets_text(results: Sequence[CaseResult], peer: str) -> str:
     lines = ["Targets (medians):"]
     for result in results:
         ours, theirs = result.methods.get(_OURS), result.methods.get(peer)
-        if ours is None or not ours.repetitions:
+        if ours is None or not ours.spreads:
             continue
         case = result.case
         rate = "full speed" if case.rate_mib_per_s == 0 else f"{case.rate_mib_per_s} MiB/s"

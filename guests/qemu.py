@@ -300,7 +300,7 @@ class GuestVm:
             self._console.close()
             self._console = None
         if self._directory is not None:
-            if self.memory == "shm":
+            if self.memory in ("shm", "file"):
                 self._memory_file().unlink(missing_ok=True)
             if self._given_directory is None:
                 shutil.rmtree(self._directory, ignore_errors=True)

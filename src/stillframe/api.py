@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from stillframe.machine.qemu.machine import QemuMachine
     from stillframe.machine.qemu.processes import VmInfo
     from stillframe.model import Statistics
+    from stillframe.restore.records import RestorePlan
+    from stillframe.restore.start import RestoredVm
     from stillframe.snapshot.job import JobControl, SnapshotJob
     from stillframe.snapshot.take import TakenSnapshot
     from stillframe.store.backends import Sink
@@ -43,6 +45,8 @@ __all__ = [
     "Machine",
     "Mode",
     "QemuMachine",
+    "RestorePlan",
+    "RestoredVm",
     "Sink",
     "Snapshot",
     "SnapshotJob",
@@ -59,6 +63,9 @@ __all__ = [
     "import_stream",
     "list_vms",
     "open",
+    "plan_lines",
+    "plan_restore",
+    "restore",
     "standard_output",
     "survey",
     "take",
@@ -71,6 +78,8 @@ _TYPES: Final = {
     "Hindrance": "stillframe.machine",
     "Machine": "stillframe.machine",
     "QemuMachine": "stillframe.machine.qemu.machine",
+    "RestorePlan": "stillframe.restore.records",
+    "RestoredVm": "stillframe.restore.start",
     "Sink": "stillframe.store.backends",
     "Snapshot": "stillframe.store.snapshot",
     "SnapshotJob": "stillframe.snapshot.job",
@@ -328,6 +337,79 @@ def import_stream(
                 level=_writer_level(encoded),
                 progress=progress,
             )
+
+
+def plan_restore(
+    path: StrPath,
+    *,
+    qmp_socket: str | None = None,
+    extra_args: Sequence[str] = (),
+    program: str | None = None,
+    paused: bool = False,
+) -> RestorePlan:
+    """Say how a snapshot would be started, and what that would touch. Nothing is made or started.
+
+    Arguments and errors are those of :func:`restore`, which carries such a plan out.
+    """
+    from stillframe.restore.plan import plan_restore as planned
+
+    with open(path) as snapshot:
+        return planned(
+            snapshot,
+            qmp_socket=qmp_socket,
+            extra_args=extra_args,
+            program=program,
+            paused=paused,
+        )
+
+
+def plan_lines(plan: RestorePlan) -> Iterator[str]:
+    """A plan as lines for people, with nothing in them that a terminal would obey."""
+    from stillframe.restore.show import plan_lines as lines
+
+    return lines(plan)
+
+
+def restore(
+    path: StrPath,
+    *,
+    qmp_socket: str | None = None,
+    trust: bool = False,
+    extra_args: Sequence[str] = (),
+    program: str | None = None,
+    paused: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> RestoredVm:
+    """Start a new VM from a snapshot. The VM that it was taken of is not touched.
+
+    The new VM runs if the old one ran at the instant and ``paused`` is not set; it needs no
+    process of ours afterwards. Its disks are overlays over the recorded ones.
+
+    Args:
+        qmp_socket: where its monitor is to listen; else a private place.
+        trust: the caller has read the plan, and answers for a file that is not the caller's
+            own, or that runs programs of the host.
+        extra_args: QEMU options of the caller, in place of recorded ones or besides them.
+        program: another QEMU than the recorded one, a name or a path.
+        on_progress: called with the bytes of the stream sent, and the bytes in all.
+
+    Raises:
+        NotFoundError: no such file, or a file of the VM is gone.
+        TrustError: read the plan first. RefusedError: an option cannot be used.
+        UsageError, HostError, DataError: the arguments, the host, the snapshot.
+        MachineError: QEMU did not take it; its own words. No VM and no file is left behind.
+    """
+    from stillframe.restore.start import restore as restored
+
+    return restored(
+        path,
+        qmp_socket=qmp_socket,
+        trust=trust,
+        extra_args=extra_args,
+        program=program,
+        paused=paused,
+        on_progress=on_progress,
+    )
 
 
 def standard_output() -> Sink:

@@ -35,6 +35,7 @@ def test_independent_reader_agrees(name: str) -> None:
     assert analysis.ram == {b.idstr: b.used_length_bytes for b in summary.blocks}
     assert analysis.pages + analysis.zero == sum(b.pages for b in summary.blocks)
     assert len(analysis.state) == len(summary.devices)
+    assert summary.description_sizes_agree is True
 
 
 def test_memory_is_what_the_firmware_wrote() -> None:

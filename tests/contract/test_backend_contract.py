@@ -13,7 +13,8 @@ import pytest
 from stillframe.errors import DataError, SinkError, UsageError
 from stillframe.store.backends import Sink, Source, SparseSink
 from stillframe.store.backends import local as local_module
-from stillframe.store.backends.local import WRITEBACK_BYTES, LocalSink, LocalSource
+from stillframe.store.backends.local import WRITEBACK_BYTES, LocalSink
+from stillframe.store.backends.local_source import LocalSource
 from stillframe.store.backends.memory import MemorySink, MemorySource
 from stillframe.store.backends.pipe import PipeSink
 
@@ -105,13 +106,15 @@ class TestLocalSink(SinkContract):
         sink.write(b"half")
         assert self.content(sink) is None
 
-    def test_is_private(self, sink: Sink) -> None:
-        before = os.umask(0)
+    @pytest.mark.parametrize("umask", [0, 0o777])
+    def test_is_private_whatever_the_umask(self, tmp_path: Path, umask: int) -> None:
+        path = tmp_path / "private"
+        before = os.umask(umask)
         try:
-            sink.commit()
+            LocalSink(path).commit()
         finally:
             os.umask(before)
-        assert Path(sink.description).stat().st_mode & 0o777 == 0o600
+        assert path.stat().st_mode & 0o777 == 0o600
 
     def test_writes_past_the_early_writeback(self, sink: Sink) -> None:
         for _ in range(5):

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import shutil
 import signal
@@ -21,11 +22,12 @@ from typing import Any
 import pytest
 
 from guests.qemu import GuestVm, qemu_binary
+from tests.support.guest_fixtures import GuestFactory
 from tests.support.probes import has_linux_guest, has_qemu, has_uffd_wp
 
 pytestmark = pytest.mark.qemu
 
-TAKE_KEYS = {
+TAKE_KEYS: dict[str, Any] = {
     "id": str,
     "file": str,
     "downtime_ms": float,
@@ -50,10 +52,15 @@ SLOW = ("--max-bandwidth", "1M")
 
 def run(*words: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run stillframe to its end."""
-    options = {"timeout": 120, "stdin": subprocess.DEVNULL} | options
+    options = {"timeout": 120} | options
+    if "input" not in options:
+        options.setdefault("stdin", subprocess.DEVNULL)
     if "stdout" not in options:
         options["capture_output"] = True
-    return subprocess.run([*PROGRAM, *map(os.fspath, map(str, words))], **options)
+    done: subprocess.CompletedProcess[bytes] = subprocess.run(
+        [*PROGRAM, *map(str, words)], **options
+    )
+    return done
 
 
 def start(*words: object) -> subprocess.Popen[bytes]:
@@ -241,7 +248,7 @@ def test_cancel(number: signal.Signals, guest: GuestVm, tmp_path: Path) -> None:
 def test_a_second_ctrl_c(guest: GuestVm, tmp_path: Path) -> None:
     # The job hangs at a fault point for a minute, so that the second one comes in time.
     process = subprocess.Popen(
-        [*PROGRAM, "take", guest.name, "-o", tmp_path / "a.still"],
+        [*PROGRAM, "take", str(guest.name), "-o", tmp_path / "a.still"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -339,22 +346,27 @@ def test_bad_sizes_touch_nothing(tmp_path: Path) -> None:
         assert done.stderr.count(b"\n") == 1
 
 
-def test_not_readable(snapshot: Path, tmp_path: Path) -> None:
-    path = tmp_path / "secret.still"
-    shutil.copy(snapshot, path)
-    path.chmod(0)
-    options: dict[str, Any] = {}
-    if os.geteuid() == 0:
-        options = {"user": 65534, "group": 65534, "extra_groups": []}
-        probe = run("--version", **options)
-        if probe.returncode != 0:
-            pytest.skip("missing other-user: user 65534 cannot run this Python")
-        tmp_path.chmod(0o755)
-        for parent in tmp_path.parents[:3]:
-            if parent.name.startswith("pytest-"):
-                parent.chmod(0o755)
-    done = run("show", path, **options)
-    assert done.returncode == 7, done.stderr
+def test_not_readable(snapshot: Path) -> None:
+    # Everything is imported before root gives up its powers, which a fresh Python may need.
+    code = """if True:
+        import os, sys
+        from stillframe.cli.main import main
+        main(["show", sys.argv[1]])
+        if os.geteuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+        os.chdir(os.path.dirname(sys.argv[2]))
+        sys.exit(main(["show", os.path.basename(sys.argv[2])]))
+    """
+    with tempfile.TemporaryDirectory(prefix="stillframe-cli-") as place:
+        os.chmod(place, 0o755)
+        secret = Path(place) / "secret.still"
+        shutil.copy(snapshot, secret)
+        secret.chmod(0)
+        done = subprocess.run(
+            [sys.executable, "-c", code, snapshot, secret], capture_output=True, timeout=60
+        )
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.startswith(b"stillframe: cannot read")
     assert b"Permission denied" in done.stderr
 
 
@@ -398,6 +410,29 @@ def test_a_vm_that_is_refused(odd_vm: str, tmp_path: Path) -> None:
     assert done.returncode == 3
     assert b"free-page-reporting" in done.stdout
     assert b"\x1b" not in done.stdout
+
+
+def test_the_vm_exits_midway(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    vm = linux_guest(ram_mib=128, mem_mib=16, populate_mib=32)
+    process = start("take", vm.qmp_path, "-o", tmp_path / "a.still", *SLOW)
+    _wait_for(process, b"saving")
+    vm.process.kill()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 6, err
+    assert b"Traceback" not in err
+    assert left_in(tmp_path) == []
+
+
+def test_no_room(guest: GuestVm, snapshot: Path, tmp_path: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    for words in (("take", guest.name), ("export", snapshot, "--format", "elf")):
+        done = run(*words, "-o", tmp_path / "a", "-q", preexec_fn=small_files)
+        assert done.returncode == 7, done.stderr
+        assert done.stderr.count(b"\n") == 1
+        assert left_in(tmp_path) == []
+    assert guest.is_progressing()
 
 
 # Reading snapshots
@@ -480,18 +515,56 @@ def test_export_one_block(snapshot: Path, tmp_path: Path) -> None:
 
 def test_import_what_is_no_stream(tmp_path: Path) -> None:
     for content in (b"", b"QEVM", os.urandom(100_000)):
-        done = run("import", "-", "-o", tmp_path / "a.still", "-q", stdin=_pipe(content))
+        words = ("import", "-", "-o", tmp_path / "a.still", "-q")
+        done = run(*words, input=content)
         assert done.returncode == 8, done.stderr
         assert done.stderr.count(b"\n") == 1
     assert run("import", tmp_path / "none", "-o", tmp_path / "a.still").returncode == 9
     assert left_in(tmp_path) == []
 
 
-def _pipe(content: bytes) -> Any:
-    file = tempfile.TemporaryFile()
-    file.write(content)
-    file.seek(0)
-    return file
+# restore
+
+
+def test_restore(snapshot: Path, tmp_path: Path) -> None:
+    socket = tmp_path / "qmp"
+    done = run("restore", snapshot, "--qmp", socket, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    try:
+        assert shown["state"] == "running"
+        assert shown["qmp"] == str(socket)
+        ours = [vm for vm in json.loads(run("ps", "--json").stdout) if vm["pid"] == shown["pid"]]
+        assert ours[0]["qmp"] == [str(socket)]
+        again = run("take", shown["pid"], "-o", tmp_path / "again.still", "-q")
+        assert again.returncode == 0, again.stderr
+    finally:
+        os.kill(shown["pid"], signal.SIGKILL)
+        shutil.rmtree(shown["directory"])
+
+
+def test_restore_dry_run(snapshot: Path) -> None:
+    done = run("restore", snapshot, "--dry-run", "--json", "--", "-m", "1G")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["needs_trust"] == []
+    assert shown["argv"][shown["argv"].index("-m") + 1] == "1G"
+    assert [touch for touch in shown["touches"] if touch["access"] == "run"]
+    assert not Path(shown["directory"]).exists()
+    text = run("restore", snapshot, "--dry-run").stdout.decode()
+    assert "-incoming" in text
+    assert "it touches" in text
+
+
+def test_restore_wants_trust(snapshot: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.still"
+    shutil.copy(snapshot, path)
+    path.chmod(0o666)
+    done = run("restore", path, "-q", "--json")
+    assert done.returncode == 10
+    assert json.loads(done.stdout)["error"] == "trust"
+    assert b"--trust" in done.stderr
+    assert run("restore", path, "--dry-run").returncode == 0
 
 
 # The host and its VMs
@@ -524,7 +597,7 @@ def test_ps(guest: GuestVm) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", shown["qemu_version"])
     text = run("ps").stdout.decode()
     assert text.splitlines()[0].split()[:2] == ["PID", "NAME"]
-    assert guest.name in text
+    assert str(guest.name) in text
 
 
 def _until(

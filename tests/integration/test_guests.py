@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,9 @@ def test_bare_metal_guest(multiboot_guest: GuestFactory, tmp_path: Path) -> None
 
 
 def test_bare_metal_guest_uses_memory_beyond_the_hole(multiboot_guest: GuestFactory) -> None:
-    vm = multiboot_guest(ram_mib=4096, mem_mib=3900, rate_mib_per_s=0, memory="private")
-    assert vm.command("audit").startswith("audit ok pages=998400 ")
+    machine = "q35,max-ram-below-4g=512M"
+    vm = multiboot_guest(machine=machine, ram_mib=1024, mem_mib=900, rate_mib_per_s=0)
+    assert vm.command("audit").startswith("audit ok pages=230400 ")
 
 
 def test_bare_metal_guest_under_kvm(multiboot_guest: GuestFactory, tmp_path: Path) -> None:
@@ -193,7 +195,13 @@ def test_another_console_can_take_over(linux_guest: GuestFactory) -> None:
     ],
 )
 def test_a_failed_start_is_explained_and_leaves_nothing(
-    linux_guest: GuestFactory, tmp_path: Path, options: dict[str, Any], complaint: str
+    linux_guest: GuestFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    complaint: str,
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(MachineError, match=complaint):
-        linux_guest(directory=tmp_path, **options)
+        linux_guest(**options)
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import struct
 import subprocess
 import threading
@@ -65,28 +66,32 @@ class WriterProcess:
 
     def command(self, line: str = "s") -> WriterStatus:
         """Send one command; TimeoutError if the process does not answer in ten seconds."""
+        self.send(line)
+        return self.answer(10)
+
+    def send(self, line: str) -> None:
+        """Send one command without waiting: it may fault."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        timer = threading.Timer(10, self._process.kill)
-        timer.start()
-        try:
-            answer = self._process.stdout.readline()
-        finally:
-            timer.cancel()
-        if not answer:
-            raise TimeoutError(f"the writer did not answer to {line!r}")
-        return WriterStatus(*map(int, answer.split()))
+
+    def answers(self, within_s: float) -> bool:
+        """Whether an answer comes in that time (it is not read)."""
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout], [], [], within_s)[0])
+
+    def answer(self, within_s: float) -> WriterStatus:
+        assert self._process.stdout is not None
+        if not self.answers(within_s):
+            raise TimeoutError("the writer did not answer")
+        return WriterStatus(*map(int, self._process.stdout.readline().split()))
 
     def drop(self, how: str, offset_bytes: int, length_bytes: int) -> None:
         result = self.command(f"{how} {offset_bytes} {length_bytes}").result
         assert result == 0, os.strerror(result)
 
     def exit_now(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("z\n")
-        self._process.stdin.flush()
+        self.send("z")
         self._process.wait(timeout=10)
 
     def runs(self) -> bool:

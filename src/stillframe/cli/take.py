@@ -135,10 +135,10 @@ def _follow(
             if job.done():
                 raise
         if requests.count > heard:
-            if heard == 0:
+            heard += 1
+            if heard == 1:
                 job.cancel()
-            say(_CANCELLING if heard == 0 else _STILL_CANCELLING)
-            heard = requests.count
+            say(_CANCELLING if heard == 1 else _STILL_CANCELLING)
         while not events.empty():
             statistics = events.get()
             if not progress.animated:

@@ -377,6 +377,8 @@ cdef class Capture:
         b = &self.blocks[block]
         with nogil:
             rc = sf_unregister(self.uffd, b.hva + (first_page << b.shift), pages << b.shift)
+            # The kernel un-protects here but wakes nobody, and the fault thread may have ended.
+            sf_wake(self.uffd, b.hva + (first_page << b.shift), pages << b.shift)
         return rc
 
     def protect_noted(self):

@@ -17,7 +17,6 @@ SYS_CLOSE: Final = 3
 SYS_RT_SIGRETURN: Final = 15
 SYS_IOCTL: Final = 16
 SYS_USERFAULTFD: Final = 323
-_SYS_RESTART_SYSCALL = 219
 
 _REGISTERS = struct.Struct("=27Q")
 _NAMES = (
@@ -60,12 +59,12 @@ def is_64_bit(content: bytes) -> bool:
     return len(content) == _REGISTERS.size and unpack_registers(content)["cs"] == 0x33
 
 
-def resumed(registers: Registers, *, by_sigreturn: bool) -> Registers:
-    """The registers with which an interrupted thread goes on.
+def resumed_by_sigreturn(registers: Registers) -> Registers:
+    """The registers with which an interrupted thread goes on through rt_sigreturn.
 
     An interrupted system call is restarted as the kernel would do it
-    (``arch_do_signal_or_restart``). Through rt_sigreturn the restart block is lost, so there
-    such a call returns EINTR, as after any signal.
+    (``arch_do_signal_or_restart``); but the restart block is lost, so a call that needs it
+    returns EINTR, as after any signal.
     """
     result = dict(registers)
     result["orig_rax"] = _U64
@@ -76,11 +75,7 @@ def resumed(registers: Registers, *, by_sigreturn: bool) -> Registers:
         result["rax"] = registers["orig_rax"]
         result["rip"] = registers["rip"] - _SYSCALL_LENGTH
     elif code == _ERESTART_RESTARTBLOCK:
-        if by_sigreturn:
-            result["rax"] = -_EINTR & _U64
-        else:
-            result["rax"] = _SYS_RESTART_SYSCALL
-            result["rip"] = registers["rip"] - _SYSCALL_LENGTH
+        result["rax"] = -_EINTR & _U64
     return result
 
 
@@ -114,7 +109,7 @@ def safety_frame(
     Layout: [address of the restorer][ucontext][padding][xsave area][magic2], the xsave area
     aligned to 64 bytes, the whole below the red zone.
     """
-    back = resumed(registers, by_sigreturn=True)
+    back = resumed_by_sigreturn(registers)
     fp_bytes = len(xstate) + 4
     top = registers["rsp"] - _RED_ZONE_BYTES
     fp_address = (top - fp_bytes) & ~63

@@ -17,6 +17,7 @@ from stillframe.memory import seccomp
 from stillframe.memory.ptrace import NT_X86_XSTATE, TracedThread
 
 _ALL_SIGNALS = (1 << 64) - 1
+_ELFCLASS32 = b"\x01"
 _MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ (\d+)\s*(.*)")
 _MOST_TEXT_BYTES = 64 << 20
 
@@ -120,11 +121,12 @@ class RemoteSyscalls:
         thread, self._thread = self._require(), None
         try:
             if self._changed:
+                # Back at a stop like the first one, so that an interrupted system call is
+                # restarted, or interrupted by a signal of meanwhile, as if nothing had been.
+                thread.stop_for_signals()
                 # The mask before the registers: dying in between still ends in the frame.
                 thread.set_signal_mask(self._mask)
-                thread.set_registers(
-                    arch.pack_registers(arch.resumed(self._before, by_sigreturn=False))
-                )
+                thread.set_registers(arch.pack_registers(self._before))
         finally:
             thread.detach()
 
@@ -136,6 +138,7 @@ def find_gadgets(pid: int) -> tuple[int, int]:
         NotFoundError, RefusedError: the process is gone, or its code has none (static builds
             without a libc).
     """
+    _refuse_other_class(pid)
     try:
         with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb") as mem:
             regions = [
@@ -152,7 +155,7 @@ def find_gadgets(pid: int) -> tuple[int, int]:
                 restorer = restorer or _first(text, arch.RESTORERS, low)
                 if gadget and restorer:
                     return gadget, restorer
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ProcessLookupError) as error:
         raise MachineError(f"process {pid} is gone", guest_state="none") from error
     except PermissionError as error:
         raise HostError(
@@ -166,6 +169,18 @@ def find_gadgets(pid: int) -> tuple[int, int]:
         why="no 'syscall; ret' and signal restorer in its text",
         remedy="use --mode stop",
     )
+
+
+def _refuse_other_class(pid: int) -> None:
+    try:
+        with Path(f"/proc/{pid}/exe").open("rb") as program:
+            elf_class = program.read(5)[4:]
+    except OSError:
+        return  # whoever looks at the process next tells why
+    if elf_class == _ELFCLASS32:
+        raise RefusedError(
+            f"process {pid} is not a 64-bit x86-64 program", remedy="use --mode stop"
+        )
 
 
 def _read_text(fd: int, start: int, length_bytes: int) -> bytes:

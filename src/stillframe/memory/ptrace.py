@@ -26,6 +26,8 @@ _PTRACE_SETSIGMASK = 0x420B
 _PTRACE_SECCOMP_GET_FILTER = 0x420C
 _PTRACE_O_TRACESYSGOOD = 1
 _WALL = 0x40000000
+_PTRACE_EVENT_STOP = 128
+_SYSCALL_STOP = signal.SIGTRAP | 0x80
 _WAIT_S = 2.0
 _INSTRUCTION_BYTES = 8
 
@@ -61,7 +63,7 @@ class TracedThread:
         self._call(_PTRACE_SEIZE, 0, _PTRACE_O_TRACESYSGOOD)
         self._attached = True
         self._call(_PTRACE_INTERRUPT)
-        self._wait()
+        self._reach_signal_stop(self._wait())
 
     def _call(self, request: int, address: int = 0, data: object = 0) -> int:
         ctypes.set_errno(0)
@@ -138,12 +140,29 @@ class TracedThread:
 
         The thread stands at the system call's exit afterwards. Signals must be blocked.
         """
-        seen = 0
+        seen = stop = 0
         while seen < 2:
-            self._call(_PTRACE_SYSCALL)
-            stop = self._wait()
-            if stop & 0xFF == signal.SIGTRAP | 0x80:
-                seen += 1
+            stop = self._run_on(stop)
+            seen += stop == _SYSCALL_STOP
+
+    def stop_for_signals(self) -> None:
+        """Stop the thread once more where the kernel looks at its signals on the way to user
+        mode. Registers that are set here are a system call's, if they were before: on
+        detaching, the kernel restarts or interrupts it as after any other stop.
+        """
+        self._call(_PTRACE_INTERRUPT)
+        self._reach_signal_stop(self._run_on(0))
+
+    def _reach_signal_stop(self, stop: int) -> None:
+        while stop >> 8 != _PTRACE_EVENT_STOP:
+            stop = self._run_on(stop)
+
+    def _run_on(self, stop: int) -> int:
+        # A signal on its way to the thread stops it too, and must be passed on. (Later all
+        # are blocked, except for SIGSTOP.)
+        signal_number = stop if 0 < stop < _SYSCALL_STOP & ~signal.SIGTRAP else 0
+        self._call(_PTRACE_SYSCALL, 0, signal_number)
+        return self._wait()
 
     def detach(self) -> None:
         """Let the thread run on by itself."""

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import queue
-import select
 import socket
 import threading
 import time
-from array import array
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -36,16 +33,16 @@ from stillframe.qmp.connection import (
     open_socket,
 )
 from stillframe.qmp.events import EventLog, QmpEvent
-from stillframe.qmp.framing import Framer, FramingError
+from stillframe.qmp.framing import FramingError
+from stillframe.qmp.link import Link, Message
 
 logger = logging.getLogger(__name__)
 
 _LOOK_REMEDY = "look whether the VM still runs"
 _STUCK_REMEDY = f"its main loop may be stuck; {_LOOK_REMEDY}"
-_READ_BYTES = 1 << 16
 _JOIN_S = 2.0
 
-Waiter = queue.SimpleQueue[dict[str, object] | None]
+Waiter = queue.SimpleQueue[Message | None]
 """Where an asker waits: its answer, or None when the connection ends."""
 
 
@@ -80,19 +77,16 @@ class QmpClient:
 
     def __init__(self, address: Address, sock: socket.socket) -> None:
         self._address = address
-        self._socket = sock
-        self._framer = Framer()
+        self._link = Link(sock)
         self._events = EventLog()
         self._greeting: Mapping[str, object] = {}
         self._waiters: dict[object, Waiter] = {}
         self._ids = itertools.count()
         self._state_lock = threading.Lock()
-        self._write_lock = threading.Lock()
         self._fd_lock = threading.Lock()
         self._alive = False
         self._closed = False
         self._lost_callbacks: list[Callable[[], None]] = []
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(
             target=self._read, name=f"qmp {address_text(address)}", daemon=True
         )
@@ -125,12 +119,13 @@ class QmpClient:
 
     def _negotiate(self, deadline_s: float, timeout_s: float) -> None:
         try:
-            greeting = self._receive_one(deadline_s).get("QMP")
+            # No server says more than one thing before it is asked.
+            greeting = self._link.receive(deadline_s)[0].get("QMP")
             if not isinstance(greeting, Mapping):
                 raise no_qmp_error(self._address)
             self._greeting = greeting
-            self._send(b'{"execute": "qmp_capabilities"}\n', deadline_s)
-            if "return" not in self._receive_one(deadline_s):
+            self._link.send(b'{"execute": "qmp_capabilities"}\n', deadline_s)
+            if "return" not in self._link.receive(deadline_s)[0]:
                 raise no_qmp_error(self._address)
         except FramingError as error:
             raise no_qmp_error(self._address) from error
@@ -138,17 +133,6 @@ class QmpClient:
             raise greeting_error(
                 self._address, error, timeout_s, greeted=bool(self._greeting)
             ) from error
-
-    def _receive_one(self, deadline_s: float) -> dict[str, object]:
-        while True:
-            if not _wait(self._socket, select.POLLIN, deadline_s):
-                raise TimeoutError
-            data = self._socket.recv(_READ_BYTES)
-            if not data:
-                raise EOFError
-            messages = self._framer.feed(data)
-            if messages:
-                return messages[0]  # no server says more before it is asked
 
     # What the connection is
 
@@ -160,11 +144,11 @@ class QmpClient:
     @property
     def socket(self) -> socket.socket:
         """The connected socket: dup it for a guard process, do not read from it here."""
-        return self._socket
+        return self._link.socket
 
     def fileno(self) -> int:
         """The socket's descriptor number, -1 after ``close``."""
-        return self._socket.fileno()
+        return self._link.socket.fileno()
 
     @property
     def alive(self) -> bool:
@@ -205,7 +189,7 @@ class QmpClient:
         if threading.get_ident() == self._thread.ident:
             raise InternalError("a QMP command was called for from an event callback")
         command_id = f"stillframe-{next(self._ids)}"
-        message: dict[str, object] = {"execute": command, "id": command_id}
+        message: Message = {"execute": command, "id": command_id}
         if arguments is not None:
             message["arguments"] = arguments
         try:
@@ -262,49 +246,23 @@ class QmpClient:
         self, command: str, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()
     ) -> None:
         try:
-            with self._write_lock:
-                self._send(data, deadline_s, fds)
+            self._link.send(data, deadline_s, fds)
         except (OSError, ValueError) as error:
             # Half a command may be out: nothing that follows would be understood.
             self._end()
             raise self._lost_error(command) from error
 
-    def _send(self, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        while data:
-            try:
-                sent = self._socket.sendmsg(
-                    [data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
-                )
-            except BlockingIOError:
-                if not _wait(self._socket, select.POLLOUT, deadline_s):
-                    raise TimeoutError from None
-                continue
-            data, rights = data[sent:], []
-
     # The reading thread
 
     def _read(self) -> None:
-        poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
-        poller.register(self._wake_fd, select.POLLIN)
-        wake_fd = self._wake_fd
         try:
-            while not any(fd == wake_fd for fd, _event in poller.poll()):
-                try:
-                    data = self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    continue
-                if not data:
-                    break
-                for message in self._framer.feed(data):
-                    self._dispatch(message)
+            self._link.receive_until_stopped(self._dispatch)
         except (OSError, FramingError) as error:
             logger.debug("%s: %s", address_text(self._address), error)
         finally:
             self._end()
 
-    def _dispatch(self, message: dict[str, object]) -> None:
+    def _dispatch(self, message: Message) -> None:
         if "event" in message:
             self._events.note(message)
             return
@@ -331,7 +289,7 @@ class QmpClient:
     @property
     def passes_fds(self) -> bool:
         """Whether descriptors can be handed over (unix sockets only)."""
-        return self._socket.family == socket.AF_UNIX
+        return self._link.socket.family == socket.AF_UNIX
 
     def send_fd(self, fd: int, *, timeout_s: float = 5.0) -> None:
         """Send a descriptor; QEMU keeps it for the next ``getfd`` or ``add-fd``.
@@ -400,20 +358,19 @@ class QmpClient:
     def close(self) -> None:
         """Disconnect and end the thread; never raises, and does nothing the second time.
 
-        The guest is left as it is. A process that inherited the socket keeps its connection.
+        The guest is left as it is; a process that inherited the socket keeps its connection. Not
+        for event callbacks: the thread that runs them cannot wait for its own end.
         """
         with self._state_lock:
             if self._closed:
                 return
             self._closed = True
-        os.eventfd_write(self._wake_fd, 1)
-        own_thread = threading.get_ident() == self._thread.ident
-        if self._thread.is_alive() and not own_thread:
+        self._link.stop()
+        if self._thread.is_alive() and threading.get_ident() != self._thread.ident:
             self._thread.join(_JOIN_S)
         self._end()
-        self._socket.close()
-        if not own_thread:
-            os.close(self._wake_fd)
+        if not self._thread.is_alive():
+            self._link.close()
 
     def __enter__(self) -> QmpClient:
         return self
@@ -425,13 +382,6 @@ class QmpClient:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _wait(sock: socket.socket, event: int, deadline_s: float) -> bool:
-    """Whether the socket became ready before the deadline."""
-    poller = select.poll()
-    poller.register(sock, event)
-    return bool(poller.poll(max(0.0, deadline_s - time.monotonic()) * 1e3))
 
 
 def _as_map(value: object) -> Mapping[str, object]:

@@ -108,7 +108,7 @@ def greeting_error(
                 f"the monitor {where} greeted, but did not answer within {timeout_s:g} s",
                 remedy="the VM's main loop may be stuck; look whether the VM still runs",
             )
-        if _has_client(address):
+        if has_client(address):
             return BusyError(
                 f"the monitor {where} is in use by another client",
                 why=_ONE_CLIENT,
@@ -130,8 +130,8 @@ def no_qmp_error(address: Address) -> MachineError:
     )
 
 
-def _has_client(address: Address) -> bool:
-    """Whether an accepted connection of this unix socket exists (/proc/net/unix, state 03)."""
+def has_client(address: Address) -> bool:
+    """Whether a unix socket has an accepted connection now (/proc/net/unix, state 03)."""
     if not isinstance(address, str):
         return False
     names = {address}

@@ -16,7 +16,6 @@ from stillframe.restore.draft import Draft, Option
 from stillframe.restore.option_value import OptionValue
 
 _FORMATS = frozenset({"raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx"})
-_FILTERS = frozenset({"throttle", "copy-on-read", "preallocate"})
 _FILES = frozenset({"file", "host_device"})
 _WITHOUT_DISK = frozenset({"null-co", "null-aio"})
 _LAYOUT_KEYS = ("offset", "size", "backing.driver")
@@ -29,24 +28,28 @@ class _Node(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def blockdev(draft: Draft, option: Option) -> None:
-    """``-blockdev``."""
+    """``-blockdev``. Whatever the nodes are to each other, all recorded ones are read-only."""
     nodes = _nodes(draft)
     value = OptionValue(option.value, "driver")
     name = value.get("node-name")
-    roots = [node for node in nodes.values() if not _users(nodes, node.name)]
-    above = [root for root in roots if name in _reachable(nodes, root.name)]
-    if not any(_is_written_root(root) for root in above):
-        _read_only_medium(draft, option, value)
-        return
-    image = _image(nodes, name)
-    if any(root.name == name for root in above):
-        _replace_root(draft, option, value, image)
-        return
+    read_only = value.is_on("read-only")
+    if value.get("driver") in _WITHOUT_DISK:
+        draft.keep(option)
+    elif not read_only and (name in _attached(draft) or not _users(nodes, name)):
+        _replace_root(draft, option, value, _image(nodes, name))
+    else:
+        _list_files(draft, option, value)
+        image = _image(nodes, name)
+        if not read_only:
+            _make_read_only(value, in_use=image is not None and is_written(draft.resolve(image[0])))
+        draft.replace(option, (option.words[0], value.text), "an overlay takes the writes")
+
+
+def _make_read_only(value: OptionValue, *, in_use: bool) -> None:
     value.drop("auto-read-only")
     value.set("read-only", True)
-    if image is not None and is_written(draft.resolve(image[0])):
+    if in_use:
         value.set("force-share", True)
-    draft.replace(option, (option.words[0], value.text), "an overlay takes the writes")
 
 
 def _replace_root(
@@ -65,10 +68,7 @@ def _replace_root(
     overlay, in_use = add_overlay(draft, option, file, image_format)
     base = f"stillframe-base-{len(draft.overlays)}"
     value.set("node-name", base)
-    value.drop("auto-read-only")
-    value.set("read-only", True)
-    if in_use:
-        value.set("force-share", True)
+    _make_read_only(value, in_use=in_use)
     top = {
         "driver": "qcow2",
         "node-name": name,
@@ -79,12 +79,17 @@ def _replace_root(
     draft.replace(option, words, OVERLAY_REASON)
 
 
-def _read_only_medium(draft: Draft, option: Option, value: OptionValue) -> None:
-    for key, text in value.items():
-        if key.rpartition(".")[2] == "filename":
-            draft.read_file(text, option)
-    draft.scan(option, value, known=("node-name", "filename", "file.filename"))
-    draft.keep(option)
+def _list_files(draft: Draft, option: Option, value: OptionValue) -> None:
+    names = [key for key in value.names() if key.rpartition(".")[2] == "filename"]
+    for key in names:
+        draft.read_file(value.get(key), option)
+    draft.scan(option, value, known=("node-name", *names))
+
+
+def _attached(draft: Draft) -> set[str]:
+    """Nodes and drives that a device is given."""
+    devices = [o for o in draft.recorded if o.name == "device"]
+    return {OptionValue(option.value, "driver").get("drive") for option in devices}
 
 
 def _nodes(draft: Draft) -> dict[str, _Node]:
@@ -108,37 +113,19 @@ def _users(nodes: dict[str, _Node], name: str) -> list[str]:
     return [other for other in nodes if name in _children(nodes, other)]
 
 
-def _reachable(nodes: dict[str, _Node], name: str) -> set[str]:
-    seen: set[str] = set()
-    waiting = [name]
-    while waiting:
-        current = waiting.pop()
-        if current not in seen:
-            seen.add(current)
-            waiting += _children(nodes, current)
-    return seen
-
-
-def _is_written_root(node: _Node) -> bool:
-    value = node.value
-    if value.get("driver") in _WITHOUT_DISK:
-        return False
-    return not value.is_on("read-only")
-
-
 def _image(nodes: dict[str, _Node], name: str) -> tuple[str, str] | None:
     """(file, format) of the image that a node shows, if it is a plain one in a file."""
     image_format = "raw"
     for _ in range(len(nodes) + 1):
         node = nodes.get(name)
-        if node is None or node.value.keys() & set(_LAYOUT_KEYS):
+        if node is None or node.value.names() & set(_LAYOUT_KEYS):
             return None
         driver = node.value.get("driver")
         if driver in _FILES:
             return node.value.get("filename"), image_format
         if driver in _FORMATS:
             image_format = driver
-        elif driver not in _FILTERS:
+        elif driver != "throttle":
             return None
         inline = node.value.get("file.filename")
         if inline:

@@ -24,6 +24,8 @@ def serial(draft: Draft, option: Option) -> None:
     value = option.value.removeprefix("mon:")
     kind = re.split(r"[:,]", value, maxsplit=1)[0]
     if kind in _HARMLESS or kind in ("chardev", "con"):
+        if kind == "pty":
+            value = kind  # without a link to it somewhere
         draft.replace(option, (option.words[0], value), _OWN_MONITOR)
         return
     if kind == "file":
@@ -60,23 +62,28 @@ def chardev(draft: Draft, option: Option) -> None:
         log = {"logfile": draft.private_file(f"{identity}-log", option)}
     backend = value.get("backend")
     if backend in _HARMLESS:
+        if backend == "pty":
+            value.drop("path")
         for key, path in log.items():
             value.set(key, path)
         draft.scan(option, value, known=("id", "name", "logfile"))
         draft.replace(option, (option.words[0], value.text), _MOVED)
         return
     if backend == "file":
-        given = {"backend": "file", "path": draft.private_file(identity, option)}
+        given = {"path": draft.private_file(identity, option)}
     else:
+        backend = "socket"
         path = draft.private_socket(identity, option)
-        given = {"backend": "socket", "path": path, "server": "on", "wait": "off"}
-    new = OptionValue("", "backend")
+        given = {"path": path, "server": "on", "wait": "off"}
+    if backend == "socket" and value.get("backend") == "stdio" and not log:
+        log = {"logfile": draft.private_file(identity, option)}
+    new = OptionValue(backend, "backend")
     for key in ("id", "mux", "logappend"):
         if value.get(key):
-            given[key] = value.get(key)
+            new.set(key, value.get(key))
     for key, text in (given | log).items():
         new.set(key, text)
-    draft.replace(option, (option.words[0], new.text.removeprefix("backend=")), _MOVED)
+    draft.replace(option, (option.words[0], new.text), _MOVED)
 
 
 def monitor(draft: Draft, option: Option) -> None:

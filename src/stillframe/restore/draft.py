@@ -25,6 +25,7 @@ from stillframe.restore.records import (
 from stillframe.restore.show import shown_words
 
 _FD_KEYS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sockfd", "fdset", "fdname"})
+_FILE_KEYS = frozenset({"dir", "dtb", "kernel", "initrd", "firmware", "shim", "rootdir"})
 _RUNS_PROGRAM = re.compile(r"(?:^|[-=:])(?:exec|cmd):")
 _FD_REMEDY = "give that option yourself after --, with the same id"
 
@@ -80,12 +81,14 @@ class Draft:
         self.risks: list[Risk] = []
         self.notes: list[str] = []
         self._names: set[str] = set()
+        self._refused: list[Option] = []
 
-    # Decisions
+    # Decisions. One that was refused stays refused.
 
     def keep(self, option: Option) -> None:
         """As recorded."""
-        self.words += option.words
+        if option not in self._refused:
+            self.words += option.words
 
     def drop(self, option: Option, reason: str) -> None:
         """Leave it out."""
@@ -93,6 +96,8 @@ class Draft:
 
     def replace(self, option: Option, words: Iterable[str], reason: str) -> None:
         """Write ``words`` in its place; nothing is noted if they are the same."""
+        if option in self._refused:
+            return
         new = tuple(words)
         self.words += new
         if new != option.words:
@@ -105,6 +110,7 @@ class Draft:
 
     def refuse(self, option: Option, reason: str, remedy: str) -> None:
         """It cannot be used, and cannot be left out either."""
+        self._refused.append(option)
         self.refusals.append(Refusal(option=option.text, reason=reason, remedy=remedy))
 
     def risk(self, option: Option, reason: str) -> None:
@@ -198,7 +204,8 @@ class Draft:
                 self.refuse(
                     option, "it uses a file descriptor that the first VM was given", _FD_REMEDY
                 )
-            elif _RUNS_PROGRAM.search(text):
+                return
+            if _RUNS_PROGRAM.search(text):
                 self.touch("program", "run", text, option)
                 self.risk(option, f"it runs a program: {text}")
             elif "/" in text or (_is_file_key(last) and os.path.lexists(self.resolve(text))):
@@ -206,4 +213,4 @@ class Draft:
 
 
 def _is_file_key(key: str) -> bool:
-    return key.endswith(("file", "path", "filename")) or key in ("dir", "dtb", "kernel", "initrd")
+    return key.endswith(("file", "path", "filename")) or key in _FILE_KEYS

@@ -16,7 +16,6 @@ from stillframe.restore.option_value import OptionValue
 _OWN = "give that option yourself after --, with the same id"
 _SHARED_FILE_KEYS = (
     "mem-path",
-    "share",
     "pmem",
     "align",
     "discard-data",
@@ -36,6 +35,15 @@ _REFUSED_OBJECTS = {
     "iommufd": "it is for devices of the host",
     "pr-manager-helper": "it needs the first VM's helper process",
 }
+_KNOWN_WORDS = """
+iothread throttle-group main-loop thread-context rng-random rng-builtin rng-egd
+secret secret_keyring tls-creds-anon tls-creds-psk tls-creds-x509 tls-cipher-suites
+authz-simple authz-list authz-list-file authz-pam
+memory-backend-ram memory-backend-memfd memory-backend-file memory-backend-shm
+filter-buffer filter-mirror filter-redirector filter-rewriter filter-replay colo-compare
+cryptodev-backend-builtin cryptodev-backend-lkcf can-bus acpi-generic-initiator acpi-generic-port
+"""
+_KNOWN_OBJECTS = frozenset(_KNOWN_WORDS.split())
 _HOST_INPUT = ("input-linux", "input-barrier")
 _REFUSED_DEVICES = {
     "vfio-": "the first VM has the device, and its state cannot be restored",
@@ -70,9 +78,13 @@ def qom_object(draft: Draft, option: Option) -> None:
         value.set("file", draft.private_file(value.get("id") or "dump", option))
         draft.replace(option, (option.words[0], value.text), "the first VM writes that file")
     else:
+        if kind not in _KNOWN_OBJECTS:
+            draft.risk(option, "Stillframe does not know what it does")
         if kind.startswith("tls-creds"):
             draft.read_file(value.get("dir"), option)
-        draft.scan(option, value, known=("id", "dir"))
+        if value.get("mem-path"):
+            draft.touch("file", "write", draft.resolve(value.get("mem-path")), option)
+        draft.scan(option, value, known=("id", "dir", "mem-path"))
         draft.keep(option)
 
 
@@ -129,7 +141,31 @@ def device(draft: Draft, option: Option) -> None:
     if driver == "usb-mtp":
         draft.touch("file", "write", draft.resolve(value.get("rootdir")), option)
         draft.risk(option, "the guest can read and may write a directory of the host")
+    dropped = value.drop("pcap")
     draft.scan(option, value, known=("id", "bus", "rootdir", "mac", "serial", "label"))
+    if dropped:
+        draft.replace(option, (option.words[0], value.text), "the first VM writes that file")
+    else:
+        draft.keep(option)
+
+
+def device_default(draft: Draft, option: Option) -> None:
+    """``-global``: what ``-device`` may say, for all devices of a kind."""
+    value = OptionValue(option.value, "driver")
+    driver = value.get("driver") or next(iter(value.names()), "").partition(".")[0]
+    named = {key.rpartition(".")[2] for key in value.names()} | {value.get("property")}
+    if "pcap" in named:
+        draft.refuse(option, "it writes to a file of the host", "leave it out")
+        return
+    if named & {"drive", "chardev", "netdev"}:
+        draft.risk(option, f"it ties every {driver} to something of the host")
+    draft.scan(option, value, known=("driver", "property"))
+    draft.keep(option)
+
+
+def memory_path(draft: Draft, option: Option) -> None:
+    """``-mem-path``: a directory for nameless files, or a file that is mapped privately."""
+    draft.touch("file", "write", draft.resolve(option.value), option)
     draft.keep(option)
 
 

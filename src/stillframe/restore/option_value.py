@@ -96,12 +96,13 @@ class OptionValue:
     def is_on(self, key: str) -> bool:
         return self.get(key).lower() in _ON
 
-    def keys(self) -> set[str]:
+    def names(self) -> set[str]:
+        """All keys, flat."""
         return {key for key, _ in self.items()}
 
     def drop(self, *keys: str) -> set[str]:
         """Take keys out, with all that is nested below them; returns those that were there."""
-        present = {key for key in keys if any(_is_below(name, key) for name in self.keys())}
+        present = {key for key in keys if any(_is_below(name, key) for name in self.names())}
         if self._json is not None:
             for key in present:
                 _drop_path(self._json, key)
@@ -127,7 +128,8 @@ class OptionValue:
         if not places:
             self._parts.append(part)
             return
-        if places[0] == 0 and key == self._implied and "=" not in value:
+        was_bare = "=" not in self._parts[places[0]]
+        if was_bare and key == self._implied and "=" not in value:
             part = escape_commas(value)
         self._parts[places[0]] = part
         for place in reversed(places[1:]):

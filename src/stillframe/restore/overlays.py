@@ -11,6 +11,7 @@ import msgspec
 from stillframe.errors import HostError
 from stillframe.restore.program import find_standard
 from stillframe.restore.records import DiskOverlay
+from stillframe.restore.show import printable
 
 _TIMEOUT_S = 60.0
 
@@ -36,21 +37,22 @@ def make_overlays(overlays: Sequence[DiskOverlay]) -> None:
         target = [overlay.overlay, str(info.virtual_size)]
         _run(
             [program, "create", "-q", "-u", "-f", "qcow2", *base, "--", *target],
-            f"cannot make an overlay over {overlay.base}",
+            f"cannot make an overlay over {printable(overlay.base)}",
         )
         Path(overlay.overlay).chmod(0o600)
 
 
 def _info(program: str, overlay: DiskOverlay) -> _ImageInfo:
     chosen = ["-f", overlay.base_format] if overlay.base_format else []
+    failure = f"cannot read the disk {printable(overlay.base)}"
     output = _run(
         [program, "info", "-U", "--output=json", *chosen, "--", overlay.base],
-        f"cannot read the disk {overlay.base}",
+        failure,
     )
     try:
         return msgspec.json.decode(output, type=_ImageInfo)
     except msgspec.MsgspecError as error:
-        raise HostError(f"cannot read the disk {overlay.base}", why=str(error)) from error
+        raise HostError(failure, why=str(error)) from error
 
 
 def _run(command: list[str], failure: str) -> bytes:
@@ -68,5 +70,5 @@ def _run(command: list[str], failure: str) -> bytes:
         raise HostError(failure, why=str(error)) from error
     if done.returncode != 0:
         words = done.stderr.decode(errors="replace").strip().splitlines()
-        raise HostError(failure, why=words[-1] if words else None)
+        raise HostError(failure, why=printable(words[-1]) if words else None)
     return done.stdout

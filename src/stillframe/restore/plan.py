@@ -132,7 +132,7 @@ def check_plan(plan: RestorePlan, *, trust: bool) -> None:
     for touch in plan.touches:
         if touch.required and not Path(touch.target).exists():
             raise NotFoundError(
-                f"there is no {touch.target}",
+                f"there is no {printable(touch.target)}",
                 why=f"the VM was started with {touch.option}",
                 remedy="put it back, or give that option yourself after --",
             )

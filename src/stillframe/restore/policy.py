@@ -6,6 +6,7 @@ An option that is in none of the tables is kept only for a caller who says so (-
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from stillframe.restore import blockdevs, chardevs, disks, displays, networks, objects
@@ -17,18 +18,23 @@ Handler = Callable[[Draft, Option], None]
 _OWN = "give it yourself after --"
 
 _KEPT_WORDS = """
-nodefaults no-user-config nouserconfig nodefconfig cpu smp m k uuid rtc vga name append
+nodefaults no-user-config nouserconfig nodefconfig cpu smp m uuid rtc vga name append
 enable-kvm disable-kvm no-kvm no-kvm-irqchip no-kvm-pit no-kvm-pit-reinjection
 no-reboot no-shutdown no-acpi no-hpet no-fd-bootchk full-screen no-quit no-frame alt-grab
 ctrl-grab portrait rotate show-cursor win2k-hack singlestep one-insn-per-tb usb no-audio
 mem-prealloc only-migratable enable-sync-profile async-teardown action watchdog
-watchdog-action overcommit msg echr sandbox runas seed dfilter d g prom-env compat accel
+watchdog-action overcommit msg echr sandbox runas seed dfilter d g prom-env compat
 old-param balloon soundhw
 """
 _KEPT: Final = frozenset(_KEPT_WORDS.split())
-_SCANNED: Final = {"global": "driver", "numa": "type", "iscsi": "initiator-name"}
+_SCANNED: Final = {
+    "accel": "accel",
+    "numa": "type",
+    "iscsi": "initiator-name",
+    "option-rom": "romfile",
+}
 _READ_FILES: Final = frozenset({"kernel", "dtb", "shim", "chroot"})
-_SEARCHED_FILES: Final = frozenset({"bios", "option-rom", "L", "mem-path"})
+_SEARCHED_FILES: Final = frozenset({"bios", "L", "k"})
 """QEMU looks for them among its own files too, or does without."""
 _DROPPED: Final = {
     "daemonize": "Stillframe starts it in the background itself",
@@ -81,9 +87,10 @@ def _acpi_tables(draft: Draft, option: Option) -> None:
 
 def _modules(draft: Draft, option: Option) -> None:
     """``-initrd`` may be a list for multiboot: ``FILE ARGUMENTS,FILE ARGUMENTS``."""
-    whole = draft.resolve(option.value)
-    parts = [p.replace(",,", ",").split(" ")[0] for p in split_commas(option.value)]
-    for name in parts if len(parts) > 1 else [whole]:
+    names = [option.value]
+    if not Path(draft.resolve(option.value)).exists():
+        names = [p.replace(",,", ",").split(" ")[0] for p in split_commas(option.value)]
+    for name in names:
         draft.read_file(name, option)
     draft.keep(option)
 
@@ -120,7 +127,7 @@ def _semihosting(draft: Draft, option: Option) -> None:
 
 
 def _icount(draft: Draft, option: Option) -> None:
-    if OptionValue(option.value, "shift").keys() & {"rr", "rrfile"}:
+    if OptionValue(option.value, "shift").names() & {"rr", "rrfile"}:
         draft.refuse(option, "it records or replays the first VM's run", _OWN)
     else:
         draft.keep(option)
@@ -153,6 +160,8 @@ _HANDLERS: Final[dict[str, Handler]] = {
     **dict.fromkeys(("netdev", "nic", "net"), networks.network),
     "object": objects.qom_object,
     "device": objects.device,
+    "global": objects.device_default,
+    "mem-path": objects.memory_path,
     "fsdev": objects.shared_directory,
     "virtfs": objects.shared_directory,
     "usbdevice": objects.usb_device,
@@ -190,8 +199,12 @@ def decide(draft: Draft, option: Option) -> None:
     elif name in _SCANNED:
         draft.scan(option, OptionValue(option.value, _SCANNED[name]))
         draft.keep(option)
-    elif name in _READ_FILES or name in _SEARCHED_FILES:
-        draft.read_file(option.value, option, required=name in _READ_FILES)
+    elif name in _READ_FILES:
+        draft.read_file(option.value, option)
+        draft.keep(option)
+    elif name in _SEARCHED_FILES:
+        if "/" in option.value or Path(draft.resolve(option.value)).exists():
+            draft.read_file(option.value, option, required=False)
         draft.keep(option)
     elif name in _DROPPED:
         draft.drop(option, _DROPPED[name])

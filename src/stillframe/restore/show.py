@@ -56,7 +56,7 @@ def plan_lines(plan: RestorePlan) -> Iterator[str]:
         yield f"       {printable(rewrite.reason)}"
     yield "it touches"
     for touch in plan.touches:
-        where = f"  ({touch.option})" if touch.option else ""
+        where = f"  ({touch.option.split(' ')[0]})" if touch.option else ""
         yield f"  {touch.access:<8}{touch.kind:<8} {printable(touch.target)}{where}"
     yield from _section("notes", (printable(note) for note in plan.notes))
     yield from _section(

@@ -37,7 +37,7 @@ def prstatus_note(cpu: X86CpuState, number: int) -> bytes:
 
 
 def qemu_note(cpu: X86CpuState) -> bytes:
-    """The note that crash and drgn read to find the kernel's page tables."""
+    """The note that crash reads to find the kernel's page tables."""
     rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *extended = cpu.regs
     head = _QEMU_HEAD.pack(
         _QEMU_VERSION,

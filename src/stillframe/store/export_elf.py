@@ -1,4 +1,4 @@
-"""Exports an ELF64 core for gdb, readelf, crash and drgn.
+"""Exports an ELF64 core for gdb, readelf and crash.
 
 One PT_NOTE with the vCPUs, one PT_LOAD for each run of guest-physical memory. As with QEMU's
 ``dump-guest-memory`` without paging, ``p_paddr`` is the guest-physical address and ``p_vaddr`` is 0

@@ -10,7 +10,7 @@ from typing import Self
 from stillframe.errors import DataError, NotFoundError, UsageError
 from stillframe.model import BlockRecord, Manifest
 from stillframe.store.backends import Source
-from stillframe.store.backends.local import LocalSource
+from stillframe.store.backends.local_source import LocalSource
 from stillframe.store.container import Container
 from stillframe.store.index import KIND_DATA, Index, PageRun
 from stillframe.store.records import check_run, payload_start, read_page, record_bytes

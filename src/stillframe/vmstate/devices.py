@@ -151,7 +151,7 @@ def split_device_state(data: bytes) -> tuple[DeviceSection, ...]:
         )
     if last == start:
         return ()
-    spans = find_chain(data, start, is_end=lambda offset: offset == last)
+    spans = find_chain(data, start, eof=last)
     return tuple(section_from_span(data, span) for span in spans)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ VERSION_LIMIT = 0xFFFF
 
 _HEAD = Struct(">BIB")
 _TAIL = Struct(">II")
-_BOUNDARY = re.compile(rb"\x7e(?=(.{4})([\x00\x04]))", re.DOTALL)
+_BOUNDARY = re.compile(rb"\x7e(?=(.{4})\x04.{4}[^\x00][ -~])", re.DOTALL)
 _PRINTABLE = re.compile(rb"[ -~]+")
 
 
@@ -82,30 +82,32 @@ class _ChainSearch:
     boundaries, whatever the data holds.
     """
 
-    def __init__(
-        self, data: bytes, start: int, is_end: Callable[[int], bool], data_offset: int
-    ) -> None:
+    def __init__(self, data: bytes, start: int, eof: int, data_offset: int) -> None:
         self.data = data
         self.data_offset = data_offset
         self.ways: dict[int, list[_Boundary]] = {}
         """Boundaries that lead to the end, by the footer's id, last one first."""
         self._positions: dict[int, list[int]] = {}
-        for boundary, section_id in reversed(self._candidates(start, is_end)):
-            if boundary.next_header is None or self._count(boundary.next_header):
-                self.ways.setdefault(section_id, []).append(boundary)
-                self._positions.setdefault(section_id, []).append(-boundary.footer)
+        last = eof - FOOTER_BYTES
+        if data[last] == SectionType.FOOTER:
+            self._add(_Boundary(last, None))
+        for boundary in reversed(self._candidates(start, eof)):
+            if boundary.next_header is not None and self.leads_on(boundary.next_header):
+                self._add(boundary)
 
-    def _candidates(self, start: int, is_end: Callable[[int], bool]) -> list[tuple[_Boundary, int]]:
-        found: list[tuple[_Boundary, int]] = []
-        for match in _BOUNDARY.finditer(self.data, start):
+    def _add(self, boundary: _Boundary) -> None:
+        footer = boundary.footer
+        section_id = int.from_bytes(self.data[footer + 1 : footer + FOOTER_BYTES], "big")
+        self.ways.setdefault(section_id, []).append(boundary)
+        self._positions.setdefault(section_id, []).append(-footer)
+
+    def _candidates(self, start: int, eof: int) -> list[_Boundary]:
+        """Footers that another section's header follows."""
+        found: list[_Boundary] = []
+        for match in _BOUNDARY.finditer(self.data, start, eof):
             footer = match.start()
-            after = footer + FOOTER_BYTES
-            header = None
-            if match[2] == b"\x04":
-                header = read_header(self.data, after)
-                if header is None:
-                    continue
-            elif not is_end(after):
+            header = read_header(self.data, footer + FOOTER_BYTES)
+            if header is None:
                 continue
             if len(found) == BOUNDARY_LIMIT:
                 raise DataError(
@@ -113,8 +115,12 @@ class _ChainSearch:
                     why=f"more than {BOUNDARY_LIMIT} places could be the end of a section",
                     offset_bytes=self.data_offset + footer,
                 )
-            found.append((_Boundary(footer, header), int.from_bytes(match[1], "big")))
+            found.append(_Boundary(footer, header))
         return found
+
+    def leads_on(self, header: SectionHeader) -> bool:
+        """Whether any chain goes from this section to the data's end."""
+        return self._count(header) > 0
 
     def onward(self, header: SectionHeader) -> Iterator[_Boundary]:
         """Where this section may end so that the chain still reaches the data's end."""
@@ -128,14 +134,14 @@ class _ChainSearch:
 
 
 def find_chain(
-    data: bytes, start: int, *, is_end: Callable[[int], bool], data_offset: int = 0
+    data: bytes, start: int, *, eof: int, data_offset: int = 0
 ) -> tuple[SectionSpan, ...]:
-    """Split FULL sections that follow each other from ``start`` to the end of ``data``.
+    """Split FULL sections that follow each other from ``start`` to ``eof``.
 
     Args:
         data: everything from the first section to the end of the stream.
         start: byte offset of the first section's type byte.
-        is_end: whether an EOF byte at this offset ends the device sections.
+        eof: byte offset of the EOF byte that ends the device sections.
         data_offset: where ``data`` is in the stream, for errors.
 
     Raises:
@@ -146,13 +152,19 @@ def find_chain(
     first = read_header(data, start)
     if first is None or data[start] != SectionType.FULL:
         raise DataError("no device section where one must start", offset_bytes=data_offset + start)
-    search = _ChainSearch(data, start, is_end, data_offset)
+    search = _ChainSearch(data, start, eof, data_offset)
     paths = _paths(search, first)
     if len(paths) > 1:
         raise DataError(
             "the device sections can be read in more than one way",
             why="a device's state contains what looks like the end of its section",
             remedy="take the snapshot again, when the guest has moved on",
+            offset_bytes=data_offset + start,
+        )
+    if not paths and search.leads_on(first):
+        raise DataError(
+            "two device sections have the same id or the same name",
+            why="the device state is damaged",
             offset_bytes=data_offset + start,
         )
     if not paths:

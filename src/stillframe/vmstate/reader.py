@@ -275,7 +275,7 @@ class StreamReader:
                     why="the stream has no section footers, and no description that fits it",
                     offset_bytes=start,
                 )
-            spans = find_chain(tail, 0, is_end=lambda place: place == eof, data_offset=start)
+            spans = find_chain(tail, 0, eof=eof, data_offset=start)
         for span in spans:
             yield Device(section_from_span(tail, span))
         yield Eof()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import click
 import pytest
@@ -11,9 +12,11 @@ from stillframe import errors
 from stillframe.cli import failures
 from stillframe.cli.main import cli, main
 
+Fail = Callable[[BaseException], None]
+
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> object:
+def failing(monkeypatch: pytest.MonkeyPatch) -> Fail:
     """Makes ``stillframe ps`` raise what is given."""
 
     def prepare(error: BaseException) -> None:
@@ -30,7 +33,9 @@ def _errors() -> list[type[errors.StillframeError]]:
 
 
 @pytest.mark.parametrize("kind", _errors(), ids=lambda kind: kind.__name__)
-def test_each_error_has_its_exit_code_and_one_line(kind, failing, capsys) -> None:
+def test_each_error_has_its_exit_code_and_one_line(
+    kind: type[errors.StillframeError], failing: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
     failing(kind("it broke", why="a reason", remedy="mend it", guest_state="running"))
     assert main(["ps"]) == kind.exit_code
     out, err = capsys.readouterr()
@@ -38,13 +43,15 @@ def test_each_error_has_its_exit_code_and_one_line(kind, failing, capsys) -> Non
     assert err == "stillframe: it broke: a reason; mend it [guest running]\n"
 
 
-def test_no_guest_no_word_of_it(failing, capsys) -> None:
+def test_no_guest_no_word_of_it(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
     failing(errors.DataError("it is damaged", offset_bytes=7))
     assert main(["ps"]) == 8
     assert capsys.readouterr().err == "stillframe: it is damaged (at byte 7)\n"
 
 
-def test_each_reason_of_a_refusal_has_a_line(failing, capsys) -> None:
+def test_each_reason_of_a_refusal_has_a_line(
+    failing: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
     reasons = (("vfio", "it writes", "unplug it"), ("rdma", "it writes too", "unplug that"))
     failing(errors.RefusedError("vfio (and 1 more)", reasons=reasons))
     assert main(["ps"]) == 3
@@ -54,7 +61,9 @@ def test_each_reason_of_a_refusal_has_a_line(failing, capsys) -> None:
     ]
 
 
-def test_json_error_is_on_standard_output(failing, capsys) -> None:
+def test_json_error_is_on_standard_output(
+    failing: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
     failing(errors.RefusedError("no", why="w", reasons=(("vfio", "it writes", "unplug it"),)))
     assert main(["ps", "--json"]) == 3
     out, err = capsys.readouterr()
@@ -76,7 +85,9 @@ def test_json_error_is_on_standard_output(failing, capsys) -> None:
     [KeyError("x"), OSError("y"), RecursionError(), AssertionError("z"), UnicodeError("u")],
     ids=lambda error: type(error).__name__,
 )
-def test_a_bug_is_an_internal_error_without_a_traceback(error, failing, capsys) -> None:
+def test_a_bug_is_an_internal_error_without_a_traceback(
+    error: Exception, failing: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
     failing(error)
     assert main(["ps"]) == 70
     err = capsys.readouterr().err
@@ -85,13 +96,15 @@ def test_a_bug_is_an_internal_error_without_a_traceback(error, failing, capsys) 
     assert err.count("\n") == 1
 
 
-def test_out_of_memory(failing, capsys) -> None:
+def test_out_of_memory(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
     failing(MemoryError())
     assert main(["ps"]) == 70
     assert "out of memory" in capsys.readouterr().err
 
 
-def test_traceback_when_it_is_asked_for(failing, capsys, monkeypatch) -> None:
+def test_traceback_when_it_is_asked_for(
+    failing: Fail, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STILLFRAME_DEBUG", "1")
     failing(errors.HostError("no kernel"))
     assert main(["ps"]) == 5
@@ -100,13 +113,13 @@ def test_traceback_when_it_is_asked_for(failing, capsys, monkeypatch) -> None:
     assert err.endswith("stillframe: no kernel\n")
 
 
-def test_hostile_words_are_escaped(failing, capsys) -> None:
+def test_hostile_words_are_escaped(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
     failing(errors.DataError("block \x1b]0;owned\x07 is\nodd"))
     main(["ps"])
     assert capsys.readouterr().err == "stillframe: block \\x1b]0;owned\\x07 is\\nodd\n"
 
 
-def test_interrupted(failing, capsys) -> None:
+def test_interrupted(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
     failing(KeyboardInterrupt())
     assert main(["ps"]) == 130
     assert capsys.readouterr().err == "stillframe: cancelled\n"
@@ -123,7 +136,7 @@ def test_interrupted(failing, capsys) -> None:
         (["export", "f", "-o", "x", "--format", "zip"], "'zip' is not one of"),
     ],
 )
-def test_wrong_calls(arguments: list[str], words: str, capsys) -> None:
+def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("stillframe: ")
@@ -132,17 +145,17 @@ def test_wrong_calls(arguments: list[str], words: str, capsys) -> None:
     assert err.count("\n") == 1
 
 
-def test_wrong_call_as_json(capsys) -> None:
+def test_wrong_call_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["take", "x", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"] == "usage"
 
 
-def test_json_after_two_dashes_is_not_ours(capsys) -> None:
+def test_json_after_two_dashes_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["frobnicate", "--", "--json"]) == 2
     assert capsys.readouterr().out == ""
 
 
-def test_no_command_shows_the_help(capsys) -> None:
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "Commands:" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return asked
 
 
-def test_defaults(taken: dict[str, Any], capsys) -> None:
+def test_defaults(taken: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["take", "web1", "-o", "x.still"]) == 9
     del taken["on_progress"]
     assert taken == {
@@ -39,7 +39,7 @@ def test_defaults(taken: dict[str, Any], capsys) -> None:
     }
 
 
-def test_everything(taken: dict[str, Any], capsys) -> None:
+def test_everything(taken: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     words = "take 4711 --output x --compression zstd:-3 --spill 1.5G --max-bandwidth 100M/s"
     assert main([*words.split(), "--mode", "stop", "--no-arm", "--force", "-q"]) == 9
     assert taken["compression"] == "zstd"
@@ -50,7 +50,7 @@ def test_everything(taken: dict[str, Any], capsys) -> None:
     assert capsys.readouterr().err == "stillframe: seen\n"
 
 
-def test_no_compression(taken: dict[str, Any], capsys) -> None:
+def test_no_compression(taken: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["take", "x", "-o", "y", "--compression", "none"]) == 9
     assert (taken["compression"], taken["level"]) == ("none", None)
 
@@ -73,7 +73,9 @@ def test_no_compression(taken: dict[str, Any], capsys) -> None:
         ("--mode", "fast", "'fast' is not one of"),
     ],
 )
-def test_refused(option: str, value: str, words: str, taken: dict[str, Any], capsys) -> None:
+def test_refused(
+    option: str, value: str, words: str, taken: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["take", "x", "-o", "y", option, value]) == 2
     err = capsys.readouterr().err
     assert words in err

@@ -11,7 +11,7 @@ import pytest
 from stillframe.cli import progress as subject
 
 
-def test_a_line_for_each_phase(capsys) -> None:
+def test_a_line_for_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
     shown = subject.PlainProgress()
     for phase, done in (("arming", 0), ("saving", 1), ("saving", 2), ("syncing", 9)):
         shown.show(phase, done, 10, "details")
@@ -23,9 +23,11 @@ def test_a_line_for_each_phase(capsys) -> None:
     ]
 
 
-def test_a_line_now_and_then_within_a_phase(capsys, monkeypatch) -> None:
+def test_a_line_now_and_then_within_a_phase(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [100.0]
-    monkeypatch.setattr(subject.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("stillframe.cli.progress.time.monotonic", lambda: now[0])
     shown = subject.PlainProgress()
     for _ in range(12):
         shown.show("saving", 1 << 20, 4 << 20, "5 faults")
@@ -37,9 +39,9 @@ def test_a_line_now_and_then_within_a_phase(capsys, monkeypatch) -> None:
     ]
 
 
-def test_rate_and_time_left(monkeypatch) -> None:
+def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(subject.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("stillframe.cli.progress.time.monotonic", lambda: now[0])
     seen: list[tuple[object, ...]] = []
 
     class Recorder:
@@ -81,7 +83,14 @@ class _Terminal(io.StringIO):
         (_Terminal(), "xterm", True, False, True),
     ],
 )
-def test_choice(stream, term, quiet, animated, silent, monkeypatch) -> None:
+def test_choice(
+    stream: io.StringIO,
+    term: str,
+    quiet: bool,
+    animated: bool,
+    silent: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setenv("TERM", term)
     chosen = subject.choose_progress(quiet=quiet)

@@ -16,7 +16,8 @@ from stillframe.model import GpaRange
 from stillframe.store.backends import Sink
 from stillframe.store.backends.local import LocalSink
 from stillframe.store.backends.memory import MemorySink
-from stillframe.store.export_elf import export_elf
+from stillframe.store.elf_notes import qemu_note
+from stillframe.store.export_elf import export_elf, vcpus
 from stillframe.store.export_qemu import export_qemu
 from stillframe.store.export_raw import export_raw
 from stillframe.store.snapshot import Snapshot
@@ -178,6 +179,25 @@ def test_elf_layout(tmp_path: Path) -> None:
         assert content[offset : offset + file_bytes] == physical()[paddr : paddr + file_bytes]
         loads.append((paddr, file_bytes))
     assert loads == [(part.gpa, part.length_bytes) for part in MAP]
+
+
+def test_the_note_of_qemus_own() -> None:
+    """QEMU target/i386/arch_dump.c: struct QEMUCPUState."""
+    (cpu,) = vcpus(snapshot_with(cpus=1))
+    note = qemu_note(cpu)
+    assert note[:20] == struct.pack("<III", 5, 440, 0) + b"QEMU\0\0\0\0"
+    content = note[20:]
+    assert len(content) == 440
+    base = 1 << 32
+    order = [0, 3, 1, 2, 6, 7, 4, 5, *range(8, 16)]  # rax rbx rcx rdx rsi rdi rsp rbp r8 ...
+    assert struct.unpack_from("<II16Q", content) == (1, 440, *(base + n for n in order))
+    assert struct.unpack_from("<QQ", content, 136) == (base + 100, 0x246)
+    saved = ["es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr", "gdt", "idt"]
+    for place, name in enumerate(["cs", "ds", "es", "fs", "gs", "ss", "ldt", "tr", "gdt", "idt"]):
+        number = saved.index(name)
+        segment = struct.unpack_from("<IIIIQ", content, 152 + 24 * place)
+        assert segment == (number + 1, 0xFFFF, 0x9300, 0, base + number)
+    assert struct.unpack_from("<5Q", content, 392) == (0, 0, 1, 2, 3)  # cr0 cr1 cr2 cr3 cr4
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="missing program: readelf")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+import tracemalloc
 import zlib
 
 import pytest
@@ -81,8 +82,13 @@ def test_a_size_that_no_frame_has(said: int) -> None:
 def test_a_bomb_is_not_expanded() -> None:
     bomb = compress_frame(bytes(FRAME_RAW_MAX_BYTES), 19).data
     assert len(bomb) < 10_000
-    with pytest.raises(DataError, match="more than"):
-        decompress_frame(bomb, 1 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="more than"):
+            decompress_frame(bomb, 1 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 10, -1, -4])

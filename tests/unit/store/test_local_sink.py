@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import pytest
 
 from stillframe.errors import HostError, NotFoundError, SinkError, UsageError
 from stillframe.store.backends import local
-from stillframe.store.backends.local import LocalSink, LocalSource
+from stillframe.store.backends.local import LocalSink
+from stillframe.store.backends.local_source import LocalSource
 
 
 def test_an_existing_file_is_refused_at_once(tmp_path: Path) -> None:
@@ -218,3 +220,45 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(HostError, match="Permission denied"):
         LocalSource(tmp_path / "x.still")
+
+
+def test_file_and_directory_are_synced_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.still"
+    seen: list[tuple[str, bool]] = []
+    real = os.fsync
+
+    def watch(fd: int) -> None:
+        kind = "directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
+        seen.append((kind, path.exists()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    sink = LocalSink(path)
+    sink.write(b"whole")
+    sink.commit()
+    assert seen == [("file", False), ("directory", True)]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_directory_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some file systems do not offer it; a real failure is told."""
+    sink = LocalSink(tmp_path / "x.still")
+    sink.write(b"whole")
+    real = os.fsync
+
+    def fail(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, "scripted")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if number == errno.EINVAL:
+        sink.commit()
+    else:
+        with pytest.raises(SinkError, match="Input/output error"):
+            sink.commit()
+    assert (tmp_path / "x.still").exists() == (number == errno.EINVAL)

@@ -116,6 +116,10 @@ def _swap_pages(raw: bytes, runs: list[PageRun]) -> tuple[bytes, list[PageRun]]:
     return raw, changed
 
 
+def _swap_single_pages(raw: bytes, runs: list[PageRun]) -> tuple[bytes, list[PageRun]]:
+    return raw, [run._replace(first_page=1 - run.first_page) if run.block else run for run in runs]
+
+
 def _other_kind(raw: bytes, runs: list[PageRun]) -> tuple[bytes, list[PageRun]]:
     return raw, [run._replace(kind=0) if run.first_page == 4 else run for run in runs]
 
@@ -148,6 +152,7 @@ def _unlisted_page(raw: bytes, runs: list[PageRun]) -> tuple[bytes, list[PageRun
         (_other_section, "without its start"),
         (_other_footer, "does not end with its frame"),
         (_swap_pages, "does not agree"),
+        (_swap_single_pages, "does not agree"),
         (_other_kind, "does not agree"),
         (_longer_run, "does not agree"),
         (_dirty_zero_page, "does not agree"),
@@ -202,6 +207,17 @@ def test_pages_that_only_the_stream_has() -> None:
     hidden = ram_frame(RAM, BLOCKS)[0]
     content = whole(hidden, later_pages_win=True)
     with pytest.raises(DataError, match="outside its frames"):
+        open_bytes(content).verify()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_index_that_names_an_older_page(alone: bool) -> None:
+    """A loader would end with the newer one."""
+    first = ram_frame(RAM, BLOCKS)
+    again = [(0, 3, [B])] if alone else [(0, 3, [B]), (1, 0, [B])]
+    raw, runs = ram_frame(again, BLOCKS)
+    content = whole(first, (raw, [run for run in runs if run.block]), later_pages_win=True)
+    with pytest.raises(DataError, match="outside its frames" if alone else "not in the index"):
         open_bytes(content).verify()
 
 

@@ -73,6 +73,15 @@ def test_footers_switched_off() -> None:
         split_device_state(data)
 
 
+def test_footer_within_a_header_is_none() -> None:
+    """The header's last bytes, instance 0x7e and version 5, look like the footer of section 5."""
+    header = devices.make_section(
+        section_id=5, idstr="a", instance_id=0x7E, version_id=5, payload=b""
+    ).raw[:-5]
+    with pytest.raises(DataError):
+        split_device_state(writer.stream_header() + header + writer.eof())
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -25,6 +25,7 @@ from stillframe.vmstate.records import (
     StreamBlock,
     ZeroRun,
 )
+from stillframe.vmstate.source import StreamSource
 from tests.support import stream_build as sb
 from tests.support.stream_build import PAGE, Pipe, device, read, start, word
 
@@ -48,7 +49,7 @@ def pages(data: bytes, **options: object) -> list[Event]:
 
 
 def test_a_whole_stream_in_order() -> None:
-    early_payload = pack(">QQQIQ", 0, 128 << 20, 2 << 20, 0, 0) + bytes(8)
+    early_payload = pack(">QQQIQ", 0, 140 << 20, 2 << 20, 0, 0) + bytes(16)
     early = device(40, "0000:00:04.0/virtio-mem-device-early", early_payload)
     devices = (device(0, "timer", b"t"), device(4, "cpu", b"c" * 99))
     data = (
@@ -264,6 +265,13 @@ def test_postcopy_page_sizes() -> None:
     refused(data.replace(pack(">Q", 2 << 20), pack(">Q", 3 << 20)), "impossible page size")
 
 
+def test_postcopy_without_page_sizes() -> None:
+    advice = b"\x08\0\3\0\x10" + bytes(16)
+    data = sb.head() + advice + writer.ram_start_section(TWO, section_id=2) + sb.tail(())
+    blocks = next(e for e in read(data) if isinstance(e, RamBlocks))
+    assert [b.page_size_bytes for b in blocks.blocks] == [None, None]
+
+
 def test_postcopy_with_ignored_shared_memory_is_refused() -> None:
     advice = b"\x08\0\3\0\x10" + bytes(16)
     begin = sb.configuration("m", sb.capabilities("x-ignore-shared")) + advice
@@ -430,6 +438,63 @@ def test_description_settles_what_footers_leave_open() -> None:
     described = read(sb.head() + sb.tail(devices))
     assert [e.section for e in described if isinstance(e, Device)] == list(devices)
     refused(sb.head() + sb.tail(devices, described=False), "more than one way")
+
+
+def described(devices: list[dict[str, object]]) -> bytes:
+    return writer.eof() + writer.vmdescription({"page_size": 4096, "devices": devices})
+
+
+def test_description_with_arrays_and_subsections() -> None:
+    """An array is described by its first element; a subsection's header counts too."""
+    inner = b"\x05\x03a/x\0\0\0\1" + b"X"
+    outer = b"\x05\x03a/y\0\0\0\1" + b"YY" + inner
+    section = device(3, "a", b"12344444" + outer)
+    fields = [{"name": "n", "size": 2, "array_len": 4, "type": "uint16"}]
+    nested = {"vmsd_name": "a/x", "version": 1, "fields": [{"name": "x", "size": 1}]}
+    subsection = {
+        "vmsd_name": "a/y",
+        "version": 1,
+        "fields": [{"name": "y", "size": 2}],
+        "subsections": [nested],
+    }
+    entry = {"name": "a", "instance_id": 0, "fields": fields, "subsections": [subsection]}
+    data = sb.head() + section.raw + described([entry])
+    assert [type(e) for e in read(data)[2:]] == [Device, Eof, Description]
+    assert read(data)[-1].sizes_agree is True  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [-5, -9, 1 << 62, 2])
+def test_description_with_absurd_sizes(size: int) -> None:
+    section = device(3, "a", b"xyz")
+    fields = [{"name": "x", "size": size}]
+    entry = {"name": "a", "instance_id": 0, "fields": fields}
+    events = read(sb.head() + section.raw + described([entry]))
+    assert Device(section) in events
+    assert events[-1].sizes_agree is False  # type: ignore[union-attr]
+
+
+def test_same_device_twice() -> None:
+    twice = device(3, "a", b"xyz").raw + device(4, "a", b"xyz").raw
+    fields = [{"name": "x", "size": 3}]
+    refused(
+        sb.head() + twice + described([{"name": "a", "instance_id": 0, "fields": fields}]),
+        "same id or the same name",
+    )
+
+
+def test_one_footer_missing() -> None:
+    devices = (device(0, "timer", b"t" * 24), device(4, "cpu", b"c" * 99), device(5, "b"))
+    whole = sb.tail(devices)
+    refused(sb.head() + whole.replace(devices[1].raw, devices[1].raw[:-5]), "does not end")
+
+
+def test_rest_has_a_limit() -> None:
+    source = StreamSource(Pipe(bytes(5000), 1000))
+    source.take(1000, "the beginning")
+    assert len(source.rest(4000, "the rest")) == 4000
+    source = StreamSource(Pipe(bytes(5000), 1000))
+    with pytest.raises(DataError, match="larger than 4999"):
+        source.rest(4999, "the rest")
 
 
 def test_device_limit() -> None:

@@ -13,7 +13,7 @@ from stillframe.errors import StillframeError
 from stillframe.machine.qemu.command_line import Chardev, CommandLine, parse_command_line
 from stillframe.machine.qemu.sockets import unix_socket_path
 from stillframe.qmp.client import QmpClient
-from stillframe.qmp.connection import Address
+from stillframe.qmp.connection import Address, has_client
 
 _EMULATOR = re.compile(r"qemu-system-[\w-]+|qemu-kvm|kvm")
 _PROBE_TIMEOUT_S = 0.5
@@ -145,6 +145,8 @@ def _same_files(directory: Path) -> bool:
 
 def _asked_version(vm: VmInfo) -> str | None:
     for address in vm.qmp_addresses:
+        if has_client(address):
+            continue
         try:
             with QmpClient.connect(address, timeout_s=_PROBE_TIMEOUT_S) as qmp:
                 return ".".join(str(number) for number in qmp.version)

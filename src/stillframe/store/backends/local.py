@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from stillframe.errors import DataError, HostError, NotFoundError, SinkError, UsageError
+from stillframe.errors import SinkError, UsageError
 from stillframe.store.backends.oserrors import sink_error
 from stillframe.store.frames import BytesLike
 
@@ -114,7 +114,8 @@ class LocalSink:
         """Sync the file, give it its name, sync the directory.
 
         Raises:
-            SinkError: it failed; the name is as it was before.
+            SinkError: it failed. The name is as it was before, unless it was the last sync
+                that failed and a file had been replaced.
         """
         self._check_open()
         try:
@@ -128,8 +129,8 @@ class LocalSink:
                 self._rename_hidden(hidden)
             else:
                 self._link(self._path.name)
-            self._state = "committed"
             self._sync_directory()
+            self._state = "committed"
         except FileExistsError as error:
             raise SinkError(
                 f"cannot name the snapshot {self.description}",
@@ -177,7 +178,7 @@ class LocalSink:
             sweep_leftovers(self._directory_fd)
         try:
             self._fd = _open_unnamed(self._directory_fd)
-            _lock(self._fd)
+            self._prepare()
             return
         except OSError as error:
             if error.errno not in _NO_UNNAMED_FILES:
@@ -191,9 +192,15 @@ class LocalSink:
                 dir_fd=self._directory_fd,
             )
             self._hidden_name = hidden
-            _lock(self._fd)
+            self._prepare()
         except OSError as error:
             raise sink_error("create", self.description, error) from error
+
+    def _prepare(self) -> None:
+        """Set the mode that no umask changes, and mark the file as somebody's."""
+        os.fchmod(self._fd, _MODE)
+        with suppress(OSError):  # where locks are not offered, nothing is swept either
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _link(self, name: str) -> None:
         # With dir_fd, os.link calls linkat(2) with AT_SYMLINK_FOLLOW, which follows /proc's link.
@@ -215,8 +222,12 @@ class LocalSink:
         try:
             os.fsync(self._directory_fd)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not offered everywhere
-                raise
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # not offered everywhere
+                return
+            if not self._overwrite:  # what was replaced cannot be had back
+                with suppress(OSError):
+                    os.unlink(self._path.name, dir_fd=self._directory_fd)
+            raise
 
     def _close(self) -> None:
         for fd in (self._fd, self._directory_fd):
@@ -227,19 +238,11 @@ class LocalSink:
 
 
 def _open_unnamed(directory_fd: int) -> int:
-    fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, _MODE, dir_fd=directory_fd)
-    os.fchmod(fd, _MODE)
-    return fd
+    return os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, _MODE, dir_fd=directory_fd)
 
 
 def _new_hidden_name() -> str:
     return f".{uuid.uuid4().hex}{_HIDDEN_SUFFIX}"
-
-
-def _lock(fd: int) -> None:
-    """Mark the file as somebody's, where locks are offered; see :func:`sweep_leftovers`."""
-    with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _start_writeback(fd: int, offset_bytes: int, length_bytes: int) -> None:
@@ -274,82 +277,3 @@ def _as_sink_error(doing: str, description: str, error: Exception) -> SinkError:
     if isinstance(error, OSError):
         return sink_error(doing, description, error)
     return SinkError(f"cannot {doing} {description!r}", why=str(error))
-
-
-class LocalSource:
-    """Reads one file. Never mapped: a file that shrinks would kill the reader with SIGBUS.
-
-    Raises:
-        NotFoundError: no such file.
-        UsageError: not a regular file.
-        HostError: not permitted, or not readable.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
-        self._fd = -1
-        try:
-            # Not blocking, so that a named pipe is refused rather than waited for.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
-            self._status = os.fstat(self._fd)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(f"there is no file {self.description}") from error
-        except (OSError, ValueError) as error:
-            self.close()
-            raise HostError(
-                f"cannot read {self.description!r}",
-                why=(error.strerror if isinstance(error, OSError) else None) or str(error),
-            ) from error
-        if not stat.S_ISREG(self._status.st_mode):
-            self.close()
-            raise UsageError(f"{self.description} is not a regular file")
-
-    @property
-    def description(self) -> str:
-        return str(self._path)
-
-    @property
-    def size_bytes(self) -> int:
-        return self._status.st_size
-
-    @property
-    def owner_uid(self) -> int | None:
-        return self._status.st_uid
-
-    @property
-    def others_may_write(self) -> bool:
-        return bool(self._status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
-
-    def read_at(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """Exactly so many bytes.
-
-        Raises:
-            DataError: the file has fewer, or the medium fails.
-        """
-        if offset_bytes < 0 or length_bytes < 0:
-            raise DataError(f"{length_bytes} bytes at {offset_bytes} cannot be read")
-        parts: list[bytes] = []
-        missing = length_bytes
-        try:
-            while missing > 0:
-                part = os.pread(self._fd, missing, offset_bytes + length_bytes - missing)
-                if not part:
-                    raise DataError(
-                        f"{self.description} is truncated",
-                        why=f"{missing} bytes are missing",
-                        offset_bytes=offset_bytes + length_bytes - missing,
-                    )
-                parts.append(part)
-                missing -= len(part)
-        except (OSError, OverflowError) as error:
-            raise DataError(
-                f"cannot read {self.description}", why=str(error), offset_bytes=offset_bytes
-            ) from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            with suppress(OSError):
-                os.close(self._fd)
-            self._fd = -1

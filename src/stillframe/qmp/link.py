@@ -1,0 +1,101 @@
+"""The bytes of a QMP connection: whole messages in and out, with deadlines.
+
+The socket's description may be shared with a guard process, so it is never shut down, and nothing
+relies on its being blocking or not.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from array import array
+from collections.abc import Callable
+
+from stillframe.qmp.framing import Framer
+
+_READ_BYTES = 1 << 16
+
+Message = dict[str, object]
+
+
+class Link:
+    """One connected stream socket. Any thread may send; one at a time receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._framer = Framer()
+        self._write_lock = threading.Lock()
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def send(self, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()) -> None:
+        """Send all of it, the descriptors with the first byte (unix(7): SCM_RIGHTS).
+
+        Raises:
+            OSError: the connection is broken, or it took too long (TimeoutError).
+            ValueError: it is closed.
+        """
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+        with self._write_lock:
+            while data:
+                try:
+                    sent = self.socket.sendmsg(
+                        [data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+                    )
+                except BlockingIOError:
+                    if not self._ready(select.POLLOUT, deadline_s):
+                        raise TimeoutError from None
+                    continue
+                data, rights = data[sent:], []
+
+    def receive(self, deadline_s: float) -> list[Message]:
+        """The next messages, at least one.
+
+        Raises:
+            EOFError: the other side hung up. TimeoutError, OSError.
+            FramingError: what came is no QMP.
+        """
+        messages: list[Message] = []
+        while not messages:
+            if not self._ready(select.POLLIN, deadline_s):
+                raise TimeoutError
+            data = self.socket.recv(_READ_BYTES)
+            if not data:
+                raise EOFError
+            messages = self._framer.feed(data)
+        return messages
+
+    def receive_until_stopped(self, take: Callable[[Message], None]) -> None:
+        """Give every message to ``take`` until the other side hangs up, or ``stop`` is called.
+
+        Raises:
+            OSError, FramingError: as ``receive``.
+        """
+        poller = select.poll()
+        poller.register(self.socket, select.POLLIN)
+        poller.register(self._stop_fd, select.POLLIN)
+        while all(fd != self._stop_fd for fd, _event in poller.poll()):
+            try:
+                data = self.socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            if not data:
+                return
+            for message in self._framer.feed(data):
+                take(message)
+
+    def stop(self) -> None:
+        """Make ``receive_until_stopped`` return soon."""
+        os.eventfd_write(self._stop_fd, 1)
+
+    def close(self) -> None:
+        """Close our side; nobody may be receiving any more."""
+        self.socket.close()
+        os.close(self._stop_fd)
+
+    def _ready(self, event: int, deadline_s: float) -> bool:
+        poller = select.poll()
+        poller.register(self.socket, event)
+        return bool(poller.poll(max(0.0, deadline_s - time.monotonic()) * 1e3))
