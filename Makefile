@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Paths to the checkout only: what is imported must be what was installed.
 export PYTHONPATH =
 
-.PHONY: demo test lint check soak bench clean
+.PHONY: demo test lint check soak break-invariants bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m demo.linux_guest
@@ -24,6 +24,10 @@ check: lint test
 
 soak: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m soak tests/soak $(PYTEST_ARGUMENTS)
+
+break-invariants: $(VENV)/test.installed
+	$(BIN)/python -m pip install --quiet cython
+	$(BIN)/python tools/break_invariants.py
 
 bench: $(VENV)/demo.installed
 	$(BIN)/python -m bench.compare $(BENCH_ARGUMENTS)

@@ -407,6 +407,28 @@ def test_a_failed_save_says_so_and_cleans_up(booted: BareVm) -> None:
         assert save_device_state(qmp, booted.pid)[:4] == b"QEVM"
 
 
+def test_announced_commands_are_run_only_when_completed(booted: BareVm) -> None:
+    with QmpClient.connect(booted.qmp) as qmp:
+        for _ in range(3):
+            qmp.announce("stop")
+            time.sleep(0.02)
+            assert qmp.execute("query-status")["status"] == "running"  # type: ignore[index]
+            qmp.announce("human-monitor-command", {"command-line": "stop"})
+            qmp.announce("stop")
+            qmp.execute("stop")
+            assert qmp.execute("query-status")["status"] == "paused"  # type: ignore[index]
+            qmp.announce("cont")
+            qmp.execute("cont")
+        qmp.announce("stop")
+        # A guard that inherited the connection has to say its command all the same.
+        with qmp.socket.dup() as guard:
+            guard.sendall(b'\xff\n{"execute": "system_reset", "id": "guard"}\n')
+        deadline = time.monotonic() + 5
+        while "RESET" not in {event.name for event in qmp.drain_events()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 # Finding and describing
 
 

@@ -72,8 +72,9 @@ def restored(tmp_path: Path) -> Iterator[Restorer]:
             os.kill(pid, signal.SIGKILL)
 
 
-def emulators() -> set[int]:
-    return {vm.pid for vm in list_vms()}
+def emulators(directory: Path) -> set[int]:
+    """The VMs that were started with something in a directory."""
+    return {vm.pid for vm in list_vms() if any(str(directory) in word for word in vm.argv)}
 
 
 def machine_record(path: Path) -> MachineRecord:
@@ -109,8 +110,8 @@ def with_options(path: Path, to: Path, *more: str, **fields: Any) -> Path:
     return rewrite_manifest(path, to, argv=argv, **fields)
 
 
-def assert_nothing_left(before: set[int], tmp_path: Path, *allowed: str) -> None:
-    assert emulators() == before
+def assert_nothing_left(tmp_path: Path, *allowed: str) -> None:
+    assert not emulators(tmp_path)
     assert set(os.listdir(tmp_path)) <= set(allowed)
 
 
@@ -134,7 +135,7 @@ def test_next_to_its_running_source(
     assert vm.is_progressing(5)
     assert console.command("audit").startswith("audit ok pages=8192 ")
     assert vm.command("audit").startswith("audit ok pages=8192 ")
-    assert seen[-1][0] == seen[-1][1] == os.path.getsize(tmp_path / "x.still") or seen[-1][1] > 0
+    assert seen[-1][0] == seen[-1][1] > RAM_MIB << 10
     assert Path(new.log_path).read_text() == ""
     assert qmp_execute(vm.qmp_path, "query-status")["status"] == "running"
     assert qmp_execute(Path(new.qmp_address), "query-status")["status"] == "running"
@@ -276,11 +277,12 @@ def test_the_usual_places_are_private(
     assert Path(new.log_path).stat().st_mode & 0o777 == 0o600
 
 
-def test_an_imported_stream_with_own_options(
-    restored: Restorer, source: GuestVm, tmp_path: Path
-) -> None:
+def test_an_imported_stream_with_own_options(restored: Restorer, tmp_path: Path) -> None:
+    has_linux_guest().require()
     stream = tmp_path / "stream"
     with GuestVm("linux", ram_mib=RAM_MIB).start() as vm:
+        # QEMU 7.2's live migration under TCG now and then misses a page; a stopped VM's does not.
+        qmp_execute(vm.qmp_path, "stop")
         qmp_execute(vm.qmp_path, "migrate", {"uri": f"exec:cat > {stream}"})
         deadline = time.monotonic() + 60
         while qmp_execute(vm.qmp_path, "query-migrate").get("status") != "completed":
@@ -296,7 +298,8 @@ def test_an_imported_stream_with_own_options(
         restored(tmp_path / "i.still")
     serial = f"unix:{tmp_path}/s,server=on,wait=off"
     new = restored(tmp_path / "i.still", extra_args=[*argv, "-serial", serial])
-    assert new.state == "running"
+    assert new.state == "paused"
+    qmp_execute(Path(new.qmp_address), "cont")
     console = SerialConsole(tmp_path / "s")
     assert console.command("audit").startswith("audit ok ")
     console.close()
@@ -315,54 +318,49 @@ def test_a_damaged_frame(restored: Restorer, snapshot: Path, tmp_path: Path) -> 
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    before = emulators()
     with pytest.raises(DataError, match=r"frame \d+ .*is damaged"):
         restored(bad)
-    assert_nothing_left(before, tmp_path, "bad.still")
+    assert_nothing_left(tmp_path, "bad.still")
 
 
 def test_another_machine_type(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:
     file = rewrite_manifest(snapshot, tmp_path / "y.still", machine_type="pc-q35-99.0")
-    before = emulators()
-    with pytest.raises(MachineError, match="QEMU ended with exit code 1 while starting: .*machine"):
+    with pytest.raises(MachineError, match=r"exit code 1 while starting: .*unsupported machine"):
         restored(file)
-    assert_nothing_left(before, tmp_path, "y.still")
+    assert_nothing_left(tmp_path, "y.still")
 
 
 def test_an_option_that_qemu_does_not_take(
     restored: Restorer, snapshot: Path, tmp_path: Path
 ) -> None:
-    before = emulators()
     with pytest.raises(MachineError, match="no-such-device"):
         restored(snapshot, extra_args=["-device", "no-such-device"])
-    assert_nothing_left(before, tmp_path)
+    assert_nothing_left(tmp_path)
 
 
 def test_less_memory(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:
-    before = emulators()
     own = [
         "-object",
         f"memory-backend-memfd,id=ram0,size={RAM_MIB // 2}M",
         "-m",
         f"{RAM_MIB // 2}M",
     ]
-    with pytest.raises(MachineError, match="while loading the snapshot: .*ram0"):
+    with pytest.raises(MachineError, match=r"while loading the snapshot: .*ram0"):
         restored(snapshot, extra_args=own)
-    assert_nothing_left(before, tmp_path)
+    assert_nothing_left(tmp_path)
 
 
 def test_a_device_that_is_not_there(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:
-    before = emulators()
     with pytest.raises(MachineError, match=r"while loading the snapshot"):
         restored(snapshot, extra_args=["-M", "pc,memory-backend=ram0"])
-    assert_nothing_left(before, tmp_path)
+    assert_nothing_left(tmp_path)
 
 
 def test_a_missing_disk(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:
     file = with_options(snapshot, tmp_path / "y.still", "-drive", "file=/nowhere/d,if=virtio")
     with pytest.raises(NotFoundError, match="there is no /nowhere/d"):
         restored(file)
-    assert_nothing_left(emulators(), tmp_path, "y.still")
+    assert_nothing_left(tmp_path, "y.still")
 
 
 def test_a_disk_that_is_no_image(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:
@@ -371,7 +369,7 @@ def test_a_disk_that_is_no_image(restored: Restorer, snapshot: Path, tmp_path: P
     file = with_options(snapshot, tmp_path / "y.still", "-drive", drive)
     with pytest.raises(HostError, match=r"cannot read the disk .*/d: .*not in qcow2 format"):
         restored(file)
-    assert_nothing_left(emulators(), tmp_path, "y.still", "d")
+    assert_nothing_left(tmp_path, "y.still", "d")
 
 
 def test_a_socket_that_is_taken(restored: Restorer, snapshot: Path, source: GuestVm) -> None:
@@ -381,7 +379,6 @@ def test_a_socket_that_is_taken(restored: Restorer, snapshot: Path, source: Gues
 
 
 def test_an_interruption(snapshot: Path, restored: Restorer, tmp_path: Path) -> None:
-    before = emulators()
 
     def interrupt(sent: int, _total: int) -> None:
         if sent > 1 << 20:
@@ -389,25 +386,23 @@ def test_an_interruption(snapshot: Path, restored: Restorer, tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         restored(snapshot, on_progress=interrupt)
-    assert_nothing_left(before, tmp_path)
+    assert_nothing_left(tmp_path)
 
 
 def test_qemu_killed_while_loading(snapshot: Path, restored: Restorer, tmp_path: Path) -> None:
-    before = emulators()
 
     def kill(sent: int, _total: int) -> None:
-        for pid in emulators() - before:
+        for pid in emulators(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(MachineError, match="QEMU ended by signal 9 while loading the snapshot"):
         restored(snapshot, on_progress=kill)
-    assert_nothing_left(before, tmp_path)
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("after_bytes", [0, 4 << 20])
 def test_killed_in_the_middle(snapshot: Path, tmp_path: Path, after_bytes: int) -> None:
     """The new QEMU must not wait for the rest of its stream for ever."""
-    before = emulators()
     code = (
         "import os, signal, sys; from pathlib import Path;"
         "from stillframe.restore.start import restore;"
@@ -423,9 +418,9 @@ def test_killed_in_the_middle(snapshot: Path, tmp_path: Path, after_bytes: int) 
     )
     assert done.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 5
-    while emulators() != before and time.monotonic() < deadline:
+    while emulators(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert emulators() == before
+    assert not emulators(tmp_path)
 
 
 # Hostile command lines
@@ -460,7 +455,6 @@ def test_hostile_options_do_nothing(
     target.write_text("precious")
     words = [w.replace("EVIL", str(evil)).replace("TARGET", str(target)) for w in options]
     file = with_options(snapshot, tmp_path / "y.still", *words)
-    before = emulators()
     started = True
     try:
         restored(file)
@@ -469,7 +463,7 @@ def test_hostile_options_do_nothing(
     assert not (tmp_path / "was-run").exists()
     assert target.read_text() == "precious"
     if not started:
-        assert emulators() == before
+        assert not emulators(tmp_path)
         assert not (tmp_path / "vm").exists()
 
 

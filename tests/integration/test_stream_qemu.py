@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from guests.kernel import find_kernel
 from guests.multiboot_guest import multiboot_image
 from guests.qemu import qemu_binary
 from stillframe.errors import DataError
@@ -38,7 +39,7 @@ from stillframe.vmstate.records import (
 )
 from stillframe.vmstate.x86_cpu import X86Segment, parse_x86_cpu
 from tests.support.analyze_reader import Analysis
-from tests.support.probes import has_multiboot_guest, has_qemu, has_uffd_wp
+from tests.support.probes import has_linux_guest, has_multiboot_guest, has_qemu, has_uffd_wp
 from tests.support.stream_build import PAGE, Pipe, replay
 from tests.support.stream_vm import StreamVm, stream_vm, write_boot_sector
 
@@ -460,6 +461,26 @@ REGISTER_SECTOR = (
     ).ljust(510, b"\0")
     + b"\x55\xaa"
 )
+
+
+def test_registers_in_long_mode(tmp_path: Path) -> None:
+    """A Linux kernel that found no root file system: 64-bit registers, FPU, segments, tables."""
+    has_linux_guest().require()
+    kernel = ["-kernel", str(find_kernel()), "-append", "panic=0 quiet"]
+    with stream_vm(["-M", "q35", "-m", "256", "-smp", "2", *kernel], tmp_path) as vm:
+        deadline = time.monotonic() + 60
+        while not re.search(r"RIP=ffffffff[89a-f]", vm.hmp("info registers")):
+            assert time.monotonic() < deadline, "the kernel does not start"
+            time.sleep(0.2)
+        vm.qmp("stop")
+        printed = vm.hmp("info registers -a").split("CPU#")[1:]
+        sections = [s for s in split_device_state(vm.device_state()) if s.idstr == "cpu"]
+    assert "RAX" in printed[0]
+    for text, section in zip(printed, sections, strict=True):
+        check_registers(text, section)
+    state = parse_x86_cpu(sections[0].payload, sections[0].version_id)
+    assert state.efer & 0x400
+    assert state.eip >> 32 == 0xFFFFFFFF
 
 
 @pytest.mark.parametrize("guest", ["firmware", "sector"])

@@ -39,6 +39,7 @@ class FakeQmp:
     ) -> None:
         self.commands: list[dict[str, Any]] = []
         self.fds: list[int] = []
+        self.received: list[bytes] = []
         self.connection: socket.socket | None = None
         self._answer = answer or (lambda _server, _command: {})
         self._greeting = greeting if greeting is not None else _line(GREETING)
@@ -64,7 +65,11 @@ class FakeQmp:
                     self.fds.extend(array.array("i", raw))
                 if not data:
                     return
+                self.received.append(data)
                 pending = (pending + data).lstrip()
+                if b"\xff" in pending:  # ends whatever was half said
+                    pending = pending.rpartition(b"\xff")[2].lstrip()
+                    self.send({"error": {"class": "GenericError", "desc": "JSON parse error"}})
                 while pending:
                     try:
                         command, end = _DECODER.raw_decode(pending.decode())

@@ -15,7 +15,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from stillframe.cli.failures import ReaderGone, report
-from stillframe.cli.output import prepare_streams
+from stillframe.cli.output import prepare_streams, write_result
 from stillframe.errors import SnapshotCancelled
 from stillframe.version import __version__
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         status = cli.main(words, prog_name=PROGRAM, standalone_mode=False)
-        sys.stdout.flush()
+        write_result("", sys.stdout)
     except NoArgsIsHelpError as error:
         error.show()
         return error.exit_code

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from stillframe.cli.text import printable
+from stillframe.errors import SinkError
 
 
 class Results:
@@ -27,8 +28,25 @@ class Results:
     def show(self, data: object, lines: Iterable[str]) -> None:
         """Show ``data`` as JSON, or else the lines."""
         text = json_text(data) if self.as_json else "".join(f"{line}\n" for line in lines)
-        self._stream.write(text)
-        self._stream.flush()
+        write_result(text, self._stream)
+
+
+def write_result(text: str, stream: TextIO) -> None:
+    """Write all of it now.
+
+    Raises:
+        SinkError: a full disk, for instance. BrokenPipeError: the reader is gone.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        give_up_stdout()
+        raise SinkError(
+            "the result cannot be written to standard output", why=error.strerror
+        ) from error
 
 
 def json_text(data: object) -> str:

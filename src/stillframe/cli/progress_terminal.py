@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -30,13 +31,14 @@ class TerminalProgress:
         )
         self._task = self._bar.add_task("", total=None, details="")
         self._last_s = 0.0
+        self._gone = False
         self._bar.start()
 
     def show(
         self, phase: str, done_bytes: int = 0, total_bytes: int | None = None, details: str = ""
     ) -> None:
         now_s = time.monotonic()
-        if now_s - self._last_s < _REFRESH_S:
+        if self._gone or now_s - self._last_s < _REFRESH_S:
             return
         self._last_s = now_s
         how_far = amount(done_bytes, total_bytes) if done_bytes else ""
@@ -47,7 +49,11 @@ class TerminalProgress:
             total=total_bytes or None,
             details=printable(", ".join(part for part in (how_far, details) if part)),
         )
-        self._bar.refresh()
+        try:
+            self._bar.refresh()
+        except OSError:  # the terminal was closed
+            self._gone = True
 
     def close(self) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()

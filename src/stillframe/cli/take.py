@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -101,7 +102,11 @@ def command(
                 overwrite=force,
                 on_progress=_phases_into(events),
             )
-            taken = _follow(job, events, progress, requests)
+            try:
+                taken = _follow(job, events, progress, requests)
+            except BaseException:
+                _end(job)
+                raise
         finally:
             progress.close()
     Results(as_json=as_json, to_stderr=output == "-").show(as_json_object(taken), as_lines(taken))
@@ -147,6 +152,13 @@ def _follow(
         # A bar that is drawn in the downtime would make it longer.
         if statistics.phase in _AFTER_DOWNTIME and not heard:
             _show(progress, statistics)
+
+
+def _end(job: SnapshotJob) -> None:
+    """Whatever happened to us, the job gives back what it set up."""
+    job.cancel()
+    with suppress(BaseException):
+        job.wait()
 
 
 def _show(progress: Progress, statistics: Statistics) -> None:

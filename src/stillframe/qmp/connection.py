@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from pathlib import Path
 
 from stillframe.errors import (
@@ -22,6 +23,8 @@ Address = str | tuple[str, int]
 
 _SUN_PATH_BYTES = 107
 """Longest path that fits a ``sockaddr_un`` (unix(7))."""
+
+_RETRY_S = 0.02
 
 _ONE_CLIENT = "a QMP monitor serves one client at a time"
 _OTHER_MONITOR = "give the VM a second -qmp socket, or stop the other client (libvirt, a QMP shell)"
@@ -60,19 +63,32 @@ def _open_unix(path: str, timeout_s: float) -> socket.socket:
     sock.settimeout(timeout_s)
     try:
         if len(os.fsencode(path)) <= _SUN_PATH_BYTES:
-            sock.connect(path)
+            _connect_unix(sock, path, timeout_s)
             return sock
         # Too long for a sockaddr_un: reach it through its directory's descriptor.
         directory, name = os.path.split(path)
         directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            sock.connect(f"/proc/self/fd/{directory_fd}/{name}")
+            _connect_unix(sock, f"/proc/self/fd/{directory_fd}/{name}", timeout_s)
         finally:
             os.close(directory_fd)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _connect_unix(sock: socket.socket, path: str, timeout_s: float) -> None:
+    """Connect, and wait while the listener's short queue is full of clients that came before."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                raise
+            time.sleep(_RETRY_S)
 
 
 def _connect_error(address: Address, error: OSError) -> StillframeError:

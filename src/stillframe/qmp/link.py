@@ -1,7 +1,6 @@
 """The bytes of a QMP connection: whole messages in and out, with deadlines.
 
-The socket's description may be shared with a guard process, so it is never shut down, and nothing
-relies on its being blocking or not.
+The socket's description may be shared with a guard process, so it is never shut down.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -22,12 +20,12 @@ Message = dict[str, object]
 
 
 class Link:
-    """One connected stream socket. Any thread may send; one at a time receives."""
+    """One connected stream socket. One thread at a time sends, and one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
         self.socket = sock
         self._framer = Framer()
-        self._write_lock = threading.Lock()
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
 
     def send(self, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()) -> None:
@@ -38,17 +36,14 @@ class Link:
             ValueError: it is closed.
         """
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        with self._write_lock:
-            while data:
-                try:
-                    sent = self.socket.sendmsg(
-                        [data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
-                    )
-                except BlockingIOError:
-                    if not self._ready(select.POLLOUT, deadline_s):
-                        raise TimeoutError from None
-                    continue
-                data, rights = data[sent:], []
+        while data:
+            try:
+                sent = self.socket.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                if not self._ready(select.POLLOUT, deadline_s):
+                    raise TimeoutError from None
+                continue
+            data, rights = data[sent:], []
 
     def receive(self, deadline_s: float) -> list[Message]:
         """The next messages, at least one.
@@ -78,7 +73,7 @@ class Link:
         poller.register(self._stop_fd, select.POLLIN)
         while all(fd != self._stop_fd for fd, _event in poller.poll()):
             try:
-                data = self.socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+                data = self.socket.recv(_READ_BYTES)
             except BlockingIOError:
                 continue
             if not data:

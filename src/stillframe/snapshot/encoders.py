@@ -12,10 +12,10 @@ from stillframe.errors import StillframeError
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.bandwidth import BandwidthLimit
+from stillframe.snapshot.yielding import VcpuDelay, step_back
 from stillframe.store.writer import SnapshotWriter
 
 _MOST_WORKERS = 8
-_WORKER_NICE = 5
 
 
 def worker_count(wanted: int | None) -> int:
@@ -36,19 +36,25 @@ class Encoders:
         section_id: int,
         workers: int,
         limit: BandwidthLimit,
+        delay: VcpuDelay,
     ) -> None:
         self._ram = ram
+        self._delay = delay
         self._writer = writer
         self._section_id = section_id
         self._limit = limit
         self._stop = threading.Event()
+        self._over = threading.Event()
+        """Set when there is nothing more to begin, so that nobody goes on resting."""
         self._failure: BaseException | None = None
         self._left = workers
         self._lock = threading.Lock()
         self.idle = threading.Event()
         """Set when every worker has ended, by finding nothing more or by an error."""
         self._threads = [
-            threading.Thread(target=self._run, name=f"stillframe-encoder-{n}", daemon=True)
+            threading.Thread(
+                target=self._run, args=(n > 0,), name=f"stillframe-encoder-{n}", daemon=True
+            )
             for n in range(workers)
         ]
 
@@ -56,29 +62,32 @@ class Encoders:
         for thread in self._threads:
             thread.start()
 
-    def _run(self) -> None:
+    def _run(self, extra: bool) -> None:
         try:
-            # The guest's vCPUs go first; the fault thread is not one of these.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WORKER_NICE)
-            self.drain()
+            step_back()
+            self.drain(self._delay if extra else None)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             with self._lock:
                 self._failure = self._failure or error
             self._stop.set()
+            self._over.set()
         finally:
             with self._lock:
                 self._left -= 1
                 if self._left == 0:
                     self.idle.set()
 
-    def drain(self) -> None:
-        """Encode batches until there are none (in the calling thread)."""
+    def drain(self, delay: VcpuDelay | None = None) -> None:
+        """Encode batches until there are none (in the calling thread); rest as ``delay`` says."""
         worker = self._ram.worker(self._section_id)
         while not self._stop.is_set() and worker.next():
             faultpoints.reach("first-batch")
             frame = self._writer.encode(worker.raw)
             self._limit.wait(len(frame.data), self._stop)
             self._writer.append(frame, worker.runs)
+            if delay is not None:
+                delay.rest(self._over)
+        self._over.set()
 
     def check(self) -> None:
         """Raise what made a worker end."""
@@ -90,6 +99,7 @@ class Encoders:
     def stop(self) -> None:
         """Make the workers end after their present batch, and wait for them."""
         self._stop.set()
+        self._over.set()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()

@@ -24,6 +24,7 @@ from stillframe.snapshot.job import JobControl
 from stillframe.snapshot.options import SnapshotOptions
 from stillframe.snapshot.stopped import hold_still
 from stillframe.snapshot.stream_parts import TARGET_PAGE_BYTES, StreamParts, block_records
+from stillframe.snapshot.yielding import VcpuDelay
 from stillframe.store.backends import Sink
 from stillframe.store.frames import LEVEL_NONE
 from stillframe.store.writer import SnapshotWriter
@@ -198,12 +199,15 @@ class _Taking:
         control = self._control
         control.enter("active", "saving")
         self._writer.append_stream(parts.head())
+        delay = VcpuDelay(self._machine.pid)
+        self._cleanup.callback(delay.close)
         encoders = Encoders(
             ram,
             self._writer,
             section_id=parts.section_id,
             workers=worker_count(self._options.workers),
             limit=BandwidthLimit(self._options.max_bandwidth_bytes_per_s),
+            delay=delay,
         )
         self._cleanup.callback(encoders.stop)
         encoders.start()

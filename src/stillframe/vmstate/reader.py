@@ -37,20 +37,17 @@ from stillframe.vmstate.records import (
     Device,
     Eof,
     Event,
-    Header,
     Pages,
     RamBlocks,
     StreamSummary,
     ZeroRun,
 )
 from stillframe.vmstate.source import Source, StreamSource
+from stillframe.vmstate.stream_header import read_stream_header
 from stillframe.vmstate.wire import (
-    MULTIFD_MAGIC,
     RAM_IDSTR,
     RAM_INSTANCE_ID,
     RAM_VERSION,
-    STREAM_MAGIC,
-    STREAM_VERSION,
     CommandCode,
     SectionType,
 )
@@ -61,17 +58,6 @@ DEFAULT_PAGE_BYTES = 4096
 _COMMAND_LIMIT = 1 << 16
 _EARLY_LIMIT = 4096
 """More commands or early sections than this are an attack: each is an event."""
-
-_OTHER_MAGICS = {
-    b"\x28\xb5\x2f\xfd": "zstd-compressed data",
-    b"\x1f\x8b": "gzip-compressed data",
-    b"\xfd7zX": "xz-compressed data",
-    b"BZh": "bzip2-compressed data",
-    b"QFI\xfb": "a qcow2 disk image",
-    b"\x7fELF": "an ELF file",
-    b"\x16\x03": "a TLS connection",
-    MULTIFD_MAGIC.to_bytes(4, "big"): "a multifd channel, which carries pages only",
-}
 
 
 class StreamReader:
@@ -116,7 +102,7 @@ class StreamReader:
                 with the offset where it was noticed.
         """
         source = self._source
-        yield self._header()
+        yield read_stream_header(source)
         if source.peek() == SectionType.CONFIGURATION:
             source.take(1, "the configuration section")
             self._configuration = read_configuration(source)
@@ -127,8 +113,12 @@ class StreamReader:
         while True:
             start = source.offset
             kind = source.peek()
-            if kind == SectionType.COMMAND and commands < _COMMAND_LIMIT:
+            if kind == SectionType.COMMAND:
                 commands += 1
+                if commands > _COMMAND_LIMIT:
+                    raise DataError(
+                        f"the stream has more than {_COMMAND_LIMIT} commands", offset_bytes=start
+                    )
                 source.take(1, "a command")
                 command = read_command(source)
                 if command.code == CommandCode.POSTCOPY_ADVISE and command.data:
@@ -140,8 +130,13 @@ class StreamReader:
                 yield from self._ram_part()
             elif kind == SectionType.FULL:
                 header = peek_full_header(source)
-                if not is_early_header(header) or early_sections == _EARLY_LIMIT:
+                if not is_early_header(header):
                     break
+                if early_sections == _EARLY_LIMIT:
+                    raise DataError(
+                        f"the stream has more than {_EARLY_LIMIT} early sections",
+                        offset_bytes=start,
+                    )
                 early_sections += 1
                 yield Device(
                     read_early_section(source, header, limit_bytes=self._device_limit_bytes)
@@ -155,27 +150,6 @@ class StreamReader:
             else:
                 raise DataError(f"unknown section type 0x{kind:02x}", offset_bytes=start)
         yield from self._tail()
-
-    def _header(self) -> Header:
-        source = self._source
-        source.prefetch(8)
-        begin = source.buffer[:4]
-        for magic, name in _OTHER_MAGICS.items():
-            if begin.startswith(magic):
-                raise DataError(f"this is {name}, not a migration stream", offset_bytes=0)
-        magic_word = source.u32("the stream's header")
-        if magic_word != STREAM_MAGIC:
-            raise DataError(
-                "this is not a migration stream",
-                why=f"it starts with 0x{magic_word:08x}",
-                offset_bytes=0,
-            )
-        version = source.u32("the stream's header")
-        if version != STREAM_VERSION:
-            raise DataError(
-                f"the stream has version {version}, only version 3 is known", offset_bytes=4
-            )
-        return Header(version=version)
 
     def _ram_start(self) -> Iterator[Event]:
         source = self._source

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 
 import click
@@ -165,3 +167,17 @@ def test_usage_error_names_the_command() -> None:
     known = failures.understood(click.UsageError("Bad.", context))
     assert isinstance(known, errors.UsageError)
     assert known.what == "bad"
+
+
+def test_a_full_standard_output() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stillframe", "ps", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert done.returncode == 7
+    assert done.stderr == (
+        b"stillframe: the result cannot be written to standard output: No space left on device\n"
+    )

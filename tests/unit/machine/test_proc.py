@@ -121,7 +121,10 @@ def test_who_listens(tmp_path: Path) -> None:
         port = server.getsockname()[1]
         assert tcp_listener_pid(port) == os.getpid()
         assert peer_pid(server) is None
-    assert tcp_listener_pid(port) is None
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+    with client, accepted:
+        assert tcp_listener_pid(port) is None, "connected, but nobody listens any more"
 
 
 @pytest.mark.parametrize(

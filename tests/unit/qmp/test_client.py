@@ -187,6 +187,49 @@ def test_a_broken_server_is_a_lost_monitor(start: Start) -> None:
         client.execute("x", timeout_s=5)
 
 
+# Announced commands
+
+
+def raw_bytes(server: FakeQmp) -> bytes:
+    return b"".join(server.received)
+
+
+def test_an_announced_command_is_only_completed(start: Start) -> None:
+    server, client = start(lambda _server, command: command["execute"])
+    client.announce("stop", {"a": 1})
+    wait_for(lambda: raw_bytes(server).endswith(b'"arguments":{"a":1}'))
+    assert server.commands == []
+    assert client.execute("stop", {"a": 1}) == "stop"
+    assert raw_bytes(server).count(b"stop") == 1
+    assert b"\xff" not in raw_bytes(server)
+
+
+@pytest.mark.parametrize("command", ["cont", "stop", "stopped"])
+def test_another_command_discards_the_announced_one(start: Start, command: str) -> None:
+    server, client = start(lambda _server, command: command["execute"])
+    client.announce("stop", {"a": 1})
+    assert client.execute(command) == command
+    assert [sent["execute"] for sent in server.commands] == [command]
+    assert client.execute("x") == "x"
+    assert raw_bytes(server).count(b"\xff") == 1
+
+
+def test_announcing_again_replaces(start: Start) -> None:
+    server, client = start(lambda _server, command: command["execute"])
+    client.announce("stop")
+    client.announce("cont")
+    assert client.execute("cont") == "cont"
+    assert [sent["execute"] for sent in server.commands] == ["cont"]
+
+
+def test_announcing_on_a_lost_connection(start: Start) -> None:
+    server, client = start()
+    server.hang_up()
+    wait_for(lambda: not client.alive)
+    with pytest.raises(MachineError, match="lost the monitor"):
+        client.announce("stop")
+
+
 # Events
 
 
@@ -375,6 +418,22 @@ def test_a_monitor_held_by_another_client_is_busy(tmp_path: Path) -> None:
             with pytest.raises(BusyError, match="in use by another client"):
                 QmpClient.connect(path, timeout_s=0.3)
             assert time.monotonic() - before < 3
+
+
+def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
+    path = str(tmp_path / "q")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(path)
+            with pytest.raises(BusyError, match="is busy"):
+                QmpClient.connect(path, timeout_s=0.2)
+            timer = threading.Timer(0.1, lambda: listener.accept()[0].close())
+            timer.start()
+            with pytest.raises(BusyError, match="did not greet"):
+                QmpClient.connect(path, timeout_s=0.5)
+            timer.join()
 
 
 def test_a_silent_monitor_is_not_called_held(tmp_path: Path) -> None:

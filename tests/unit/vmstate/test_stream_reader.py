@@ -559,6 +559,13 @@ def test_command_lengths(code: int, length: int) -> None:
     refused(sb.head() + b"\x08" + pack(">HH", code, length) + bytes(40), "bytes of data")
 
 
+def test_endless_commands_and_early_sections() -> None:
+    refused(sb.head() + b"\x08\0\1\0\0" * 70_000, "more than 65536 commands")
+    payload = pack(">QQQIQ", 0, 2 << 20, 2 << 20, 0, 0) + bytes(8)
+    early = device(40, "x/virtio-mem-device-early", payload)
+    refused(sb.head() + early.raw * 5000, "more than 4096 early")
+
+
 # Description
 
 

@@ -98,8 +98,20 @@ class DeviceStateSaver:
         # Descriptors of an fd set share one file offset, so a further save appends; a path is
         # opened anew, and truncated.
         start = os.fstat(self._fd).st_size if self._added is not None else 0
-        self._qmp.execute(_COMMAND, {"filename": self._path, "live": False}, timeout_s=timeout_s)
+        self._qmp.execute(_COMMAND, self._arguments(), timeout_s=timeout_s)
         return self._taken(start)
+
+    def announce(self) -> None:
+        """If prepared, have the VMM read all of the save command but its end already.
+
+        Raises:
+            MachineError: the monitor went away.
+        """
+        if self._fd >= 0:
+            self._qmp.announce(_COMMAND, self._arguments())
+
+    def _arguments(self) -> dict[str, object]:
+        return {"filename": self._path, "live": False}
 
     def _taken(self, start: int) -> bytes:
         length = os.fstat(self._fd).st_size - start

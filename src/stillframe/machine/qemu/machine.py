@@ -194,6 +194,8 @@ class QemuMachine:
             MachineError: the monitor went away, or no answer came (guest's state unknown).
         """
         self.qmp.execute("stop", timeout_s=_STOP_TIMEOUT_S)
+        # QEMU reads it while the caller protects RAM.
+        self._saver.announce()
 
     def cont(self) -> None:
         """Continue a stopped guest; it runs afterwards.
@@ -210,7 +212,9 @@ class QemuMachine:
 
     def save_device_state(self) -> bytes:
         """See ``DeviceStateSaver.save``. A paused guest is paused afterwards."""
-        return self._saver.save()
+        state = self._saver.save()
+        self.qmp.announce("cont")
+        return state
 
     def finish_device_state(self) -> None:
         """See ``DeviceStateSaver.finish``. The guest is not touched."""
