@@ -59,9 +59,7 @@ class Facts:
         """(event, flags or start, address or end, rest) of the next message."""
         if not select.select([self.uffd.fileno()], [], [], within_s)[0]:
             return None
-        event, first, second, third = struct.unpack(
-            "=B7xQQQ", os.read(self.uffd.fileno(), 32)
-        )
+        event, first, second, third = struct.unpack("=B7xQQQ", os.read(self.uffd.fileno(), 32))
         return event, first, second, third
 
     def writes_at_once(self, offset: int) -> bool:

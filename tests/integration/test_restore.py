@@ -31,7 +31,7 @@ from stillframe.store.import_stream import import_stream
 from stillframe.store.snapshot import Snapshot
 from stillframe.store.writer import SnapshotWriter
 from tests.support.guest_fixtures import GuestFactory
-from tests.support.probes import has_linux_guest, has_uffd_wp
+from tests.support.probes import has_huge_pages, has_linux_guest, has_uffd_wp
 from tests.support.taking import REPOSITORY, take
 
 pytestmark = pytest.mark.qemu
@@ -122,6 +122,8 @@ def assert_nothing_left(tmp_path: Path, *allowed: str) -> None:
 def test_next_to_its_running_source(
     linux_guest: GuestFactory, restored: Restorer, tmp_path: Path, memory: str
 ) -> None:
+    if memory == "hugetlb":
+        has_huge_pages(2 * RAM_MIB).require()  # both VMs have such memory
     vm = linux_guest(memory=memory, ram_mib=RAM_MIB)
     options = {"mode": "stop"} if memory == "file" else {}
     if not options:
@@ -139,6 +141,18 @@ def test_next_to_its_running_source(
     assert Path(new.log_path).read_text() == ""
     assert qmp_execute(vm.qmp_path, "query-status")["status"] == "running"
     assert qmp_execute(Path(new.qmp_address), "query-status")["status"] == "running"
+    console.close()
+
+
+def test_under_kvm(multiboot_guest: GuestFactory, restored: Restorer, tmp_path: Path) -> None:
+    has_uffd_wp().require()
+    vm = multiboot_guest(accelerator="kvm", ram_mib=64, mem_mib=16)
+    take(vm, tmp_path / "x.still")
+    assert restored(tmp_path / "x.still").state == "running"
+    console = SerialConsole(tmp_path / "vm/serial0.sock")
+    assert console.is_progressing(5)
+    assert vm.is_progressing(5)
+    assert console.command("audit").startswith("audit ok pages=4096 ")
     console.close()
 
 

@@ -21,10 +21,9 @@ from tests.support.probes import has_uffd_wp
 PAGE, HUGE = 4096, 2 << 20
 MIB = 1 << 20
 SECTION_ID = 2
-_COMMON = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
-}
+_COMMON = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 def make_block(name: str, pages: int, seed: int, page_bytes: int = PAGE) -> OracleBlock:
@@ -73,15 +72,17 @@ def swept(blocks: list[OracleBlock], slab_bytes: int) -> list[tuple[bytes, bytes
     return found
 
 
-def assert_same(
-    found: list[tuple[bytes, bytes]], expected: list[tuple[bytes, bytes]]
-) -> None:
+def assert_same(found: list[tuple[bytes, bytes]], expected: list[tuple[bytes, bytes]]) -> None:
     """Equal, without a difference of megabytes to show."""
     assert len(found) == len(expected)
     for number, (left, right) in enumerate(zip(found, expected, strict=True)):
         if left[0] != right[0]:
             at = next(
-                (n for n, pair in enumerate(zip(left[0], right[0], strict=False)) if len({*pair}) > 1),
+                (
+                    n
+                    for n, pair in enumerate(zip(left[0], right[0], strict=False))
+                    if len({*pair}) > 1
+                ),
                 None,
             )
             raise AssertionError(
@@ -90,7 +91,7 @@ def assert_same(
         assert left[1] == right[1], f"index runs of batch {number}"
 
 
-@settings(max_examples=40, **_COMMON)
+@settings(_COMMON, max_examples=40)
 @given(small_blocks(), st.sampled_from([256 << 10, MIB]))
 def test_the_sweep_gives_the_same_bytes(blocks: list[OracleBlock], slab_bytes: int) -> None:
     own = [OwnBlock(block) for block in blocks]
@@ -100,7 +101,7 @@ def test_the_sweep_gives_the_same_bytes(blocks: list[OracleBlock], slab_bytes: i
     assert numbers["pages_zero"] + numbers["pages_data"] == sum(b.target_pages for b in blocks)
 
 
-@settings(max_examples=8, **_COMMON)
+@settings(_COMMON, max_examples=8)
 @given(st.integers(1, 4), st.integers(1, 300), st.integers(0, 1 << 30))
 def test_huge_and_small_pages_together(huge: int, small: int, seed: int) -> None:
     blocks = [
@@ -113,7 +114,7 @@ def test_huge_and_small_pages_together(huge: int, small: int, seed: int) -> None
     assert_same(batches(core), swept(blocks, HUGE))
 
 
-@settings(max_examples=20, **_COMMON)
+@settings(_COMMON, max_examples=20)
 @given(small_blocks())
 def test_sections_are_the_stream_writers(blocks: list[OracleBlock]) -> None:
     """The same records as the room that knows the stream writes them."""
@@ -167,7 +168,7 @@ def fault_sequences(draw: st.DrawFn) -> tuple[list[OracleBlock], list[tuple[int,
     return blocks, faults
 
 
-@settings(max_examples=40, **_COMMON)
+@settings(_COMMON, max_examples=40)
 @given(fault_sequences(), st.sampled_from([PAGE, 64 << 10, MIB]))
 def test_faults_take_the_same_windows_and_slabs(
     case: tuple[list[OracleBlock], list[tuple[int, int]]], window_bytes: int
@@ -194,7 +195,7 @@ def test_faults_take_the_same_windows_and_slabs(
     assert numbers["lost"] is None
 
 
-@settings(max_examples=15, **_COMMON)
+@settings(_COMMON, max_examples=15)
 @given(
     small_blocks(),
     st.integers(1, 4),

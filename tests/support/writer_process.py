@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import struct
@@ -162,7 +163,7 @@ class Captured:
     def is_torn(self, written_bytes: int, page_bytes: int) -> bool:
         """Whether it shows no single instant of the writer."""
         words = self.words(written_bytes, page_bytes)
-        edges = sum(left != right for left, right in zip(words, words[1:], strict=False))
+        edges = sum(left != right for left, right in itertools.pairwise(words))
         return edges > 1 or max(words) - min(words) > 1 or words[0] < words[-1]
 
 

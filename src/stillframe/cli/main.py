@@ -47,13 +47,10 @@ class _Commands(click.Group):
         return command if isinstance(command, click.Command) else None
 
     def invoke(self, ctx: click.Context) -> object:
-        # Click has ways of its own to end on these two.
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
+        except KeyboardInterrupt as error:  # click itself would write an empty line
             raise SnapshotCancelled("cancelled") from error
-        except BrokenPipeError as error:
-            raise ReaderGone from error
 
 
 @click.group(
@@ -79,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
-    except SystemExit:  # click's way when the reader of the help is gone
+    except SystemExit:  # click's way when the reader of standard output is gone
         return report(ReaderGone(), as_json=False)
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last stop
         return report(error, as_json=_asks_for_json(words), with_guest=words[:1] == ["take"])

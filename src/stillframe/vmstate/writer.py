@@ -156,7 +156,8 @@ def _name(name: str) -> bytes:
 def _word(offset_bytes: int, flags: RamFlag) -> bytes:
     if offset_bytes & _FLAG_BITS or not 0 <= offset_bytes < _OFFSET_LIMIT:
         raise UsageError(f"offset or length {offset_bytes} is no multiple of a page")
-    return _U64.pack(offset_bytes | flags)
+    # int(): an IntFlag keeps every new combination for good.
+    return _U64.pack(offset_bytes | int(flags))
 
 
 def _page_head(offset_bytes: int, kind: RamFlag, block: str | None) -> bytes:
