@@ -221,8 +221,7 @@ def test_a_real_qemu_with_its_sandbox_on() -> None:
     qemu = os.environ.get("STILLFRAME_QEMU", "qemu-system-x86_64")
     sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
     process = subprocess.Popen(
-        [qemu, "-M", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"]
-        + ["-sandbox", sandbox],
+        [qemu, *"-M none -nodefaults -display none -qmp stdio -sandbox".split(), sandbox],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

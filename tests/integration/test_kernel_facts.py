@@ -283,7 +283,7 @@ def test_how_protection_shows_in_the_page_map(private: Facts) -> None:
     assert private.pagemap(private.hole) == 0
 
 
-# --- RAM that is dropped ----------------------------------------------------------------------------
+# --- RAM that is dropped --------------------------------------------------------------------------
 
 
 def test_the_remove_event_comes_before_the_pages_go(private: Facts) -> None:

@@ -26,6 +26,9 @@ from stillframe.machine.qemu.processes import list_vms
 from stillframe.model import MachineRecord
 from stillframe.restore.disk_use import is_written
 from stillframe.restore.start import RestoredVm, restore
+from stillframe.snapshot.job import SnapshotJob
+from stillframe.snapshot.options import SnapshotOptions
+from stillframe.snapshot.take import take_snapshot
 from stillframe.store.backends.local import LocalSink
 from stillframe.store.import_stream import import_stream
 from stillframe.store.snapshot import Snapshot
@@ -139,6 +142,7 @@ def test_next_to_its_running_source(
     assert vm.command("audit").startswith("audit ok pages=8192 ")
     assert seen[-1][0] == seen[-1][1] > RAM_MIB << 10
     assert Path(new.log_path).read_text() == ""
+    assert set(new.sockets) == {str(tmp_path / "vm/serial0.sock"), new.qmp_address}
     assert qmp_execute(vm.qmp_path, "query-status")["status"] == "running"
     assert qmp_execute(Path(new.qmp_address), "query-status")["status"] == "running"
     console.close()
@@ -208,6 +212,20 @@ def test_with_everything_that_must_move(
     assert not is_written(str(tmp_path / "b")), "the new VM may write the first one's disk"
     assert console.command("audit").startswith("audit ok ")
     console.close()
+    take_again(new, tmp_path / "again.still")
+    again = restored(tmp_path / "again.still", directory=tmp_path / "vm2")
+    assert again.state == "running"
+    console = SerialConsole(tmp_path / "vm2/serial0.sock")
+    assert console.command("audit").startswith("audit ok ")
+    console.close()
+
+
+def take_again(vm: RestoredVm, file: Path) -> None:
+    """A snapshot of a restored VM."""
+    with QemuMachine.connect(vm.qmp_address) as machine:
+        SnapshotJob(
+            lambda control: take_snapshot(control, machine, LocalSink(file), SnapshotOptions())
+        ).wait(60)
 
 
 def test_a_vm_on_the_terminal(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +113,44 @@ def test_huge_and_small_pages_together(huge: int, small: int, seed: int) -> None
     own = [OwnBlock(block) for block in blocks]
     core = core_for(own, slab_bytes=HUGE, max_window_bytes=MIB)
     assert_same(batches(core), swept(blocks, HUGE))
+
+
+def limits() -> list[OracleBlock]:
+    """What fills a slab's runs, its never-populated pages, and the names in its records."""
+    checkered = bytes([1]) * (4000 * PAGE)
+    return [
+        OracleBlock(b"n" * 255, checkered, PAGE, frozenset(range(0, 4000, 2)), 4000),
+        OracleBlock(b"m" * 255, bytes(40 * HUGE), HUGE, frozenset([3]), 40 * 512 - 5),
+        OracleBlock(b"empty", bytes(3000 * PAGE), PAGE, frozenset(), 3000),
+    ]
+
+
+def test_the_limits_of_a_slab() -> None:
+    blocks = limits()
+    own = [OwnBlock(block) for block in blocks]
+    core = core_for(own, slab_bytes=HUGE, max_window_bytes=MIB)
+    assert_same(batches(core), swept(blocks, HUGE))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_limits_of_a_slab_of_faults(step: int) -> None:
+    has_uffd_wp().require()
+    blocks = limits()[::2]
+    own = [OwnBlock(block) for block in blocks]
+    oracle = CaptureOracle(blocks, slab_bytes=MIB, max_window_bytes=PAGE)
+    with protected(own, slab_bytes=MIB, max_window_bytes=PAGE) as core:
+        for index, block in enumerate(own):
+            for page in range(0, block.oracle.pages, step):
+                block.write(page, 0xEE)
+                oracle.fault(index, page)
+        found = batches(core)
+        end_of_faults(core, own)
+        found += batches(core)
+    oracle.flush()
+    expected = [oracle.pack(slab, SECTION_ID) for slab in oracle.full]
+    while (slab := oracle.sweep()) is not None:
+        expected.append(oracle.pack(slab, SECTION_ID))
+    assert_same(sorted(found), sorted(expected))
 
 
 @settings(_COMMON, max_examples=20)

@@ -89,7 +89,8 @@ def command(
     events: queue.SimpleQueue[Statistics] = queue.SimpleQueue()
     with CancelRequests() as requests:
         try:
-            progress.show("preparing")
+            if progress.animated:
+                progress.show("preparing")
             job = api.take(
                 vm,
                 sink,

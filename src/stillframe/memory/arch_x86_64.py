@@ -31,6 +31,10 @@ _EINTR = 4
 _SYSCALL_LENGTH = 2
 _FP_XSTATE_MAGIC1, _FP_XSTATE_MAGIC2 = 0x46505853, 0x46505845
 _FX_SOFTWARE_OFFSET = 464
+_XSTATE_BV_OFFSET = 512
+_AMX_FEATURES, _PKRU_FEATURE = 3 << 17, 1 << 9
+# Where the features before AMX end; all processors with AMX lay them out like this.
+_END_OF_AVX512, _END_OF_PKRU = 2688, 2696
 _UC_FLAGS = 0x1 | 0x2 | 0x4  # FP_XSTATE, SIGCONTEXT_SS, STRICT_RESTORE_SS
 _SS_FLAGS_INVALID = 0x7FFFFFFF  # makes rt_sigreturn leave the alternate stack as it is
 
@@ -101,6 +105,22 @@ def result_of(registers: Registers) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
+def _without_unused_tiles(xstate: bytes) -> tuple[bytes, int]:
+    """The state that a signal frame of this thread would hold, and its feature bits.
+
+    ptrace gives room for AMX tiles, but rt_sigreturn takes a frame with them for damaged (and
+    forgets the AVX state) unless the thread has asked for tiles (``check_xstate_in_sigframe``).
+    """
+    features, in_use = (
+        int(struct.unpack_from("=Q", xstate, at)[0])
+        for at in (_FX_SOFTWARE_OFFSET, _XSTATE_BV_OFFSET)
+    )
+    if not features & _AMX_FEATURES or in_use & _AMX_FEATURES:
+        return xstate, features
+    end = _END_OF_PKRU if features & _PKRU_FEATURE else _END_OF_AVX512
+    return xstate[:end], features & ~_AMX_FEATURES
+
+
 def safety_frame(
     registers: Registers, xstate: bytes, signal_mask: int, restorer: int
 ) -> tuple[int, bytes]:
@@ -110,6 +130,7 @@ def safety_frame(
     aligned to 64 bytes, the whole below the red zone.
     """
     back = resumed_by_sigreturn(registers)
+    xstate, features = _without_unused_tiles(xstate)
     fp_bytes = len(xstate) + 4
     top = registers["rsp"] - _RED_ZONE_BYTES
     fp_address = (top - fp_bytes) & ~63
@@ -123,7 +144,7 @@ def safety_frame(
         _FX_SOFTWARE_OFFSET,
         _FP_XSTATE_MAGIC1,
         fp_bytes,
-        struct.unpack_from("=Q", xstate, _FX_SOFTWARE_OFFSET)[0],
+        features,
         len(xstate),
     )
     fp += struct.pack("=I", _FP_XSTATE_MAGIC2)

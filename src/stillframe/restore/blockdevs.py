@@ -6,6 +6,7 @@ Source: QEMU ``qapi/block-core.json`` (BlockdevOptions).
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import msgspec
@@ -66,7 +67,9 @@ def _replace_root(
         draft.refuse(option, f"the VM's disk had become {shown}", OWN_DISK)
         return
     overlay, in_use = add_overlay(draft, option, file, image_format)
-    base = f"stillframe-base-{len(draft.overlays)}"
+    taken = _nodes(draft)
+    numbers = itertools.count(len(draft.overlays))
+    base = next(n for number in numbers if (n := f"stillframe-base-{number}") not in taken)
     value.set("node-name", base)
     _make_read_only(value, in_use=in_use)
     top = {

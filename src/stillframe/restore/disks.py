@@ -29,6 +29,7 @@ SHORT_FORMS = {
     "pflash": "if=pflash",
     "sd": "if=sd",
 }
+_SHARE = "backing.force-share"
 _LOCATION = ("file", "format", "driver", "snapshot")
 
 
@@ -57,6 +58,8 @@ def snapshot(draft: Draft, option: Option) -> None:
 
 
 def _drive(draft: Draft, option: Option, value: OptionValue) -> None:
+    shared = value.is_on(_SHARE)  # an overlay of an earlier restore
+    value.drop(_SHARE)
     file, driver = _location(value)
     record = draft.disk_record(value.get("id"))
     image_format = value.get("format") or driver
@@ -84,8 +87,8 @@ def _drive(draft: Draft, option: Option, value: OptionValue) -> None:
         overlay, in_use = add_overlay(draft, option, file, image_format)
         value.set("file", overlay)
         value.set("format", "qcow2")
-        if in_use:
-            value.set("backing.force-share", True)
+        if in_use or shared:
+            value.set(_SHARE, True)
         draft.replace(option, ("-drive", value.text), OVERLAY_REASON)
 
 

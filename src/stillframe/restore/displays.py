@@ -29,7 +29,7 @@ def vnc(draft: Draft, option: Option) -> None:
         value.set("to", str(int(number) + _MORE_DISPLAYS))
         if value.get("websocket"):
             value.set("websocket", True)
-        draft.touch("socket", "listen", f"VNC display {address} or the next free", option)
+        draft.touch("network", "listen", f"VNC display {address} or the next free", option)
         draft.replace(option, (option.words[0], value.text), _TAKEN)
         return
     draft.keep(option)

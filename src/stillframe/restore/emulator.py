@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import signal
 import subprocess
 import threading
@@ -102,9 +103,19 @@ class Emulator:
     def let_go(self) -> None:
         """Leave it running; its end is awaited, so that no zombie stays while we live."""
         self.close_stream()
-        threading.Thread(
-            target=self._process.wait, name=f"reaper of {self.pid}", daemon=True
-        ).start()
+        threading.Thread(target=self._reap, name=f"reaper of {self.pid}", daemon=True).start()
+
+    def _reap(self) -> None:
+        # Not by waitpid(2) alone: it would also take the stops of a VM that another thread of ours
+        # has attached to (ptrace(2)), which then waits in vain.
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            poll = select.poll()  # takes descriptors of any number
+            poll.register(pidfd, select.POLLIN)
+            poll.poll()
+        finally:
+            os.close(pidfd)
+        self._process.wait()
 
 
 def _private(path: str, flags: int) -> int:

@@ -30,6 +30,7 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that was started from a snapshot, and that goes on without us.
 
     ``state``: QEMU's run state, ``running`` or ``paused``. ``qmp_address``: path of its monitor.
+    ``sockets``: all that it listens on, the monitor among them.
     ``directory``: its sockets and log; ``disk_directory``: its overlays, if it has any. Both are
     for the caller to remove once the VM has ended.
     """
@@ -41,6 +42,7 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
     log_path: str
     directory: str
     disk_directory: str | None
+    sockets: tuple[str, ...]
     argv: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -117,6 +119,7 @@ def carry_out(
         log_path=plan.log_path,
         directory=plan.directory,
         disk_directory=plan.disk_directory if plan.overlays else None,
+        sockets=tuple(touch.target for touch in plan.touches if touch.kind == "socket"),
         argv=plan.argv,
         notes=plan.notes,
     )

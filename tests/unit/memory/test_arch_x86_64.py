@@ -56,6 +56,28 @@ def test_results() -> None:
     assert arch.result_of(registers(rax=-1 & U64)) == -1
 
 
+@pytest.mark.parametrize(
+    ("features", "in_use", "length", "kept"),
+    [
+        (0x600E7 | 1 << 9, 0x7, 2696, 0xE7 | 1 << 9),
+        (0x600E7, 0x7, 2688, 0xE7),
+        (0x600E7, 0x60007, 11008, 0x600E7),  # it uses tiles
+        (0xE7, 0x7, 11008, 0xE7),  # no AMX: as it is
+    ],
+)
+def test_room_for_unused_tiles_is_left_out(
+    features: int, in_use: int, length: int, kept: int
+) -> None:
+    xstate = bytearray(11008)
+    struct.pack_into("=Q", xstate, 464, features)
+    struct.pack_into("=Q", xstate, 512, in_use)
+    start, frame = arch.safety_frame(registers(rsp=0x7FFF_0000_1238), bytes(xstate), 0, 1)
+    (fp_address,) = struct.unpack_from("=Q", frame, 8 + 40 + 184)
+    software = struct.unpack_from("=IIQI", frame, fp_address - start + 464)
+    assert software == (0x46505853, length + 4, kept, length)
+    assert struct.unpack_from("=I", frame, fp_address - start + length)[0] == 0x46505845
+
+
 def test_the_safety_frame() -> None:
     before = registers(rsp=0x7FFF_0000_1238, rip=0x4444, rax=5, eflags=0x246, ss=0x2B)
     xstate = bytearray(b"\xab" * 1088)
