@@ -181,7 +181,7 @@ def test_the_monitor_vanishes_in_the_downtime(
     """The command goes through, its answer never comes; the guest must go on all the same."""
     vm = linux_guest(mem_mib=32, tick_ms=50)
     relay_path = tmp_path / "relay.sock"
-    relay = Relay(relay_path, vm.qmp_path, f'"execute": "{command}"'.encode())
+    relay = Relay(relay_path, vm.qmp_path, f'"execute":"{command}"'.encode())
     # The relay hides which process is behind the monitor.
     monkeypatch.setattr(machine_module, "pid_of_monitor", lambda *_: vm.pid)
     file = tmp_path / "a.still"

@@ -25,6 +25,7 @@ from tests.support.victim_process import VictimProcess
 
 _ROOT = Path(__file__).resolve().parents[2]
 _NOBODY = 65534
+_SYS_PAUSE, _SYS_GETPID = 34, 39
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,39 @@ def test_a_signal_that_comes_meanwhile_ends_sigsuspend() -> None:
             thread.join()
 
 
+def test_a_signal_that_comes_while_it_stands_still_ends_its_call() -> None:
+    """As any signal would: the handler runs, and the call is not made again."""
+    with VictimProcess("pause") as victim:
+        for n in range(1, 21):
+            _wait_for_call(victim.pid, _SYS_PAUSE)
+            failures: list[BaseException] = []
+            thread = threading.Thread(target=_signal_inside, args=(victim.pid, failures))
+            thread.start()
+            thread.join()
+            assert not failures
+            deadline = time.monotonic() + 2
+            while (status := victim.command()).suspended < n:
+                assert time.monotonic() < deadline, f"call {n} did not end: {status}"
+            assert (status.rt_signals, status.errors) == (n, 0)
+
+
+def _signal_inside(pid: int, failures: list[BaseException]) -> None:
+    try:
+        with RemoteSyscalls(pid) as remote:
+            assert remote.call(_SYS_GETPID) == pid
+            os.kill(pid, signal.SIGRTMIN)
+            assert remote.call(_SYS_GETPID) == pid
+    except BaseException as error:  # noqa: BLE001 - raised by the caller
+        failures.append(error)
+
+
+def _wait_for_call(pid: int, number: int) -> None:
+    deadline = time.monotonic() + 2
+    while Path(f"/proc/{pid}/syscall").read_text().split()[0] != str(number):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_stopped_process_stays_stopped(working: VictimProcess) -> None:
     """SIGSTOP cannot be blocked: one that is in force, or comes meanwhile, stays in force."""
     for _ in range(20):
@@ -182,9 +216,9 @@ def test_the_thread_comes_back_by_itself(working: VictimProcess, moment: str) ->
                 remote = RemoteSyscalls(working.pid)
                 remote.__enter__()
                 if moment != "frame":
-                    assert remote.call(39) == working.pid  # getpid
+                    assert remote.call(_SYS_GETPID) == working.pid
                 if moment == "between":
-                    remote.call(39)
+                    remote.call(_SYS_GETPID)
             except BaseException as error:  # noqa: BLE001 - raised below
                 failures.append(error)
 
@@ -219,9 +253,10 @@ def test_a_filter_that_allows_it() -> None:
 def test_a_real_qemu_with_its_sandbox_on() -> None:
     has_qemu().require()
     qemu = os.environ.get("STILLFRAME_QEMU", "qemu-system-x86_64")
-    sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+    denied = ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
+    sandbox = ("-sandbox", ",".join(["on", *(f"{name}=deny" for name in denied)]))
     process = subprocess.Popen(
-        [qemu, *"-M none -nodefaults -display none -qmp stdio -sandbox".split(), sandbox],
+        [qemu, "-M", "none", "-nodefaults", "-display", "none", "-qmp", "stdio", *sandbox],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

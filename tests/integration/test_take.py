@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from guests.qemu import GuestVm, qemu_binary
-from stillframe.errors import BusyError, SnapshotCancelled
+from stillframe.errors import BusyError, RefusedError, SnapshotCancelled
 from stillframe.machine.qemu.machine import QemuMachine
 from stillframe.memory import ram_capture
 from stillframe.snapshot.job import SnapshotJob
@@ -211,3 +211,37 @@ def test_cat_of_the_stream_is_what_zstd_gives(linux_guest: GuestFactory, tmp_pat
     ).stdout
     with Snapshot.open(file) as snapshot:
         assert b"".join(snapshot.iter_stream()) == plain
+
+
+def test_a_device_that_cannot_be_saved_is_refused(
+    linux_guest: GuestFactory, tmp_path: Path
+) -> None:
+    """QEMU 7.2 dies when it is told to save an nvme disk's state; so it must not be told."""
+    vm = linux_guest(
+        extra=[
+            "-device",
+            "nvme,serial=1,drive=d",
+            "-drive",
+            "if=none,id=d,file=null-co://,format=raw",
+        ]
+    )
+    with pytest.raises(RefusedError, match="migration-blocker"):
+        take(vm, tmp_path / "a.still")
+    assert vm.is_progressing()
+
+
+def test_such_a_device_plugged_in_after_the_preflight(
+    linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QemuMachine, "preflight", lambda *_: [])
+    vm = linux_guest(
+        extra=[
+            "-device",
+            "nvme,serial=1,drive=d",
+            "-drive",
+            "if=none,id=d,file=null-co://,format=raw",
+        ]
+    )
+    with pytest.raises(RefusedError, match="migration-blocker"):
+        take(vm, tmp_path / "a.still")
+    assert vm.is_progressing()

@@ -4,6 +4,7 @@
  *   work      registers held over a busy loop, blocking calls with timeouts, a pipe, the
  *             signal mask, the alternate stack, over and over; signals are counted
  *   suspend   sigsuspend(2) for SIGRTMIN; each signal must end one call
+ *   pause     pause(2), over and over; each signal must end one call
  *   nobody    work, as user 65534
  *   errno, kill, allow   work, under a seccomp filter that answers so to userfaultfd(2)
  * Prints "ready", then a line "LOOPS ERRORS INTERRUPTED RT USR1 ALARMS SUSPENDED RESULT" for each
@@ -252,6 +253,11 @@ int main(int argc, char **argv) {
         }
     }
     pthread_sigmask(SIG_SETMASK, &mine, NULL);
+    if (!strcmp(mode, "pause")) {
+        puts("ready");
+        fflush(stdout);
+        for (;; suspended++) check(pause() == -1 && errno == EINTR, 22);
+    }
     if (!strcmp(mode, "errno")) install_filter(SECCOMP_RET_ERRNO | EPERM);
     if (!strcmp(mode, "kill")) install_filter(SECCOMP_RET_KILL_PROCESS);
     if (!strcmp(mode, "allow")) install_filter(SECCOMP_RET_ALLOW);

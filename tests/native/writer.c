@@ -4,7 +4,7 @@
  * first. The last quarter is never populated.
  *
  * Usage: writer KIND MIB PAGES_PER_S
- *   KIND         private, shared (memfd), zero (shared without a name), hugetlb (shared),
+ *   KIND         private, thp (private, in transparent huge pages), shared (memfd), zero (shared without a name), hugetlb (shared),
  *                hugetlb-private
  *   PAGES_PER_S  0: as fast as it can; -1: never
  * Prints "ADDRESS LENGTH FD PAGE_SIZE" (FD -1 if it has none), then "PASSES LONGEST_GAP_US
@@ -93,7 +93,8 @@ int main(int argc, char **argv) {
     size_t length = (size_t)atol(argv[2]) << 20;
     long pages_per_s = atol(argv[3]);
     int huge = !strncmp(kind, "hugetlb", 7);
-    int flags = strcmp(kind, "private") && strcmp(kind, "hugetlb-private") ? MAP_SHARED : MAP_PRIVATE;
+    int thp = !strcmp(kind, "thp");
+    int flags = thp || !strncmp(kind, "private", 7) || !strcmp(kind, "hugetlb-private") ? MAP_PRIVATE : MAP_SHARED;
     size_t page = huge ? 2 << 20 : 4096;
     if (!strcmp(kind, "shared") || !strcmp(kind, "hugetlb")) {
         fd = memfd_create("writer", huge ? MFD_HUGETLB : 0);
@@ -103,7 +104,7 @@ int main(int argc, char **argv) {
     }
     ram = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, fd, 0);
     if (ram == MAP_FAILED) return 4;
-    madvise(ram, length, MADV_NOHUGEPAGE);
+    madvise(ram, length, thp ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     size_t written = length - length / 4;
     written -= written % page;
     for (size_t at = 0; at < written; at += page) *(volatile uint64_t *)(ram + at) = 0;

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from guests.qemu import GuestVm
+from stillframe.store.snapshot import Snapshot
 from tests.support.taking import assert_unharmed, finish, start_take
 
 
@@ -22,7 +23,8 @@ def kill_at_random_moments(
     a look at the guest; every ``check_every``-th also by a whole snapshot.
 
     Returns:
-        How often it was killed, and how often it had ended before.
+        How often it was ``killed`` (of these: ``named``, with a complete file), and how often it
+        had ``finished`` before.
     """
     chance = random.Random(seed)
     began = time.monotonic()
@@ -43,6 +45,12 @@ def kill_at_random_moments(
         else:
             assert code == -signal.SIGKILL, complaints
             outcomes["killed"] += 1
+            if file.exists():
+                # Killed between naming it and ending: then it is complete.
+                with Snapshot.open(file) as snapshot:
+                    snapshot.verify()
+                file.unlink()
+                outcomes["named"] += 1
         if number % check_every == 0:
             assert_unharmed(vm, directory)
         else:

@@ -24,6 +24,7 @@ FULL_SPEED = 0
 SECTION_ID = 2
 _BACKING: dict[str, Backing] = {
     "private": "anonymous",
+    "thp": "anonymous",
     "shared": "memfd",
     "zero": "shmem",
     "hugetlb": "hugetlbfs",

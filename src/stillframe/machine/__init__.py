@@ -114,6 +114,14 @@ class Machine(Protocol):
     def cont(self) -> None:
         """Continue. The guest runs afterwards."""
 
+    def refuse_unsavable(self) -> None:
+        """Look once more, right before the stop, for what would make saving the device state
+        harm the machine. Cheap. The guest is not touched.
+
+        Raises:
+            RefusedError: a device cannot be saved. BusyError: a migration is under way.
+        """
+
     def prepare_device_state(self) -> None:
         """Do what saving needs and what takes time, before the downtime. Guest not touched."""
 

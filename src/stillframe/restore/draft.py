@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from stillframe.errors import StillframeError
 from stillframe.machine.qemu.command_line import options
 from stillframe.model import DiskRecord, MachineRecord
 from stillframe.restore.option_value import OptionValue
@@ -26,6 +27,8 @@ from stillframe.restore.show import shown_words
 
 _FD_KEYS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sockfd", "fdset", "fdname"})
 _FILE_KEYS = frozenset({"dir", "dtb", "kernel", "initrd", "firmware", "shim", "rootdir"})
+_MORE_FLAGS = frozenset({"s", "virtfs_synth", "audio-help"})
+"""Options without a value that finding VMs does not know."""
 _RUNS_PROGRAM = re.compile(r"(?:^|[-=:])(?:exec|cmd):")
 _FD_REMEDY = "give that option yourself after --, with the same id"
 
@@ -45,20 +48,30 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
 def takes_value(name: str) -> bool:
     """Whether QEMU's option is followed by a value, as the one parser of command lines has it."""
-    return next(options(["", f"-{name}", "value"]))[1] == "value"
+    return name not in _MORE_FLAGS and next(options(["", f"-{name}", "value"]))[1] == "value"
 
 
-def split_options(words: Sequence[str]) -> list[Option]:
-    """The options of a command line (without the program's name)."""
+def split_options(words: Sequence[str], error: type[StillframeError]) -> list[Option]:
+    """The options of a command line (without the program's name).
+
+    An option without its value would take the next word that we write, and shift all others.
+
+    Raises:
+        error: a word that is no option, or an option without its value.
+    """
     found: list[Option] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("-") or word == "-":
+        if word in ("-", "--"):
+            raise error(f"{word} is no option of QEMU")
+        if not word.startswith("-"):
             found.append(Option(name="", value=word, words=(word,)))
             continue
         name = word[2:] if word.startswith("--") else word[1:]
-        if rest and takes_value(name):
+        if takes_value(name):
+            if not rest:
+                raise error(f"{shown_words([word])} has no value")
             value = rest.pop(0)
             found.append(Option(name=name, value=value, words=(word, value)))
         else:

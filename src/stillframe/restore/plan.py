@@ -49,17 +49,17 @@ def plan_restore(
         directory: for sockets, log and overlays, to be made; else the usual places.
 
     Raises:
-        UsageError: a bad socket path, directory or extra argument, or an imported stream
+        UsageError: a bad socket path, directory or option of the caller's, or an imported stream
             without any.
         DataError: the recorded command line is malformed.
         TrustError: the recorded program is no QEMU. HostError: there is no QEMU.
     """
-    extra = split_options(extra_args)
+    extra = split_options(extra_args, UsageError)
     record = snapshot.manifest.machine or _imported(snapshot, extra)
     _check_words(record)
     overrides = Overrides(extra)
     places = choose_places(record.name, directory)
-    recorded = split_options(record.argv[1:])
+    recorded = split_options(record.argv[1:], DataError)
     draft = Draft(record, places, recorded)
     emulator = find_emulator(record.executable, program)
     draft.touch("program", "run", emulator, None)

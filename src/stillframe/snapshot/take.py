@@ -105,6 +105,7 @@ class _Taking:
         watch = machine.watch()
         self._cleanup.callback(watch.close)
         self._control.check_cancelled()
+        machine.refuse_unsavable()
 
         if self._background:
             instant = take_instant(machine, guard, ram, was_running=was_running)

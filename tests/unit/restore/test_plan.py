@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from guests.qemu import qemu_binary
 from stillframe.errors import (
     DataError,
     HostError,
@@ -19,11 +22,13 @@ from stillframe.errors import (
     UsageError,
 )
 from stillframe.restore import program as program_module
+from stillframe.restore.draft import takes_value
 from stillframe.restore.places import choose_places
 from stillframe.restore.plan import check_plan, plan_restore
 from stillframe.restore.program import find_emulator, find_standard
 from stillframe.restore.show import plan_lines, shown_words
 from stillframe.store.snapshot import Snapshot
+from tests.support.probes import has_qemu
 from tests.unit.restore.recorded import Planner, machine, write_snapshot
 
 
@@ -171,10 +176,31 @@ def test_absurd_command_lines(planner: Planner, fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["-m"], ["-drive"], ["-"], ["--"], [""], ["-netdev", ""], ["-object", ","]]
+    "argv", [[""], ["-netdev", ""], ["-object", ","], ["-serial", ""], ["-machine", ""]]
 )
 def test_odd_command_lines(planner: Planner, argv: list[str]) -> None:
     assert planner.plan(*argv).argv[0].endswith("true")
+
+
+@pytest.mark.parametrize(
+    "argv", [["-m"], ["-append"], ["-"], ["--"], ["--", "x"], ["-m", "1", "-x"]]
+)
+def test_words_that_would_shift_the_others(planner: Planner, argv: list[str]) -> None:
+    with pytest.raises(DataError):
+        planner.plan(*argv)
+    with pytest.raises(UsageError):
+        planner.plan("-m", "64", extra=argv)
+
+
+def test_which_options_have_values_as_qemu_has_it() -> None:
+    """Else a command line could be read as another one than QEMU reads."""
+    has_qemu().require()
+    done = subprocess.run([qemu_binary(), "-help"], capture_output=True, text=True, check=True)
+    found = re.findall(r"(?m)^--?([a-zA-Z][\w-]*)(?:/-\w+)?( ?)(?! *or )(.?)", done.stdout)
+    values = {name: bool(space) and after.strip() != "" for name, space, after in found}
+    values |= {"dtb": True, "async-teardown": False}  # their lines are set otherwise
+    assert len(values) > 100
+    assert {name: takes_value(name) for name in values} == values
 
 
 # The caller's own options

@@ -6,13 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from stillframe.errors import BusyError, MachineError, NotFoundError, StillframeError
+from stillframe.errors import (
+    BusyError,
+    MachineError,
+    NotFoundError,
+    RefusedError,
+    StillframeError,
+)
 from stillframe.machine import Hindrance, Mode
 from stillframe.machine.qemu.attach import open_userfaultfd
 from stillframe.machine.qemu.device_state import DeviceStateSaver
+from stillframe.machine.qemu.evidence import as_list, as_map
 from stillframe.machine.qemu.find import find_vm, parse_address, pid_of_monitor
 from stillframe.machine.qemu.memory_map import read_memory_map
-from stillframe.machine.qemu.preflight import preflight
+from stillframe.machine.qemu.preflight import MIGRATION_IDLE, preflight
 from stillframe.machine.qemu.proc_maps import proc_error
 from stillframe.machine.qemu.processes import VmInfo, read_vm
 from stillframe.machine.qemu.ramblocks import RamTable, Signature
@@ -205,6 +212,30 @@ class QemuMachine:
                 guest stays paused. MachineError: the monitor went away (state unknown).
         """
         self.qmp.execute("cont", timeout_s=_STOP_TIMEOUT_S)
+
+    def refuse_unsavable(self) -> None:
+        """A device that was plugged in since the pre-flight and cannot be migrated: QEMU 7.2 dies
+        of SIGSEGV when its state is to be saved. The guest is not touched.
+
+        Raises:
+            RefusedError: there is one. BusyError: a migration is under way.
+            MachineError: the monitor went away.
+        """
+        migration = as_map(self.qmp.execute("query-migrate"))
+        reasons = as_list(migration.get("blocked-reasons"))
+        if reasons:
+            raise RefusedError(
+                "migration-blocker",
+                why=f"the VM's state cannot be saved: {reasons[0]}",
+                remedy="remove the device that the reason names",
+            )
+        if str(migration.get("status")) not in MIGRATION_IDLE:
+            raise BusyError(
+                "migration-running",
+                why=f"a migration of the VM is in state '{migration.get('status')}'",
+                remedy="wait for it to end, or cancel it",
+                guest_state="running",
+            )
 
     def prepare_device_state(self) -> None:
         """See ``DeviceStateSaver.prepare``. The guest is not touched."""

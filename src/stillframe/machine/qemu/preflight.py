@@ -21,7 +21,7 @@ from stillframe.qmp.client import QmpClient
 
 Check = Callable[[Evidence], Iterator[Hindrance]]
 
-_MIGRATION_IDLE = frozenset({"None", "none", "completed", "failed", "cancelled"})
+MIGRATION_IDLE = frozenset({"None", "none", "completed", "failed", "cancelled"})
 _UNFIT_STATES = {
     "inmigrate": "it waits for an incoming migration",
     "postmigrate": "it has been migrated away, and its disks are given up",
@@ -65,7 +65,7 @@ def migration_blockers(evidence: Evidence) -> Iterator[Hindrance]:
 def migration_running(evidence: Evidence) -> Iterator[Hindrance]:
     """A migration, or QEMU's own snapshot, is under way."""
     status = str(evidence.migration.get("status"))
-    if status not in _MIGRATION_IDLE:
+    if status not in MIGRATION_IDLE:
         yield Hindrance(
             name="migration-running",
             reason=f"a migration of the VM is in state '{status}'",
