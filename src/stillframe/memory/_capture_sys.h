@@ -1,8 +1,9 @@
 /* System calls, atomics and byte scans that Cython cannot express.
  *
  * Locking discipline of the whole core, in one place:
- *   - page bitmaps (claim, done, noted, faulted) are only touched with the
- *     atomic helpers below; `populated` is frozen before the job goes active;
+ *   - page bitmaps (claim, done, noted, faulted, removed) are only touched with the
+ *     atomic helpers below; `populated` and `fresh` belong to the job's thread until the
+ *     job goes active, and are frozen from then on;
  *   - the two slab rings have one producer and one consumer side each; the
  *     workers' side is serialised by `worker_lock`, the fault thread takes no lock;
  *   - everything else is written by one thread and read by others as statistics.
@@ -54,8 +55,8 @@ static inline void sf_store(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __
 static inline uint64_t sf_fetch_or(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
 static inline uint64_t sf_fetch_add(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
 static inline uint64_t sf_exchange(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL); }
-/* Sequentially consistent pair for the phase switch: the fault thread stores `busy`
- * then loads `phase`, the job stores `phase` then loads `busy`. With anything weaker
+/* Sequentially consistent pair for the phase switch: the fault thread stores `serving`
+ * (or `reading`) then loads `phase`, the job stores `phase` then loads those. With anything weaker
  * both could read the old value, and a fault would be handled under the old phase
  * after the switch was reported complete. */
 static inline uint64_t sf_load_sc(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
@@ -66,7 +67,7 @@ static inline int sf_popcount(uint64_t v) { return __builtin_popcountll(v); }
 static inline int sf_log2(uint64_t v) { return 63 - __builtin_clzll(v | 1); }
 
 /* Returns 0, or -errno. EAGAIN: an event (remove, unmap) is pending and must be read
- * first; the fault thread reads it, so everybody else may simply try again. */
+ * first; only the fault thread reads it, so everybody else tries again or leaves it be. */
 static inline int sf_writeprotect(int uffd, uint64_t hva, uint64_t length, int on) {
     struct sf_uffd_writeprotect wp = {{hva, length}, on ? 1u : 0u};
     return ioctl(uffd, SF_UFFDIO_WRITEPROTECT, &wp) == 0 ? 0 : -errno;

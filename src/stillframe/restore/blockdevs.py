@@ -19,6 +19,8 @@ from stillframe.restore.option_value import OptionValue
 _FORMATS = frozenset({"raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx"})
 _FILES = frozenset({"file", "host_device"})
 _WITHOUT_DISK = frozenset({"null-co", "null-aio"})
+_NETWORK_WORDS = "nbd ssh http https ftp ftps iscsi nfs rbd gluster"
+_NETWORK = frozenset(_NETWORK_WORDS.split())
 _LAYOUT_KEYS = ("offset", "size", "backing.driver")
 
 
@@ -86,6 +88,8 @@ def _list_files(draft: Draft, option: Option, value: OptionValue) -> None:
     names = [key for key in value.names() if key.rpartition(".")[2] == "filename"]
     for key in names:
         draft.read_file(value.get(key), option)
+    if value.get("driver") in _NETWORK:
+        draft.touch("network", "connect", option.value, option)
     draft.scan(option, value, known=("node-name", *names))
 
 

@@ -29,6 +29,12 @@ SHORT_FORMS = {
     "pflash": "if=pflash",
     "sd": "if=sd",
 }
+_PLAIN_WORDS = """
+file format driver snapshot id if index bus unit media readonly read-only auto-read-only cache aio
+werror rerror discard detect-zeroes copy-on-read serial group force-share locking
+l2-cache-size cache-size refcount-cache-size cache-clean-interval lazy-refcounts
+"""
+_PLAIN_KEYS = frozenset(_PLAIN_WORDS.split())
 _SHARE = "backing.force-share"
 _LOCATION = ("file", "format", "driver", "snapshot")
 
@@ -105,9 +111,11 @@ def _location(value: OptionValue) -> tuple[str, str]:
 
 
 def _is_elsewhere(draft: Draft, option: Option, value: OptionValue, file: str) -> bool:
-    odd = sorted(k for k, _ in value.items() if k.startswith(("file.", "backing.")))
+    odd = sorted(name for name in value.names() if not _is_plain(name))
     if odd:
-        draft.refuse(option, f"it describes the image by parts ({', '.join(odd)})", OWN_DISK)
+        draft.refuse(option, f"it describes the image by {', '.join(odd)}", OWN_DISK)
+    elif value.get("driver") and not file:
+        draft.refuse(option, "it names no image file", OWN_DISK)
     elif "/dev/fdset/" in file:
         draft.refuse(option, "the first VM was given its disk as a file descriptor", OWN_DISK)
     elif file.startswith("fat:") and "rw:" in file:
@@ -115,6 +123,11 @@ def _is_elsewhere(draft: Draft, option: Option, value: OptionValue, file: str) -
     else:
         return False
     return True
+
+
+def _is_plain(key: str) -> bool:
+    """Whether a key of ``-drive`` says nothing of where the image is."""
+    return key in _PLAIN_KEYS or key.startswith(("throttling.", "cache.", "bps", "iops"))
 
 
 def add_overlay(draft: Draft, option: Option, file: str, image_format: str) -> tuple[str, bool]:

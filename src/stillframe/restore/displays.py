@@ -17,6 +17,7 @@ def vnc(draft: Draft, option: Option) -> None:
     value = OptionValue(option.value, "vnc")
     address = value.get("vnc")
     if address.startswith("unix:"):
+        value.drop("websocket")
         value.set("vnc", f"unix:{draft.private_socket('vnc', option)}")
         draft.replace(option, (option.words[0], value.text), "private now")
         return

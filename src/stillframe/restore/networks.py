@@ -6,7 +6,7 @@ Sources: QEMU ``qapi/net.json``, ``net/tap.c``, ``net/hub.c``.
 from __future__ import annotations
 
 from stillframe.restore.draft import Draft, Option
-from stillframe.restore.option_value import OptionValue
+from stillframe.restore.option_value import OptionValue, escape_commas
 
 _FD_KEYS = ("fd", "fds", "vhostfd", "vhostfds")
 _FIRST_HUB = 1000
@@ -73,7 +73,7 @@ def _isolated(draft: Draft, option: Option, value: OptionValue) -> None:
     """A hub without a way out: two VMs with one MAC address must not meet on one network."""
     hub = _FIRST_HUB + draft.recorded.index(option)
     parts = [f"hubport,hubid={hub}"]
-    parts += [f"{key}={text}" for key in _NIC_KEYS for text in value.all(key)]
+    parts += [f"{key}={escape_commas(text)}" for key in _NIC_KEYS for text in value.all(key)]
     if option.name == "netdev":
         parts = [part for part in parts if part.partition("=")[0] in ("hubport,hubid", "id")]
     draft.replace(

@@ -177,7 +177,7 @@ def _complete(draft: Draft, overrides: Overrides) -> None:
     names = {option.name for option in draft.recorded} | overrides.names
     if draft.record.machine_type and not names & {"machine", "M"}:
         machine = escape_commas(draft.record.machine_type)
-        draft.add(["-machine", machine], "the machine by its versioned name")
+        draft.add(["-machine", f"type={machine}"], "the machine by its versioned name")
 
 
 def _add_monitor(draft: Draft, qmp_socket: str | None, places: Places) -> str:

@@ -71,7 +71,10 @@ class Planner:
     def words(self, *argv: str, **options: Any) -> list[str]:
         """The new options, without those that every plan adds."""
         words = list(self.plan(*argv, **options).argv[1:])
-        added = ["-machine", MACHINE_TYPE], ["-qmp", f"unix:{self.run}/qmp.sock,server=on,wait=off"]
+        added = (
+            ["-machine", f"type={MACHINE_TYPE}"],
+            ["-qmp", f"unix:{self.run}/qmp.sock,server=on,wait=off"],
+        )
         for pair in added:
             at = next(
                 (n for n in range(len(words)) if words[n : n + 2] == pair),

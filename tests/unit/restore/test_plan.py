@@ -251,7 +251,7 @@ def test_an_imported_stream_needs_options(planner: Planner) -> None:
 
 def test_an_imported_stream(planner: Planner) -> None:
     plan = planner.plan_record(None, extra=["-m", "64"])
-    assert plan.argv[1:5] == ("-machine", "pc-q35-7.2", "-m", "64")
+    assert plan.argv[1:5] == ("-machine", "type=pc-q35-7.2", "-m", "64")
     plan = planner.plan_record(None, extra=["-m", "64", "-M", "pc"])
     assert plan.argv[1:5] == ("-m", "64", "-M", "pc")
 

@@ -91,7 +91,7 @@ def test_dropped(planner: Planner, argv: list[str]) -> None:
 
 REWRITTEN = [
     (["-M", "q35,usb=off"], ["-M", "pc-q35-7.2,usb=off"]),
-    (["-machine", "type=q35"], ["-machine", "type=pc-q35-7.2"]),
+    (["-machine", "usb=off,type=q35"], ["-machine", "usb=off,type=pc-q35-7.2"]),
     (["-machine", "accel=kvm"], ["-machine", "accel=kvm"]),
     (["-serial", "mon:vc"], ["-serial", "vc"]),
     (["-serial", "pty:/tmp/link"], ["-serial", "pty"]),
@@ -228,7 +228,10 @@ REFUSED = [
     (["-set", "drive.d0.file=/etc/shadow"], "past the plan"),
     (["-drive", "file=/dev/fdset/1,id=d"], "file descriptor"),
     (["-drive", "file=fat:rw:/home,id=d"], "directory"),
-    (["-drive", "driver=qcow2,file.driver=nbd,file.host=h,id=d"], "by parts"),
+    (["-drive", "driver=qcow2,file.driver=nbd,file.host=h,id=d"], "file.driver, file.host"),
+    (["-drive", "filename=/home/me/x,format=raw,if=virtio"], "by filename"),
+    (["-drive", "driver=vvfat,dir=/home,rw=on"], "by dir, rw"),
+    (["-drive", "driver=null-co"], "no image file"),
     (["-blockdev", "driver=nbd,node-name=n,server.type=unix,server.path=/x"], "overlay"),
     (["-blockdev", "driver=luks,node-name=n,file=f"], "overlay"),
     (["-icount", "shift=1,rr=record,rrfile=/x"], "records or replays"),
@@ -322,8 +325,16 @@ def test_a_context_id_is_moved(planner: Planner) -> None:
     assert int(cid[1]) > 3
 
 
+def test_a_machine_type_is_nothing_else(planner: Planner) -> None:
+    """It is data from the file, too: no other property, and no option of its own."""
+    evil = "dumpdtb=/tmp/x,firmware=/etc/shadow"
+    written = "type=dumpdtb=/tmp/x,,firmware=/etc/shadow"
+    assert planner.plan("-m", "64", machine_type=evil).argv[3:5] == ("-machine", written)
+    assert planner.plan("-M", "q35", machine_type=evil).argv[1:3] == ("-M", written)
+
+
 def test_an_absent_machine_option_is_added(planner: Planner) -> None:
-    assert planner.plan("-m", "64").argv[3:5] == ("-machine", "pc-q35-7.2")
+    assert planner.plan("-m", "64").argv[3:5] == ("-machine", "type=pc-q35-7.2")
 
 
 def test_paused(planner: Planner) -> None:
