@@ -62,10 +62,14 @@ def run(place: Path) -> int:
             f"{name.removesuffix('_ms')} {value:.1f}" for name, value in taken["downtime"].items()
         )
         print(f"   downtime           {taken['downtime_ms']:.1f} ms ({parts})")
-        print(f"   RAM                {mib(taken['ram_bytes'])}, saved in {taken['total_ms']:.0f} ms")
+        print(
+            f"   RAM                {mib(taken['ram_bytes'])}, saved in {taken['total_ms']:.0f} ms"
+        )
         print(f"   file               {mib(taken['file_bytes'])}")
-        print(f"   pages saved first  {taken['pages']['faulted']} in {taken['faults']} faults, "
-              f"median {taken['fault_p50_us']:.0f} us")
+        print(
+            f"   pages saved first  {taken['pages']['faulted']} in {taken['faults']} faults, "
+            f"median {taken['fault_p50_us']:.0f} us"
+        )
         print(f"   id                 {taken['id'][:16]}")
 
         say("3. The guest went on all the while")
@@ -102,7 +106,9 @@ def mib(length_bytes: int) -> str:
 def show_ticks(name: str, console: SerialConsole, count: int) -> None:
     for _ in range(count):
         tick = console.wait_tick()
-        print(f"   {name}  tick {tick.n}, pass {tick.passes}, {tick.pages} pages written", flush=True)
+        print(
+            f"   {name}  tick {tick.n}, pass {tick.passes}, {tick.pages} pages written", flush=True
+        )
 
 
 def stillframe(*arguments: str) -> dict[str, Any]:

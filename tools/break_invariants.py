@@ -82,8 +82,8 @@ MUTATIONS = (
         "named-before-it-is-complete",
         5,
         "src/stillframe/store/backends/local.py",
-        "fd = os.open(\".\", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, _MODE, dir_fd=directory_fd)",
-        "fd = os.open(\"early.still\", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE, "
+        'fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, _MODE, dir_fd=directory_fd)',
+        'fd = os.open("early.still", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE, '
         "dir_fd=directory_fd)",
         (f"{FAULTS}::test_kill[swept]", "tests/contract"),
     ),

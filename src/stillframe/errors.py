@@ -6,7 +6,7 @@
     ├── UsageError          2   mend the call
     ├── RefusedError        3   change the VM, or choose another mode; it is not safe as it is
     ├── BusyError           4   wait, then try again: somebody else is snapshotting this VM
-    ├── HostError           5   mend the host: a kernel feature, a permission or a program is missing
+    ├── HostError           5   mend the host: a kernel feature, permission or program is missing
     ├── MachineError        6   look at the VM: its monitor or the process itself went away
     ├── SinkError           7   mend the destination: disk full, no permission, a closed pipe
     ├── DataError           8   the snapshot or stream is damaged, truncated or hostile

@@ -27,8 +27,6 @@ from stillframe.restore.show import shown_words
 
 _FD_KEYS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sockfd", "fdset", "fdname"})
 _FILE_KEYS = frozenset({"dir", "dtb", "kernel", "initrd", "firmware", "shim", "rootdir"})
-_MORE_FLAGS = frozenset({"s", "virtfs_synth", "audio-help"})
-"""Options without a value that finding VMs does not know."""
 _RUNS_PROGRAM = re.compile(r"(?:^|[-=:])(?:exec|cmd):")
 _FD_REMEDY = "give that option yourself after --, with the same id"
 
@@ -48,7 +46,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
 def takes_value(name: str) -> bool:
     """Whether QEMU's option is followed by a value, as the one parser of command lines has it."""
-    return name not in _MORE_FLAGS and next(options(["", f"-{name}", "value"]))[1] == "value"
+    return next(options(["", f"-{name}", "value"]))[1] == "value"
 
 
 def split_options(words: Sequence[str], error: type[StillframeError]) -> list[Option]:

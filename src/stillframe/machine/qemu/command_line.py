@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 _FLAGS = """
-h help version S enable-kvm disable-kvm no-kvm nodefaults no-user-config nouserconfig
+h help version s S enable-kvm disable-kvm no-kvm nodefaults no-user-config nouserconfig
 nodefconfig nographic no-reboot no-shutdown no-acpi no-hpet no-fd-bootchk snapshot full-screen
 no-quit no-frame alt-grab ctrl-grab daemonize singlestep one-insn-per-tb portrait sdl curses
 win2k-hack show-cursor old-param semihosting mem-prealloc preconfig only-migratable
 enable-sync-profile xen-attach xen-domid-restrict usb no-audio async-teardown perfmap jitdump
+virtfs_synth audio-help
 no-kvm-irqchip no-kvm-pit no-kvm-pit-reinjection
 """
 _WITHOUT_VALUE = frozenset(_FLAGS.split())

@@ -61,7 +61,9 @@ def read_vm(pid: int, *, any_program: bool = False) -> VmInfo | None:
     directory = Path(f"/proc/{pid}")
     try:
         argv = tuple(
-            os.fsdecode(word) for word in (directory / "cmdline").read_bytes().split(b"\0")[:-1]
+            # A manifest holds text; a name that is none must not make a snapshot fail.
+            word.decode(errors="backslashreplace")
+            for word in (directory / "cmdline").read_bytes().split(b"\0")[:-1]
         )
         owner = directory.stat().st_uid
         started_s = _started_s(directory)

@@ -170,7 +170,8 @@ class LocalSink:
             )
         if not self._overwrite:
             raise UsageError(
-                f"{self.description} exists already", remedy="choose another name, remove it, or allow overwriting (--force)"
+                f"{self.description} exists already",
+                remedy="choose another name, remove it, or allow overwriting (--force)",
             )
 
     def _open(self) -> None:
