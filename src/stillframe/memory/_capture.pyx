@@ -73,6 +73,7 @@ cdef extern from "_capture_sys.h" nogil:
     void sf_futex_wake(uint32_t *word)
     void sf_bump(uint32_t *word)
     uint32_t sf_word(const uint32_t *word)
+    void sf_wait_briefly(uint64_t tries)
     int sf_has_hole(int fd, uint64_t offset, uint64_t length)
     int sf_is_zero(const uint8_t *page, uint64_t length)
     void sf_put_be64(uint8_t *p, uint64_t v)
@@ -96,7 +97,7 @@ cdef enum:
     MESSAGES = 1024
     SWEEP_TRIES = 1000
     BUCKETS = 512           # fault times: 8 linear steps per power of two of nanoseconds
-    GROW_SLABS = 8
+    LOW_SLABS = 24          # with fewer vacant, the spill thread maps more
     EVENT_PAGEFAULT = 0x12
     EVENT_REMAP = 0x14
     EVENT_REMOVE = 0x15
@@ -205,7 +206,8 @@ cdef class Capture:
     cdef Ring full, empty
     cdef pthread_mutex_t worker_lock
     cdef uint32_t freed             # futex word: bumped when a slab becomes free
-    cdef uint64_t waiting
+    cdef uint32_t low               # futex word: bumped when vacant slabs become few
+    cdef uint64_t waiting, spill_ended
     cdef uint32_t section_id
     cdef uint64_t faults, armed_faults, fault_max_ns, stall_ns, stalls, spill_peak
     cdef uint64_t pages_done, pages_faulted, pages_zero, pages_data, pages_absent
@@ -326,25 +328,43 @@ cdef class Capture:
                     self.blocks[block].populated[page >> 6] |= (<uint64_t>1) << (page & 63)
 
     def grow_spill(self, uint32_t slabs):
+        """Map so many slabs now. By one thread at a time: before, or as, ``spill_loop``."""
         with nogil:
-            pthread_mutex_lock(&self.worker_lock)
-            self._grow(slabs)
-            pthread_mutex_unlock(&self.worker_lock)
+            while slabs and self._grow():
+                slabs -= 1
         return self.slabs_grown
 
-    cdef void _grow(self, uint32_t slabs) noexcept nogil:
-        # Called with worker_lock held: it is the only producer of `empty`.
+    cdef bint _grow(self) noexcept nogil:
         cdef uint8_t *data
-        while slabs and self.slabs_grown < self.slab_limit:
-            data = <uint8_t *>sf_map_populated(self.slab_bytes)
-            if data == NULL:
-                self.slab_limit = self.slabs_grown   # no memory: the spill ends here
-                return
-            self.slabs[self.slabs_grown].data = data
-            # Counted before it can be taken, so the used ones never come out negative.
-            sf_store(&self.slabs_grown, self.slabs_grown + 1)
-            ring_put(&self.empty, <uint32_t>self.slabs_grown - 1)
-            slabs -= 1
+        if self.slabs_grown >= self.slab_limit:
+            return False
+        data = <uint8_t *>sf_map_populated(self.slab_bytes)
+        if data == NULL:
+            self.slab_limit = <uint32_t>self.slabs_grown    # no memory: the spill ends here
+            return False
+        self.slabs[self.slabs_grown].data = data
+        # Counted before it can be taken, so the used ones never come out negative.
+        sf_store(&self.slabs_grown, self.slabs_grown + 1)
+        self._give_back(<uint32_t>self.slabs_grown - 1)
+        return True
+
+    def spill_loop(self):
+        """Map slabs ahead of need, up to the limit, until ``end_spill``; in a thread of its own:
+        the fault thread allocates nothing, and the workers may be busy for milliseconds."""
+        cdef uint32_t seen
+        with nogil:
+            while not sf_load(&self.spill_ended):
+                seen = sf_word(&self.low)
+                if ring_count(&self.empty) < LOW_SLABS:
+                    if not self._grow():
+                        break
+                else:
+                    sf_futex_wait(&self.low, seen, 100000000)
+
+    def end_spill(self):
+        sf_store(&self.spill_ended, 1)
+        sf_bump(&self.low)
+        sf_futex_wake(&self.low)
 
     cdef uint64_t _slabs_used(self) noexcept nogil:
         cdef uint64_t vacant = ring_count(&self.empty)
@@ -564,7 +584,9 @@ cdef class Capture:
                 break
             if by_fault:
                 self._pump()
-            sched_yield()
+                sf_wait_briefly(tries)
+            else:
+                sched_yield()
         if rc == -ENOENT:
             sf_wake(self.uffd, b.hva + (first << b.shift), pages << b.shift)
         elif rc < 0 and (by_fault or rc != -EAGAIN):
@@ -719,7 +741,7 @@ cdef class Capture:
                     break
                 sf_store_sc(&self.serving, self.serving + 1)
                 self._pump()            # an unread event would keep us from protecting
-                sched_yield()
+                sf_wait_briefly(64)     # the job's thread must get on
             self._fault(address)
             sf_store_sc(&self.serving, self.serving + 1)
 
@@ -752,7 +774,7 @@ cdef class Capture:
                     return
 
     cdef void _fault(self, uint64_t address) noexcept nogil:
-        cdef uint64_t began = sf_now_ns(), page, first, pages, spent
+        cdef uint64_t began = sf_now_ns(), page, first, pages, spent, tries
         cdef uint64_t phase = sf_load_sc(&self.phase)
         cdef uint32_t i
         cdef Block *b = NULL
@@ -783,8 +805,10 @@ cdef class Capture:
             # a fault time, the wait is in stall_ns.
             self.pages_faulted += self._capture_range(i, first, pages, slab, True) << (b.shift - 12)
             # Lost the claim: the winner's copy comes first, then we un-protect.
+            tries = 0
             while not (sf_load(&b.done[page >> 6]) >> (page & 63)) & 1:
-                sched_yield()
+                sf_wait_briefly(tries)
+                tries += 1
             if not (sf_load(&b.faulted[page >> 6]) >> (page & 63)) & 1:
                 self._unprotect(b, page, 1, True)
         spent = sf_now_ns() - began
@@ -853,7 +877,9 @@ cdef class Capture:
         if index < 0:
             began = sf_now_ns()
             self.stalls += 1
-            sf_store(&self.waiting, 1)
+            # Sequentially consistent, as the load in _give_back: else we could miss the slab
+            # that is given back, and its giver miss that we wait.
+            sf_store_sc(&self.waiting, 1)
             while True:
                 seen = sf_word(&self.freed)
                 index = ring_take(&self.empty)
@@ -865,6 +891,9 @@ cdef class Capture:
             self.stall_ns += sf_now_ns() - began
             if index < 0:
                 return NULL
+        if sf_load(&self.slabs_grown) < self.slab_limit and ring_count(&self.empty) < LOW_SLABS:
+            sf_bump(&self.low)
+            sf_futex_wake(&self.low)
         self.current = index
         slab = &self.slabs[index]
         slab.used = slab.absent = slab.runs = 0
@@ -886,11 +915,6 @@ cdef class Capture:
         cdef uint64_t used
         pthread_mutex_lock(&self.worker_lock)
         used = self._slabs_used()
-        if self.slabs_grown - used < GROW_SLABS:
-            self._grow(GROW_SLABS)
-            if sf_load(&self.waiting):
-                sf_bump(&self.freed)
-                sf_futex_wake(&self.freed)
         if always or used > self.drain_above:
             index = ring_take(&self.full)
         pthread_mutex_unlock(&self.worker_lock)
@@ -901,7 +925,7 @@ cdef class Capture:
         ring_put(&self.empty, index)
         pthread_mutex_unlock(&self.worker_lock)
         sf_bump(&self.freed)
-        if sf_load(&self.waiting):
+        if sf_load_sc(&self.waiting):
             sf_futex_wake(&self.freed)
 
     cdef bint _sweep(self, Slab *slab, int64_t *pending) noexcept nogil:

@@ -113,6 +113,16 @@ static inline void sf_futex_wake(uint32_t *word) {
 static inline void sf_bump(uint32_t *word) { __atomic_fetch_add(word, 1u, __ATOMIC_ACQ_REL); }
 static inline uint32_t sf_word(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 
+/* The fault thread waits so, and never by sched_yield: where it has real-time priority, that
+ * would not let the thread run for which it waits. */
+static inline void sf_wait_briefly(uint64_t tries) {
+    struct timespec ts = {0, 5000};
+    if (tries < 64)
+        __builtin_ia32_pause();
+    else
+        nanosleep(&ts, NULL);
+}
+
 static inline int sf_is_zero(const uint8_t *page, uint64_t length) {
     const uint64_t *p = (const uint64_t *)page;
     uint64_t words = length / 8;

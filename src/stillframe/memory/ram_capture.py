@@ -34,7 +34,6 @@ _MAX_WINDOW_BYTES = 1 << 20
 _PROTECT_STEP_BYTES = 64 << 20
 _UNREGISTER_STEP_BYTES = 16 << 20
 _FIRST_SPILL_BYTES = 32 << 20
-_FAULT_THREAD_NICE = -15
 _SETTLE_PASSES = 3
 _SETTLED_PAGES = 256
 
@@ -73,6 +72,7 @@ class RamCapture:
         self._files: list[int] = []
         self._huge_blocks: dict[int, int] = {}
         self._thread: threading.Thread | None = None
+        self._spill_thread: threading.Thread | None = None
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._slab_bytes = max([SLAB_BYTES, *(block.page_size_bytes for block in self._blocks)])
         self._spill_bytes = max(spill_bytes, 2 * self._slab_bytes)
@@ -136,10 +136,16 @@ class RamCapture:
         """Start the fault thread; from now on writes to protected pages are served."""
         self._thread = threading.Thread(target=self._serve, name="stillframe-faults", daemon=True)
         self._thread.start()
+        self._spill_thread = threading.Thread(
+            target=self._core.spill_loop, name="stillframe-spill", daemon=True
+        )
+        self._spill_thread.start()
 
     def _serve(self) -> None:
-        with contextlib.suppress(PermissionError):  # else served at normal priority
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _FAULT_THREAD_NICE)
+        # Real-time where we may: a vCPU waits for this thread. It never spins (sf_wait_briefly),
+        # and serves a fault in well under a millisecond. Else at normal priority.
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
         if self._core.fault_loop() < 0:
             self._on_end()
 
@@ -295,6 +301,10 @@ class RamCapture:
             os.eventfd_write(self._stop_fd, 1)
             self._thread.join()
             self._thread = None
+        if self._spill_thread is not None:
+            self._core.end_spill()
+            self._spill_thread.join()
+            self._spill_thread = None
 
     def close(self) -> None:
         """Close the userfaultfd and everything else; the kernel wakes whoever still waits."""
