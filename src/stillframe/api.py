@@ -188,7 +188,8 @@ def take(
     Args:
         vm: as for :func:`connect`; or a machine, which stays the caller's to close.
         output: file to make, with mode 0600 and only once it is complete; or a sink.
-        level: of zstd, -7 to 19; None is the default (1). Not with ``compression="none"``.
+        level: of zstd, -50 to 19; None chooses while it runs, so that the snapshot is durable
+            soonest. Not with ``compression="none"``.
         spill_bytes: most memory for pages that the guest overwrote before they were written.
         max_bandwidth_bytes_per_s: limit on what is written; None is unlimited.
         mode: ``background``, or ``stop`` to keep the guest stopped while it is saved.
@@ -216,7 +217,9 @@ def take(
         raise UsageError(f"a bandwidth of {max_bandwidth_bytes_per_s} bytes/s makes no sense")
     _check_choice("mode", mode, MODES)
     options = SnapshotOptions(
-        compression_level=_level(compression, level),
+        compression_level="adaptive"
+        if (compression, level) == ("zstd", None)
+        else _level(compression, level),
         spill_bytes=spill_bytes,
         max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s,
         mode=mode,

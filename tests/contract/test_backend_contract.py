@@ -13,10 +13,11 @@ import pytest
 from stillframe.errors import DataError, SinkError, UsageError
 from stillframe.store.backends import Sink, Source, SparseSink
 from stillframe.store.backends import local as local_module
-from stillframe.store.backends.local import WRITEBACK_BYTES, LocalSink
+from stillframe.store.backends.local import LocalSink
 from stillframe.store.backends.local_source import LocalSource
 from stillframe.store.backends.memory import MemorySink, MemorySource
 from stillframe.store.backends.pipe import PipeSink
+from stillframe.store.backends.writeback import WINDOW_BYTES
 
 
 class SinkContract:
@@ -118,12 +119,12 @@ class TestLocalSink(SinkContract):
 
     def test_writes_past_the_early_writeback(self, sink: Sink) -> None:
         for _ in range(5):
-            sink.write(bytes(WRITEBACK_BYTES // 2))
+            sink.write(bytes(WINDOW_BYTES // 2))
         sink.write(b"end")
         sink.commit()
         content = self.content(sink)
         assert content is not None
-        assert len(content) == WRITEBACK_BYTES * 5 // 2 + 3
+        assert len(content) == WINDOW_BYTES * 5 // 2 + 3
 
     def test_takes_bytes_at_any_place(self, sink: Sink) -> None:
         assert isinstance(sink, SparseSink)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stillframe.api import Compression
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_LEVEL_LOWEST, _LEVEL_HIGHEST = -7, 19
+_LEVEL_LOWEST, _LEVEL_HIGHEST = -50, 19
 _LEVELS = {str(level): level for level in range(_LEVEL_LOWEST, _LEVEL_HIGHEST + 1)}
 
 
@@ -141,7 +141,7 @@ def compression_option(command: Command) -> Command:
         type=CompressionType(),
         default="zstd",
         show_default=True,
-        help="How pages are compressed; LEVEL is -7 (fast) to 19 (small).",
+        help="How pages are compressed; LEVEL is -50 (fast) to 19 (small), else it is chosen.",
     )(command)
 
 

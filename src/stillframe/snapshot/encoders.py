@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from stillframe.errors import StillframeError
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.snapshot import faultpoints
+from stillframe.snapshot.adaptive_level import AdaptiveLevel
 from stillframe.snapshot.bandwidth import BandwidthLimit
 from stillframe.snapshot.yielding import VcpuDelay, step_back
 from stillframe.store.writer import SnapshotWriter
@@ -37,9 +39,11 @@ class Encoders:
         workers: int,
         limit: BandwidthLimit,
         delay: VcpuDelay,
+        level: AdaptiveLevel,
     ) -> None:
         self._ram = ram
         self._delay = delay
+        self._level = level
         self._writer = writer
         self._section_id = section_id
         self._limit = limit
@@ -82,9 +86,16 @@ class Encoders:
         worker = self._ram.worker(self._section_id)
         while not self._stop.is_set() and worker.next():
             faultpoints.reach("first-batch")
-            frame = self._writer.encode(worker.raw)
+            began = time.monotonic()
+            frame = self._writer.encode(worker.raw, self._level.level)
+            encoded = time.monotonic()
             self._limit.wait(len(frame.data), self._stop)
             self._writer.append(frame, worker.runs)
+            self._level.note(
+                encode_s=encoded - began,
+                write_s=time.monotonic() - encoded,
+                backlog_bytes=self._writer.backlog_bytes,
+            )
             if delay is not None:
                 delay.rest(self._over)
         self._over.set()

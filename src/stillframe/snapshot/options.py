@@ -7,13 +7,13 @@ from typing import Literal
 import msgspec
 
 DEFAULT_SPILL_BYTES = 256 << 20
-DEFAULT_LEVEL = 1
 
 
 class SnapshotOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of one snapshot.
 
-    ``compression_level``: zstd level, or None to store pages as they are.
+    ``compression_level``: zstd level; ``adaptive`` chooses while it runs so that the snapshot is
+    durable soonest; None stores pages as they are.
     ``spill_bytes``: most memory for pages that the guest overwrote before they were written.
     ``max_bandwidth_bytes_per_s``: limit on what goes to the sink; None is unlimited.
     ``mode``: ``background``, or ``stop`` to keep the VM stopped while it is saved.
@@ -21,7 +21,7 @@ class SnapshotOptions(msgspec.Struct, frozen=True, kw_only=True):
     ``workers``: threads that encode; None chooses.
     """
 
-    compression_level: int | None = DEFAULT_LEVEL
+    compression_level: int | Literal["adaptive"] | None = "adaptive"
     spill_bytes: int = DEFAULT_SPILL_BYTES
     max_bandwidth_bytes_per_s: int | None = None
     mode: Literal["background", "stop"] = "background"

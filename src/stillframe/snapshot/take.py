@@ -15,6 +15,7 @@ from stillframe.machine import Machine, Watch
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, Manifest, RamBlock, Statistics
 from stillframe.snapshot import faultpoints
+from stillframe.snapshot.adaptive_level import AdaptiveLevel
 from stillframe.snapshot.bandwidth import BandwidthLimit
 from stillframe.snapshot.encoders import Encoders, worker_count
 from stillframe.snapshot.exclusive import VmLock
@@ -53,9 +54,8 @@ def take_snapshot(
         SnapshotCancelled, SnapshotFailed, MachineError, SinkError, HostError: the guest
             runs, unprotected, and nothing was left behind; see ``guest_state``.
     """
-    level = LEVEL_NONE if options.compression_level is None else options.compression_level
     with ExitStack() as cleanup:
-        writer = cleanup.enter_context(SnapshotWriter(sink, level=level))
+        writer = cleanup.enter_context(SnapshotWriter(sink))
         control.progress.writer = writer
         cleanup.callback(control.progress.keep)
         return _Taking(control, machine, sink, options, writer, cleanup).run()
@@ -209,6 +209,7 @@ class _Taking:
             workers=worker_count(self._options.workers),
             limit=BandwidthLimit(self._options.max_bandwidth_bytes_per_s),
             delay=delay,
+            level=self._level(),
         )
         self._cleanup.callback(encoders.stop)
         encoders.start()
@@ -228,6 +229,12 @@ class _Taking:
         ram.check()
         self._writer.append_stream(parts.tail())
         self._check_complete(ram)
+
+    def _level(self) -> AdaptiveLevel:
+        wanted = self._options.compression_level
+        if wanted == "adaptive":
+            return AdaptiveLevel(None)
+        return AdaptiveLevel(LEVEL_NONE if wanted is None else wanted)
 
     def _check_complete(self, ram: RamCapture) -> None:
         done_bytes = int(ram.statistics()["pages_done"]) * TARGET_PAGE_BYTES

@@ -35,6 +35,7 @@ LEVEL_NONE: Final = zstd.CompressionParameter.compression_level.bounds()[0]
 """zstd's lowest level (-131072): it looks for no matches and writes raw blocks with the
 content checksum, at the speed of the checksum. This is our "no compression"."""
 
+LEVEL_MIN: Final = -50
 LEVEL_MAX: Final = 19
 LEVEL_DEFAULT: Final = 1
 
@@ -55,11 +56,12 @@ def check_level(level: int) -> int:
     """Return the level if we offer it.
 
     Raises:
-        UsageError: it is neither ``LEVEL_NONE`` nor within -7 to 19.
+        UsageError: it is neither ``LEVEL_NONE`` nor within ``LEVEL_MIN`` to ``LEVEL_MAX``.
     """
-    if level != LEVEL_NONE and not -7 <= level <= LEVEL_MAX:
+    if level != LEVEL_NONE and not LEVEL_MIN <= level <= LEVEL_MAX:
         raise UsageError(
-            f"compression level {level} is not offered", remedy=f"choose -7 to {LEVEL_MAX}, or none"
+            f"compression level {level} is not offered",
+            remedy=f"choose {LEVEL_MIN} to {LEVEL_MAX}, or none",
         )
     return level
 

@@ -83,13 +83,19 @@ class SnapshotWriter:
         """Bytes that the sink has taken so far."""
         return self._file_bytes
 
-    def encode(self, raw: BytesLike) -> EncodedFrame:
-        """Compress one frame. Thread-safe, without side effects.
+    @property
+    def backlog_bytes(self) -> int:
+        """What the sink has taken and is not durable yet, as far as it knows."""
+        return self._sink.backlog_bytes
+
+    def encode(self, raw: BytesLike, level: int | None = None) -> EncodedFrame:
+        """Compress one frame, at the writer's level if none is given. Thread-safe, without side
+        effects.
 
         Raises:
             UsageError: longer than ``frames.FRAME_RAW_MAX_BYTES``.
         """
-        return compress_frame(raw, self._level)
+        return compress_frame(raw, self._level if level is None else level)
 
     def append(self, frame: EncodedFrame, runs: Sequence[PageRun] | BytesLike = b"") -> int:
         """Write a frame; returns its number.

@@ -67,7 +67,7 @@ def test_no_compression(taken: dict[str, Any], capsys: pytest.CaptureFixture[str
         ("--compression", "gzip", "write zstd"),
         ("--compression", "zstd:", "write zstd"),
         ("--compression", "zstd:20", "write zstd"),
-        ("--compression", "zstd:-8", "write zstd"),
+        ("--compression", "zstd:-51", "write zstd"),
         ("--compression", "zstd:1.5", "write zstd"),
         ("--compression", "none:3", "write zstd"),
         ("--mode", "fast", "'fast' is not one of"),

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from stillframe.errors import HostError, NotFoundError, SinkError, UsageError
 from stillframe.store.backends import local
 from stillframe.store.backends.local import LocalSink
 from stillframe.store.backends.local_source import LocalSource
+from stillframe.store.backends.writeback import WINDOW_BYTES
 
 
 def test_an_existing_file_is_refused_at_once(tmp_path: Path) -> None:
@@ -187,16 +189,14 @@ def test_the_sweep_spares_living_writers(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "second"]
 
 
-def test_early_writeback_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        local, "_start_writeback", lambda fd, offset, length: asked.append((offset, length))
-    )
+def test_what_is_written_goes_to_the_disk_early(tmp_path: Path) -> None:
     sink = LocalSink(tmp_path / "x.still")
-    for _ in range(9):
-        sink.write(bytes(8 << 20))
+    sink.write(bytes(3 * WINDOW_BYTES + 5))
+    deadline = time.monotonic() + 30
+    while sink.backlog_bytes > 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sink.backlog_bytes == 5
     sink.abort()
-    assert asked == [(n * 16 << 20, 16 << 20) for n in range(4)]
 
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ hidden file under a lock, renamed at the end; leftovers of writers that died are
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -15,17 +14,13 @@ import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 from stillframe.errors import SinkError, UsageError
 from stillframe.store.backends.oserrors import sink_error
+from stillframe.store.backends.writeback import Writeback
 from stillframe.store.frames import BytesLike
 
-WRITEBACK_BYTES: Final = 16 << 20
-"""The kernel is told to write out every so many bytes, so that the last fsync has little to do."""
-
 _MODE = 0o600  # RAM holds secrets
-_SYNC_FILE_RANGE_WRITE = 2
 _NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 _HIDDEN_SUFFIX = ".still-part"
 
@@ -47,7 +42,7 @@ class LocalSink:
         self._overwrite = overwrite
         self._state = "open"
         self._written_bytes = 0
-        self._started_bytes = 0
+        self._writeback: Writeback | None = None
         self._hidden_name: str | None = None
         self._fd = -1
         if not self._path.name or os.fspath(path).endswith("/"):
@@ -76,10 +71,15 @@ class LocalSink:
             SinkError: disk full, over quota, an I/O error.
         """
         self.write_at(self._written_bytes, data)
-        length = self._written_bytes - self._started_bytes
-        if length >= WRITEBACK_BYTES:
-            _start_writeback(self._fd, self._started_bytes, length)
-            self._started_bytes = self._written_bytes
+        self._written_bytes += memoryview(data).nbytes
+        if self._writeback is None:
+            self._writeback = Writeback(self._fd)
+        self._writeback.wrote(memoryview(data).nbytes)
+
+    @property
+    def backlog_bytes(self) -> int:
+        """What was written and is not on the disk yet."""
+        return self._writeback.backlog_bytes if self._writeback is not None else 0
 
     def write_at(self, offset_bytes: int, data: BytesLike) -> None:
         """Put ``data`` at a place; not to be mixed with :meth:`write`.
@@ -89,7 +89,6 @@ class LocalSink:
         """
         self._check_open()
         rest = memoryview(data).cast("B")
-        self._written_bytes += rest.nbytes
         try:
             while rest:
                 done = os.pwrite(self._fd, rest, offset_bytes)
@@ -231,6 +230,9 @@ class LocalSink:
             raise
 
     def _close(self) -> None:
+        if self._writeback is not None:
+            self._writeback.end()
+            self._writeback = None
         for fd in (self._fd, self._directory_fd):
             if fd >= 0:
                 with suppress(OSError):
@@ -244,17 +246,6 @@ def _open_unnamed(directory_fd: int) -> int:
 
 def _new_hidden_name() -> str:
     return f".{uuid.uuid4().hex}{_HIDDEN_SUFFIX}"
-
-
-def _start_writeback(fd: int, offset_bytes: int, length_bytes: int) -> None:
-    """Ask the kernel to begin writing a range out (sync_file_range(2)); only a hint."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.sync_file_range(
-        fd,
-        ctypes.c_int64(offset_bytes),
-        ctypes.c_int64(length_bytes),
-        ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
-    )
 
 
 def sweep_leftovers(directory_fd: int) -> int:
