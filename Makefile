@@ -23,7 +23,8 @@ lint: $(VENV)/test.installed
 check: lint test
 
 soak: $(VENV)/test.installed
-	$(BIN)/python -m pytest -m soak tests/soak $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m pytest -m soak -s tests/soak $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m tests.soak.fuzz_stream --seconds 600
 
 break-invariants: $(VENV)/test.installed
 	$(BIN)/python -m pip install --quiet cython
