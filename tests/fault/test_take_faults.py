@@ -22,7 +22,15 @@ from stillframe.snapshot.options import SnapshotOptions
 from stillframe.snapshot.take import take_snapshot
 from stillframe.store.backends.local import LocalSink
 from tests.support.probes import has_uffd_wp
-from tests.support.taking import assert_unharmed, consistency, finish, start_take, take
+from tests.support.taking import (
+    REPOSITORY,
+    assert_unharmed,
+    command,
+    consistency,
+    finish,
+    start_take,
+    take,
+)
 
 pytestmark = [pytest.mark.qemu]
 
@@ -102,6 +110,27 @@ def test_cancelled_by_a_signal(linux_guest: GuestFactory, tmp_path: Path) -> Non
     assert_unharmed(vm, tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["background", "stop"])
+def test_cancelled_while_the_destination_hangs(linux_guest: GuestFactory, mode: str) -> None:
+    """Nobody reads the pipe: the guest must not wait for that."""
+    vm = linux_guest(mem_mib=96, rate_mib_per_s=0, tick_ms=50)
+    process = subprocess.Popen(
+        [*command("take", str(vm.qmp_path), "-o", "-", "--mode", mode, "--spill", "1M")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=REPOSITORY,
+    )
+    try:
+        time.sleep(4)
+        assert not vm.is_progressing(1.0), "the spill never filled: this shows nothing"
+        process.send_signal(signal.SIGINT)
+        assert vm.is_progressing(2.0), "the guest waits for the pipe"
+    finally:
+        process.kill()
+        process.communicate()
+    assert vm.is_progressing()
+
+
 def test_a_second_snapshotter(linux_guest: GuestFactory, tmp_path: Path) -> None:
     other = f"{tmp_path}/other.sock"
     vm = linux_guest(populate_mib=64, extra=["-qmp", f"unix:{other},server=on,wait=off"])
@@ -171,17 +200,17 @@ class Relay:
                 continue
 
 
-@pytest.mark.parametrize("command", ["stop", "xen-save-devices-state", "cont"])
+@pytest.mark.parametrize("lost_at", ["stop", "xen-save-devices-state", "cont"])
 def test_the_monitor_vanishes_in_the_downtime(
     linux_guest: GuestFactory,
     tmp_path: Path,
-    command: str,
+    lost_at: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command goes through, its answer never comes; the guest must go on all the same."""
     vm = linux_guest(mem_mib=32, tick_ms=50)
     relay_path = tmp_path / "relay.sock"
-    relay = Relay(relay_path, vm.qmp_path, f'"execute":"{command}"'.encode())
+    relay = Relay(relay_path, vm.qmp_path, f'"execute":"{lost_at}"'.encode())
     # The relay hides which process is behind the monitor.
     monkeypatch.setattr(machine_module, "pid_of_monitor", lambda *_: vm.pid)
     file = tmp_path / "a.still"

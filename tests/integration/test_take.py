@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from guests.qemu import GuestVm, qemu_binary
-from stillframe.errors import BusyError, RefusedError, SnapshotCancelled
+from stillframe.errors import BusyError, RefusedError, SnapshotCancelled, SnapshotFailed
 from stillframe.machine.qemu.machine import QemuMachine
 from stillframe.memory import ram_capture
+from stillframe.memory.ram_capture import RamCapture
 from stillframe.snapshot.job import SnapshotJob
 from stillframe.snapshot.options import SnapshotOptions
 from stillframe.snapshot.take import take_snapshot
@@ -245,3 +246,61 @@ def test_such_a_device_plugged_in_after_the_preflight(
     with pytest.raises(RefusedError, match="migration-blocker"):
         take(vm, tmp_path / "a.still")
     assert vm.is_progressing()
+
+
+def test_mode_stop_looks_for_populated_pages_when_the_guest_stands(
+    linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that is touched between the look and the stop would be written as zeros."""
+    vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
+    looked_at: list[str] = []
+    learn = RamCapture.learn_population
+    with QemuMachine.connect(f"{tmp_path}/second.sock") as other:
+
+        def learn_and_note(ram: RamCapture) -> None:
+            looked_at.append(other.status())
+            learn(ram)
+
+        monkeypatch.setattr(RamCapture, "learn_population", learn_and_note)
+        take(vm, tmp_path / "a.still", mode="stop")
+    assert looked_at == ["paused"]
+
+
+@pytest.mark.parametrize("mode", ["background", "stop"])
+def test_a_guest_that_somebody_resumes_meanwhile_fails_the_snapshot(
+    linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
+    save = QemuMachine.save_device_state
+    with QemuMachine.connect(f"{tmp_path}/second.sock") as other:
+
+        def resume_and_save(machine: QemuMachine) -> bytes:
+            other.cont()
+            return save(machine)
+
+        monkeypatch.setattr(QemuMachine, "save_device_state", resume_and_save)
+        with pytest.raises(SnapshotFailed, match="RESUME") as failure:
+            take(vm, tmp_path / "a.still", mode=mode)
+    assert failure.value.guest_state == "running"
+    assert vm.is_progressing()
+    assert not list(tmp_path.glob("*.still"))
+
+
+def test_the_state_of_a_paused_vm_is_told(linux_guest: GuestFactory, tmp_path: Path) -> None:
+    vm = linux_guest()
+    with QemuMachine.connect(str(vm.qmp_path)) as machine:
+        machine.stop()
+        job = SnapshotJob(
+            lambda control: take_snapshot(
+                control,
+                machine,
+                LocalSink(tmp_path / "a.still"),
+                SnapshotOptions(max_bandwidth_bytes_per_s=1 << 20),
+            )
+        )
+        while job.state not in ("active", "failed"):
+            time.sleep(0.01)
+        job.cancel()
+        with pytest.raises(SnapshotCancelled) as cancelled:
+            job.wait(20)
+    assert cancelled.value.guest_state == "paused"

@@ -1,5 +1,8 @@
-"""The long counts: hundreds of snapshots, a hundred kills. ``make soak``; figures of full runs are in
-docs/reference/measurements.md. ``STILLFRAME_SOAK_COUNT`` sets the count per configuration."""
+"""The long counts: hundreds of snapshots, a hundred kills (``make soak``).
+
+Figures of full runs are in docs/reference/measurements.md. ``STILLFRAME_SOAK_COUNT`` sets the
+count per configuration.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_IGNORED = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+"""Ctrl-Z would stop the fault thread with us, and the guest at its next write."""
 
 
 class CancelRequests:
@@ -25,6 +27,8 @@ class CancelRequests:
             if before is not signal.SIG_IGN:
                 self._before[number] = before
                 signal.signal(number, self._note)
+        for number in _IGNORED:
+            self._before[number] = signal.signal(number, signal.SIG_IGN)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

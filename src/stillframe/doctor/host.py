@@ -142,7 +142,7 @@ def _qemu() -> Check:
         {
             entry.name
             for place in os.get_exec_path()
-            if Path(place).is_dir()
+            if os.path.isdir(place)  # noqa: PTH112 - is_dir() raises where we may not look
             for entry in Path(place).glob("qemu-system-*")
             if os.access(entry, os.X_OK)
         }

@@ -17,7 +17,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from stillframe.errors import HostError, InternalError, MachineError, SnapshotFailed
@@ -54,19 +54,16 @@ class RamCapture:
         blocks: Sequence[RamBlock],
         *,
         spill_bytes: int,
-        on_fault_thread_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare; nothing of the guest is touched.
 
         Args:
             uffd: of that process; None for a guest that stands still all the time.
             spill_bytes: most memory for faulted pages; at least two slabs are used.
-            on_fault_thread_end: called (from that thread) if it ends by an error.
         """
         self._uffd = uffd
         self._pid = pid
         self._blocks = tuple(blocks)
-        self._on_end = on_fault_thread_end
         self._armed = False
         self._registered = [0] * len(self._blocks)
         self._files: list[int] = []
@@ -76,32 +73,36 @@ class RamCapture:
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._slab_bytes = max([SLAB_BYTES, *(block.page_size_bytes for block in self._blocks)])
         self._spill_bytes = max(spill_bytes, 2 * self._slab_bytes)
-        self._readers = [self._open_file(block) for block in self._blocks]
-        self._core = _capture.Capture(
-            uffd.fileno() if uffd is not None else -1,
-            self._stop_fd,
-            pid,
-            [
-                (
-                    block.hva,
-                    block.pages,
-                    -(-block.used_length_bytes // _TARGET_PAGE_BYTES),
-                    block.page_size_bytes,
-                    # Private memory is only in the VMM's page tables, so read it there.
-                    fd if fd is not None and block.shared else -1,
-                    block.backing_offset_bytes,
-                    int(block.shared and block.backing != "hugetlbfs"),
-                    block.idstr.encode(),
-                )
-                for block, fd in zip(self._blocks, self._readers, strict=True)
-            ],
-            slab_bytes=self._slab_bytes,
-            spill_slabs=self._spill_bytes // self._slab_bytes,
-            max_window_bytes=_MAX_WINDOW_BYTES,
-        )
-        self._core.grow_spill(
-            max(2, min(self._spill_bytes, _FIRST_SPILL_BYTES) // self._slab_bytes)
-        )
+        try:
+            self._readers = [self._open_file(block) for block in self._blocks]
+            self._core = _capture.Capture(
+                uffd.fileno() if uffd is not None else -1,
+                self._stop_fd,
+                pid,
+                [
+                    (
+                        block.hva,
+                        block.pages,
+                        -(-block.used_length_bytes // _TARGET_PAGE_BYTES),
+                        block.page_size_bytes,
+                        # Private memory is only in the VMM's page tables, so read it there.
+                        fd if fd is not None and block.shared else -1,
+                        block.backing_offset_bytes,
+                        int(block.shared and block.backing != "hugetlbfs"),
+                        block.idstr.encode(),
+                    )
+                    for block, fd in zip(self._blocks, self._readers, strict=True)
+                ],
+                slab_bytes=self._slab_bytes,
+                spill_slabs=self._spill_bytes // self._slab_bytes,
+                max_window_bytes=_MAX_WINDOW_BYTES,
+            )
+            self._core.grow_spill(
+                max(2, min(self._spill_bytes, _FIRST_SPILL_BYTES) // self._slab_bytes)
+            )
+        except BaseException:
+            self._close_descriptors()
+            raise
 
     @property
     def spill_bytes(self) -> int:
@@ -146,8 +147,7 @@ class RamCapture:
         # and serves a fault in well under a millisecond. Else at normal priority.
         with contextlib.suppress(PermissionError):
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-        if self._core.fault_loop() < 0:
-            self._on_end()
+        self._core.fault_loop()  # its error is in the statistics: see check
 
     def arm(self) -> float:
         """Protect all RAM while the guest runs, and learn which pages are populated.
@@ -178,6 +178,7 @@ class RamCapture:
                     self._core.protect(index, first, min(step, block.pages - first)),
                     f"protecting {block.idstr}",
                 )
+                self.check()  # faults that nobody serves would also keep the VM from stopping
 
     def learn_population(self) -> None:
         """Find out which pages were ever populated; the others are not read."""
@@ -312,6 +313,9 @@ class RamCapture:
         self._stop_thread()
         if self._uffd is not None:
             self._uffd.close()
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
         for fd in self._files:
             os.close(fd)
         self._files.clear()

@@ -23,6 +23,7 @@ class Guard:
     """
 
     def __init__(self, monitor_fd: int) -> None:
+        self._armed = False
         ours, theirs = socket.socketpair()
         self._control = ours
         try:
@@ -63,6 +64,7 @@ class Guard:
         Raises:
             HostError: the guard is gone; the VM must not be stopped.
         """
+        self._armed = True
         self._send(b"A")
 
     def disarm(self) -> None:
@@ -70,6 +72,7 @@ class Guard:
         # A guard that died meanwhile has nothing to guard any more.
         with contextlib.suppress(HostError):
             self._send(b"D")
+        self._armed = False
 
     def _send(self, command: bytes) -> None:
         try:
@@ -83,10 +86,12 @@ class Guard:
             ) from error
 
     def close(self) -> None:
-        """End the guard. If it is still armed, it lets the VM go on first."""
+        """End the guard. If it is still armed, it lets the VM go on first, and stays until QEMU has
+        answered it, longer than we if need be."""
         self._control.close()
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            if not self._armed:
+                self._process.kill()
+                self._process.wait()

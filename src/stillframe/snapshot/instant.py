@@ -16,6 +16,7 @@ from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, StoppedWrite
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.guard import Guard
+from stillframe.snapshot.standstill import Standstill
 
 
 class Instant(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +37,14 @@ class _Laps:
         return passed
 
 
-def take_instant(machine: Machine, guard: Guard, ram: RamCapture, *, was_running: bool) -> Instant:
+def take_instant(
+    machine: Machine,
+    guard: Guard,
+    ram: RamCapture,
+    standstill: Standstill,
+    *,
+    was_running: bool,
+) -> Instant:
     """Stop the guest, fix the instant, let it go on.
 
     Args:
@@ -48,12 +56,12 @@ def take_instant(machine: Machine, guard: Guard, ram: RamCapture, *, was_running
     if was_running:
         guard.arm()
     try:
-        instant = _in_downtime(machine, ram, was_running)
+        instant = _in_downtime(machine, ram, standstill, was_running)
     except BaseException:
         # Un-protect first: a thread of the VMM that waits for a fault may hold the lock
         # that the monitor needs.
         ram.release()
-        if was_running:
+        if was_running or standstill.broken():
             machine.resume_at_all_costs()
             guard.disarm()
         raise
@@ -61,15 +69,18 @@ def take_instant(machine: Machine, guard: Guard, ram: RamCapture, *, was_running
     return instant
 
 
-def _in_downtime(machine: Machine, ram: RamCapture, was_running: bool) -> Instant:
+def _in_downtime(
+    machine: Machine, ram: RamCapture, standstill: Standstill, was_running: bool
+) -> Instant:
     laps = _Laps()
-    if was_running:
-        machine.stop()
+    # Also if it is paused already: then this does nothing, unless somebody has just resumed it.
+    machine.stop()
     stop_ms = laps.lap_ms()
     faultpoints.reach("stopped")
     ram.protect_written()
     protect_ms = laps.lap_ms()
     device_state = machine.save_device_state()
+    standstill.check()
     devices_ms = laps.lap_ms()
     faultpoints.reach("devices")
     writes = ram.instant()

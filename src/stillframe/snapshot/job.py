@@ -24,8 +24,6 @@ class JobControl:
     def __init__(self, on_progress: Callable[[Statistics], None] | None) -> None:
         self.progress = Progress()
         self.cancelled = threading.Event()
-        self.wake = threading.Event()
-        """Set whenever the job should look around: cancelled, a thread ended, the VM exited."""
         self._on_progress = on_progress
 
     def tell(self) -> None:
@@ -105,7 +103,6 @@ class SnapshotJob:
         """Ask the job to give up. It ends in ``cancelled`` with the guest running, unless it is
         finished first; ``wait`` then raises SnapshotCancelled. May be called from any thread."""
         self._control.cancelled.set()
-        self._control.wake.set()
 
     def wait(self, timeout_s: float | None = None) -> TakenSnapshot:
         """Wait for the end.

@@ -45,6 +45,8 @@ class Progress:
             self.ram = None
         if self.writer is not None:
             self.file_bytes = self.writer.file_bytes
+            if self.state in ("completed", "failed", "cancelled"):
+                self.writer = None  # it holds the whole index
         self.total_ms = (time.monotonic() - self._began) * 1e3
 
     def statistics(self) -> Statistics:

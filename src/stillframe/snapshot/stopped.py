@@ -13,10 +13,11 @@ from stillframe.model import Downtime
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.guard import Guard
 from stillframe.snapshot.instant import Instant
+from stillframe.snapshot.standstill import Standstill
 
 
 def hold_still(
-    machine: Machine, guard: Guard, *, was_running: bool
+    machine: Machine, guard: Guard, standstill: Standstill, *, was_running: bool
 ) -> tuple[Instant, Callable[[], Downtime]]:
     """Stop the guest and save its device state.
 
@@ -35,7 +36,7 @@ def hold_still(
         if ended:
             return ended[0]
         saved = time.monotonic()
-        if was_running:
+        if was_running or standstill.broken():
             machine.resume_at_all_costs()
         guard.disarm()
         now = time.monotonic()
@@ -53,11 +54,11 @@ def hold_still(
     if was_running:
         guard.arm()
     try:
-        if was_running:
-            machine.stop()
+        machine.stop()
         stop_ms = (time.monotonic() - began) * 1e3
         faultpoints.reach("stopped")
         device_state = machine.save_device_state()
+        standstill.check()
         devices_ms = (time.monotonic() - began) * 1e3 - stop_ms
         faultpoints.reach("devices")
     except BaseException:

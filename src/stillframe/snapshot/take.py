@@ -6,11 +6,18 @@ Everything that is set up is undone in reverse order, on every path (DESIGN sect
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import msgspec
 
-from stillframe.errors import MachineError, RefusedError, SnapshotFailed
+from stillframe.errors import (
+    GuestState,
+    MachineError,
+    RefusedError,
+    SnapshotFailed,
+    StillframeError,
+)
 from stillframe.machine import Machine, Watch
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, Manifest, RamBlock, Statistics
@@ -23,6 +30,7 @@ from stillframe.snapshot.guard import Guard
 from stillframe.snapshot.instant import take_instant
 from stillframe.snapshot.job import JobControl
 from stillframe.snapshot.options import SnapshotOptions
+from stillframe.snapshot.standstill import Standstill
 from stillframe.snapshot.stopped import hold_still
 from stillframe.snapshot.stream_parts import TARGET_PAGE_BYTES, StreamParts, block_records
 from stillframe.snapshot.yielding import VcpuDelay
@@ -54,11 +62,25 @@ def take_snapshot(
         SnapshotCancelled, SnapshotFailed, MachineError, SinkError, HostError: the guest
             runs, unprotected, and nothing was left behind; see ``guest_state``.
     """
-    with ExitStack() as cleanup:
-        writer = cleanup.enter_context(SnapshotWriter(sink))
-        control.progress.writer = writer
-        cleanup.callback(control.progress.keep)
-        return _Taking(control, machine, sink, options, writer, cleanup).run()
+    try:
+        with ExitStack() as cleanup:
+            writer = cleanup.enter_context(SnapshotWriter(sink))
+            control.progress.writer = writer
+            cleanup.callback(control.progress.keep)
+            return _Taking(control, machine, sink, options, writer, cleanup).run()
+    except StillframeError as error:
+        error.guest_state = _guest_state(machine, error.guest_state)
+        raise
+
+
+def _guest_state(machine: Machine, supposed: GuestState) -> GuestState:
+    """What the guest does now, after all cleanup, as the machine itself says."""
+    if not machine.process_alive():
+        return "none"
+    try:
+        return "running" if machine.status() == "running" else "paused"
+    except StillframeError:
+        return supposed
 
 
 class _Taking:
@@ -93,7 +115,6 @@ class _Taking:
         blocks = tuple(machine.ram_blocks())
         memory_map = machine.memory_map(blocks)
         signature = machine.blocks_signature()
-        was_running = machine.status() == "running"
         self._progress.ram_bytes = sum(block.used_length_bytes for block in blocks)
 
         guard = Guard(machine.monitor_fd())
@@ -105,14 +126,23 @@ class _Taking:
         watch = machine.watch()
         self._cleanup.callback(watch.close)
         self._control.check_cancelled()
+        ram.check()
         machine.refuse_unsavable()
 
+        # Asked now and not earlier: attaching and arming take time, and others use the VM too.
+        run_state = machine.status()
+        was_running = run_state == "running"
+        standstill = Standstill(watch)
         if self._background:
-            instant = take_instant(machine, guard, ram, was_running=was_running)
+            instant = take_instant(machine, guard, ram, standstill, was_running=was_running)
             self._note_downtime(instant.downtime)
+            free_guest: Callable[[], object] = ram.release
         else:
-            instant, resume = hold_still(machine, guard, was_running=was_running)
+            instant, resume = hold_still(machine, guard, standstill, was_running=was_running)
+            free_guest = resume
             self._cleanup.callback(resume)
+            # Only now: a page that was touched before the stop is a part of the instant.
+            ram.learn_population()
         faultpoints.reach("continued")
         self._progress.writes_while_stopped = instant.writes
 
@@ -120,11 +150,12 @@ class _Taking:
             blocks,
             instant.device_state,
             machine_type=record.machine_type,
-            run_state="running" if was_running else "paused",
+            run_state=run_state,
         )
-        self._save(ram, parts)
+        self._save(ram, parts, free_guest)
         self._check_unchanged(signature, watch)
         if not self._background:
+            standstill.check(also=("RESET",))
             self._note_downtime(resume())
 
         manifest = Manifest(
@@ -168,20 +199,21 @@ class _Taking:
 
     def _attach(self, blocks: tuple[RamBlock, ...]) -> RamCapture:
         self._control.enter("setup", "attaching")
-        uffd = self._machine.open_userfaultfd() if self._background else None
+        uffd = None
+        if self._background:
+            uffd = self._machine.open_userfaultfd()
+            self._cleanup.callback(uffd.close)
         ram = RamCapture(
             uffd,
             self._machine.pid,
             blocks,
             spill_bytes=self._options.spill_bytes,
-            on_fault_thread_end=self._control.wake.set,
         )
         self._cleanup.callback(ram.close)
         self._cleanup.callback(self._progress.keep)
         self._progress.ram = ram
         faultpoints.reach("attached")
         if not self._background:
-            ram.learn_population()
             return ram
         self._cleanup.callback(ram.release)
         self._control.enter("setup", "arming")
@@ -196,7 +228,7 @@ class _Taking:
         self._progress.downtime = downtime
         self._progress.downtime_ms = downtime.total_ms
 
-    def _save(self, ram: RamCapture, parts: StreamParts) -> None:
+    def _save(self, ram: RamCapture, parts: StreamParts, free_guest: Callable[[], object]) -> None:
         control = self._control
         control.enter("active", "saving")
         self._writer.append_stream(parts.head())
@@ -212,6 +244,8 @@ class _Taking:
             level=self._level(),
         )
         self._cleanup.callback(encoders.stop)
+        # Undone before that: an encoder may hang in a blocked sink, and the guest must not wait.
+        self._cleanup.callback(free_guest)
         encoders.start()
         while not encoders.idle.wait(_TICK_S):
             control.check_cancelled()

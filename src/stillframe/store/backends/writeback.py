@@ -7,6 +7,7 @@ is what takes the time. Source: sync_file_range(2).
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from typing import Final
 
@@ -19,11 +20,12 @@ _WAIT_AFTER = 4
 class Writeback:
     """A thread that writes windows of a file out, one after the other, and waits for each.
 
-    Errors are left to fsync, which reports them.
+    Errors are left to fsync of the writer's descriptor. The kernel reports an error once to each
+    open file description, and waiting counts as reporting; so this opens one of its own.
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
         self._changed = threading.Condition()
         self._written_bytes = 0
         self._on_disk_bytes = 0
@@ -67,10 +69,13 @@ class Writeback:
                 self._on_disk_bytes += length
 
     def end(self) -> None:
-        """End the thread; call it before the descriptor is closed."""
+        """End the thread; it must not be used after that."""
         with self._changed:
             self._ended = True
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
