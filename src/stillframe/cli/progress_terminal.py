@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column
 
 from stillframe.cli.progress import amount
 from stillframe.cli.text import printable
@@ -22,9 +23,16 @@ class TerminalProgress:
     def __init__(self) -> None:
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[details]}", markup=False),
+            # On a narrow terminal the details are cut, and the phase never.
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=10)
+            ),
+            BarColumn(bar_width=16),
+            TextColumn(
+                "{task.fields[details]}",
+                markup=False,
+                table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis"),
+            ),
             console=Console(stderr=True),
             auto_refresh=False,
             transient=True,
