@@ -20,7 +20,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from stillframe.errors import HostError, InternalError, MachineError, SnapshotFailed
+import msgspec
+
+from stillframe.errors import (
+    HostError,
+    InternalError,
+    MachineError,
+    RefusedError,
+    SnapshotFailed,
+)
 from stillframe.memory import _capture
 from stillframe.memory.population import file_behind, mark_populated
 from stillframe.memory.userfaultfd import Userfaultfd
@@ -60,10 +68,21 @@ class RamCapture:
         Args:
             uffd: of that process; None for a guest that stands still all the time.
             spill_bytes: most memory for faulted pages; at least two slabs are used.
+
+        Raises:
+            RefusedError: huge pages so large that each fault would stall the guest for long.
+            HostError: the memory behind a block cannot be opened.
         """
         self._uffd = uffd
         self._pid = pid
-        self._blocks = tuple(blocks)
+        # A guest that stands still is copied in target pages, however large its huge pages are.
+        self._blocks = tuple(
+            block
+            if uffd is not None
+            else msgspec.structs.replace(block, page_size_bytes=_TARGET_PAGE_BYTES)
+            for block in blocks
+        )
+        _refuse_gigantic(self._blocks)
         self._armed = False
         self._registered = [0] * len(self._blocks)
         self._files: list[int] = []
@@ -338,3 +357,13 @@ class RamCapture:
                 f"{doing} failed", why="the host is out of memory", guest_state="running"
             )
         raise InternalError(f"{doing} failed", why=os.strerror(number), guest_state="running")
+
+
+def _refuse_gigantic(blocks: Sequence[RamBlock]) -> None:
+    for block in blocks:
+        if block.page_size_bytes > MOST_PAGE_BYTES:
+            raise RefusedError(
+                f"{block.idstr} has huge pages of {block.page_size_bytes >> 20} MiB",
+                why="each page is copied in one piece before the guest may write to it",
+                remedy="use --mode stop, or smaller huge pages",
+            )
