@@ -39,12 +39,12 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(
-        "no-second-protection",
-        1,
+        "not-protected-before-devices",
+        8,
         "src/stillframe/snapshot/instant.py",
         "    ram.protect_written()\n",
         "    pass\n",
-        (f"{TAKE}::test_never_torn_under_full_load", PROCESS),
+        (f"{TAKE}::test_nothing_is_written_while_the_guest_stands",),
     ),
     Mutation(
         "noted-forgotten",
@@ -71,20 +71,11 @@ MUTATIONS = (
         (f"{FAULTS}::test_kill[stopped]",),
     ),
     Mutation(
-        "not-released-after-failure",
-        4,
-        "src/stillframe/memory/ram_capture.py",
-        "        self._unregister()\n        self._stop_thread()\n        self._core.flush()\n",
-        "        self._stop_thread()\n        self._core.flush()\n",
-        (f"{TAKE}::test_never_torn_under_full_load[memfd]", PROCESS),
-    ),
-    Mutation(
         "named-before-it-is-complete",
         5,
         "src/stillframe/store/backends/local.py",
-        'fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, _MODE, dir_fd=directory_fd)',
-        'fd = os.open("early.still", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE, '
-        "dir_fd=directory_fd)",
+        'os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, _MODE, dir_fd=directory_fd)',
+        'os.open("early", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE, dir_fd=directory_fd)',
         (f"{FAULTS}::test_kill[swept]", "tests/contract"),
     ),
     Mutation(

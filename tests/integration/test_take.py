@@ -113,6 +113,15 @@ def test_numbers_add_up(linux_guest: GuestFactory, tmp_path: Path) -> None:
         snapshot.verify()
 
 
+def test_nothing_is_written_while_the_guest_stands(
+    linux_guest: GuestFactory, tmp_path: Path
+) -> None:
+    """What the guest wrote before the stop must not count as written by the VMM after it."""
+    vm = linux_guest(**FULL_LOAD)
+    for number in range(3):
+        assert take(vm, tmp_path / f"{number}.still").statistics.writes_while_stopped == ()
+
+
 def test_never_populated_pages_stay_so(linux_guest: GuestFactory, tmp_path: Path) -> None:
     vm = linux_guest(ram_mib=1024, mem_mib=16, memory="private")
 
