@@ -37,26 +37,37 @@ class _Laps:
         return passed
 
 
+def stop_unless_still(machine: Machine, run_state: str) -> None:
+    """Stop a guest that runs, or is paused: there it does nothing, unless somebody just resumed it.
+
+    Other states (suspended, io-error, ...) are left alone: QEMU from 9.0 on would make a suspended
+    guest a paused one.
+    """
+    if run_state in ("running", "paused"):
+        machine.stop()
+
+
 def take_instant(
     machine: Machine,
     guard: Guard,
     ram: RamCapture,
     standstill: Standstill,
     *,
-    was_running: bool,
+    run_state: str,
 ) -> Instant:
     """Stop the guest, fix the instant, let it go on.
 
     Args:
-        was_running: False for a guest that was paused before; it stays paused.
+        run_state: the guest's, just asked for. One that does not run is left in its state.
 
     Raises:
         StillframeError: something failed; the guest goes on, unprotected.
     """
+    was_running = run_state == "running"
     if was_running:
         guard.arm()
     try:
-        instant = _in_downtime(machine, ram, standstill, was_running)
+        instant = _in_downtime(machine, ram, standstill, run_state)
     except BaseException:
         # Un-protect first: a thread of the VMM that waits for a fault may hold the lock
         # that the monitor needs.
@@ -70,11 +81,10 @@ def take_instant(
 
 
 def _in_downtime(
-    machine: Machine, ram: RamCapture, standstill: Standstill, was_running: bool
+    machine: Machine, ram: RamCapture, standstill: Standstill, run_state: str
 ) -> Instant:
     laps = _Laps()
-    # Also if it is paused already: then this does nothing, unless somebody has just resumed it.
-    machine.stop()
+    stop_unless_still(machine, run_state)
     stop_ms = laps.lap_ms()
     faultpoints.reach("stopped")
     ram.protect_written()
@@ -86,7 +96,7 @@ def _in_downtime(
     writes = ram.instant()
     protect_ms += laps.lap_ms()
     faultpoints.reach("protected")
-    if was_running:
+    if run_state == "running":
         machine.cont()
     return Instant(
         device_state=device_state,

@@ -12,12 +12,12 @@ from stillframe.machine import Machine
 from stillframe.model import Downtime
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.guard import Guard
-from stillframe.snapshot.instant import Instant
+from stillframe.snapshot.instant import Instant, stop_unless_still
 from stillframe.snapshot.standstill import Standstill
 
 
 def hold_still(
-    machine: Machine, guard: Guard, standstill: Standstill, *, was_running: bool
+    machine: Machine, guard: Guard, standstill: Standstill, *, run_state: str
 ) -> tuple[Instant, Callable[[], Downtime]]:
     """Stop the guest and save its device state.
 
@@ -28,6 +28,7 @@ def hold_still(
     Raises:
         StillframeError: it failed; the guest goes on.
     """
+    was_running = run_state == "running"
     began = time.monotonic()
     stop_ms = devices_ms = 0.0
     ended: list[Downtime] = []
@@ -54,7 +55,7 @@ def hold_still(
     if was_running:
         guard.arm()
     try:
-        machine.stop()
+        stop_unless_still(machine, run_state)
         stop_ms = (time.monotonic() - began) * 1e3
         faultpoints.reach("stopped")
         device_state = machine.save_device_state()

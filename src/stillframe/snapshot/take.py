@@ -130,15 +130,15 @@ class _Taking:
         machine.refuse_unsavable()
 
         # Asked now and not earlier: attaching and arming take time, and others use the VM too.
-        run_state = machine.status()
-        was_running = run_state == "running"
+        # Watched from before the question: a resume after the answer must not go unseen.
         standstill = Standstill(watch)
+        run_state = machine.status()
         if self._background:
-            instant = take_instant(machine, guard, ram, standstill, was_running=was_running)
+            instant = take_instant(machine, guard, ram, standstill, run_state=run_state)
             self._note_downtime(instant.downtime)
             free_guest: Callable[[], object] = ram.release
         else:
-            instant, resume = hold_still(machine, guard, standstill, was_running=was_running)
+            instant, resume = hold_still(machine, guard, standstill, run_state=run_state)
             free_guest = resume
             self._cleanup.callback(resume)
             # Only now: a page that was touched before the stop is a part of the instant.
