@@ -313,3 +313,31 @@ def test_the_state_of_a_paused_vm_is_told(linux_guest: GuestFactory, tmp_path: P
         with pytest.raises(SnapshotCancelled) as cancelled:
             job.wait(20)
     assert cancelled.value.guest_state == "paused"
+
+
+def test_a_paused_vm_that_somebody_resumes_is_not_left_stopped(
+    linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is resumed right after it was found paused: our stop must be undone."""
+    vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
+    ask, look = QemuMachine.status, QemuMachine.refuse_unsavable
+    with QemuMachine.connect(f"{tmp_path}/second.sock") as other:
+        other.stop()
+        resumed: list[bool] = []
+
+        def look_and_arm(machine: QemuMachine) -> None:
+            look(machine)
+            monkeypatch.setattr(QemuMachine, "status", status_and_resume)
+
+        def status_and_resume(machine: QemuMachine) -> str:
+            found = ask(machine)
+            if not resumed:
+                resumed.append(True)
+                other.cont()
+            return found
+
+        monkeypatch.setattr(QemuMachine, "refuse_unsavable", look_and_arm)
+        with pytest.raises(SnapshotFailed, match="RESUME"):
+            take(vm, tmp_path / "a.still")
+    assert resumed
+    assert vm.is_progressing()
