@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from stillframe.doctor.checks import Check, CheckStatus
     from stillframe.doctor.survey import SurveyedVm
     from stillframe.machine import Hindrance, Machine
-    from stillframe.machine.qemu.machine import QemuMachine
-    from stillframe.machine.qemu.processes import VmInfo
+    from stillframe.machine.outside.machine import OutsideMachine
+    from stillframe.machine.outside.vm_info import VmInfo
     from stillframe.model import Statistics
     from stillframe.restore.records import RestorePlan
     from stillframe.restore.start import RestoredVm
@@ -44,7 +44,7 @@ __all__ = [
     "Hindrance",
     "Machine",
     "Mode",
-    "QemuMachine",
+    "OutsideMachine",
     "RestorePlan",
     "RestoredVm",
     "Sink",
@@ -77,7 +77,7 @@ _TYPES: Final = {
     "CheckStatus": "stillframe.doctor.checks",
     "Hindrance": "stillframe.machine",
     "Machine": "stillframe.machine",
-    "QemuMachine": "stillframe.machine.qemu.machine",
+    "OutsideMachine": "stillframe.machine.outside.machine",
     "RestorePlan": "stillframe.restore.records",
     "RestoredVm": "stillframe.restore.start",
     "Sink": "stillframe.store.backends",
@@ -88,7 +88,7 @@ _TYPES: Final = {
     "SurveyedVm": "stillframe.doctor.survey",
     "TakenSnapshot": "stillframe.snapshot.take",
     "VerifyReport": "stillframe.store.verify",
-    "VmInfo": "stillframe.machine.qemu.processes",
+    "VmInfo": "stillframe.machine.outside.vm_info",
 }
 """Classes of what the functions take and return, and where they live."""
 
@@ -112,7 +112,7 @@ DEFAULT_SPILL_BYTES: Final = 256 << 20
 
 def list_vms() -> list[VmInfo]:
     """The QEMU system emulators that run on this host, by pid. The guests are not touched."""
-    from stillframe.machine.qemu.processes import list_vms as listed
+    from stillframe.machine.running import list_vms as listed
 
     return listed()
 
@@ -127,7 +127,7 @@ def survey() -> list[SurveyedVm]:
     return surveyed()
 
 
-def connect(vm: str | int, *, timeout_s: float = 5.0) -> QemuMachine:
+def connect(vm: str | int, *, timeout_s: float = 5.0) -> OutsideMachine:
     """Connect to a running VM. The guest is not touched; use it as a context manager.
 
     Args:
@@ -140,9 +140,9 @@ def connect(vm: str | int, *, timeout_s: float = 5.0) -> QemuMachine:
         BusyError: every monitor of the VM is held by another client.
         HostError: not permitted. MachineError: the VM does not answer.
     """
-    from stillframe.machine.qemu.machine import QemuMachine
+    from stillframe.machine.running import connect as connected
 
-    return QemuMachine.connect(str(vm), timeout_s=timeout_s)
+    return connected(str(vm), timeout_s=timeout_s)
 
 
 def doctor(vm: str | int | None = None, *, directory: StrPath = ".") -> list[Check]:

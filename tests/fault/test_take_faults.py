@@ -15,8 +15,8 @@ import pytest
 
 from guests.qemu import GuestVm
 from stillframe.errors import MachineError
-from stillframe.machine.qemu import machine as machine_module
-from stillframe.machine.qemu.machine import QemuMachine
+from stillframe.machine import running
+from stillframe.machine.running import connect
 from stillframe.snapshot.job import SnapshotJob
 from stillframe.snapshot.options import SnapshotOptions
 from stillframe.snapshot.take import take_snapshot
@@ -212,9 +212,9 @@ def test_the_monitor_vanishes_in_the_downtime(
     relay_path = tmp_path / "relay.sock"
     relay = Relay(relay_path, vm.qmp_path, f'"execute":"{lost_at}"'.encode())
     # The relay hides which process is behind the monitor.
-    monkeypatch.setattr(machine_module, "pid_of_monitor", lambda *_: vm.pid)
+    monkeypatch.setattr(running, "pid_of_monitor", lambda *_: vm.pid)
     file = tmp_path / "a.still"
-    with QemuMachine.connect(str(relay_path)) as machine:
+    with connect(str(relay_path)) as machine:
         job = SnapshotJob(
             lambda control: take_snapshot(control, machine, LocalSink(file), SnapshotOptions())
         )

@@ -21,13 +21,12 @@ from typing import Any
 import pytest
 
 from stillframe.errors import BusyError, MachineError, NotFoundError, RefusedError, UsageError
+from stillframe.machine.outside.device_state import DeviceStateSaver, save_device_state
 from stillframe.machine.qemu import ramblocks
-from stillframe.machine.qemu.device_state import DeviceStateSaver, save_device_state
-from stillframe.machine.qemu.find import find_vm
 from stillframe.machine.qemu.machine import QemuMachine
-from stillframe.machine.qemu.processes import list_vms
 from stillframe.machine.qemu.ram_list import RamListError
 from stillframe.machine.qemu.ramblocks import read_ram_blocks
+from stillframe.machine.running import connect, find_vm, list_vms
 from stillframe.model import RamBlock
 from stillframe.qmp.client import QmpClient, QmpCommandError
 from tests.support.bare_vm import BareVm
@@ -135,7 +134,7 @@ def test_ram_blocks(kind: str, tmp_path: Path) -> None:
     try:
         with (
             BareVm("-S", *(word.format(**places) for word in arguments)) as vm,
-            QemuMachine.connect(vm.qmp) as machine,
+            connect(vm.qmp) as machine,
         ):
             blocks = machine.ram_blocks()
             assert {(b.idstr, b.used_length_bytes) for b in blocks} == monitor_sees(machine)
@@ -175,7 +174,7 @@ def assert_content(machine: QemuMachine, vm: BareVm, directory: Path) -> None:
 
 
 def test_the_content_of_a_booted_machine(booted: BareVm, tmp_path: Path) -> None:
-    with QemuMachine.connect(booted.qmp) as machine:
+    with connect(booted.qmp) as machine:
         machine.stop()
         try:
             assert_content(machine, booted, tmp_path)
@@ -192,7 +191,7 @@ def test_huge_pages() -> None:
     backend = "memory-backend-memfd,id=m0,size=64M,hugetlb=on,hugetlbsize=2M"
     with (
         BareVm("-S", "-m", "64", "-object", backend, *MAIN) as vm,
-        QemuMachine.connect(vm.qmp) as machine,
+        connect(vm.qmp) as machine,
     ):
         block = by_name(machine.ram_blocks())["m0"]
         assert block.page_size_bytes == 2 * MIB
@@ -203,7 +202,7 @@ def test_huge_pages() -> None:
 def test_main_ram_is_split_around_the_hole_below_4_gib() -> None:
     with (
         BareVm("-S", "-M", "q35", "-m", "6144") as vm,
-        QemuMachine.connect(vm.qmp) as machine,
+        connect(vm.qmp) as machine,
     ):
         ram = [run for run in machine.memory_map(machine.ram_blocks()) if run.idstr == "pc.ram"]
         assert (ram[0].gpa, ram[0].offset_bytes) == (0, 0)
@@ -220,7 +219,7 @@ def test_main_ram_is_split_around_the_hole_below_4_gib() -> None:
 def test_a_kvm_machine() -> None:
     with (
         BareVm("-accel", "kvm", "-M", "q35", "-m", "64", "-S", name=KVM_NAME) as vm,
-        QemuMachine.connect(vm.qmp) as machine,
+        connect(vm.qmp) as machine,
     ):
         ram = [run for run in machine.memory_map(machine.ram_blocks()) if run.idstr == "pc.ram"]
         assert sum(run.length_bytes for run in ram) >= 63 * MIB
@@ -295,7 +294,7 @@ def test_a_list_that_disagrees_with_the_monitor_is_refused(booted: BareVm, kind:
 
 def test_memory_that_is_not_plugged_in_is_no_block() -> None:
     spare = ["-object", "memory-backend-ram,id=spare,size=3M"]
-    with BareVm("-S", "-m", "64", *spare) as vm, QemuMachine.connect(vm.qmp) as machine:
+    with BareVm("-S", "-m", "64", *spare) as vm, connect(vm.qmp) as machine:
         assert " 0x0000000000300000 0x0000000000300000" in machine.qmp.hmp("info ramblock")
         blocks = machine.ram_blocks()
         assert 3 * MIB not in {block.used_length_bytes for block in blocks}
@@ -316,7 +315,7 @@ def test_shared_memory_is_the_same_through_its_file(tmp_path: Path) -> None:
     for backend, offset in offsets.items():
         with (
             BareVm("-M", "q35", "-m", "64", "-object", backend, *MAIN) as vm,
-            QemuMachine.connect(vm.qmp) as machine,
+            connect(vm.qmp) as machine,
         ):
             time.sleep(BIOS_S)
             machine.stop()
@@ -334,7 +333,7 @@ def test_shared_memory_is_the_same_through_its_file(tmp_path: Path) -> None:
 def test_hotplug_changes_the_signature() -> None:
     with (
         BareVm("-S", "-m", "64,slots=2,maxmem=1G") as vm,
-        QemuMachine.connect(vm.qmp) as machine,
+        connect(vm.qmp) as machine,
     ):
         before = machine.ram_blocks()
         signature = machine.blocks_signature()
@@ -350,7 +349,7 @@ def test_hotplug_changes_the_signature() -> None:
 
 
 def test_device_state_is_a_stream_and_the_same_twice(booted: BareVm) -> None:
-    with QemuMachine.connect(booted.qmp) as machine:
+    with connect(booted.qmp) as machine:
         machine.stop()
         try:
             machine.prepare_device_state()
@@ -372,7 +371,7 @@ def test_device_state_is_a_stream_and_the_same_twice(booted: BareVm) -> None:
 
 
 def test_saving_a_running_machine_leaves_it_running(booted: BareVm) -> None:
-    with QemuMachine.connect(booted.qmp) as machine:
+    with connect(booted.qmp) as machine:
         assert machine.save_device_state()[:4] == b"QEVM"
         assert machine.status() == "running"
 
@@ -383,7 +382,7 @@ def test_device_state_over_tcp_needs_no_descriptors(tmp_path: Path) -> None:
     disk = ["-drive", "if=none,id=d,driver=null-co,size=1M", "-device", "virtio-blk-pci,drive=d"]
     with (
         BareVm("-S", "-m", "64", "-qmp", tcp, *disk) as vm,
-        QemuMachine.connect(f"127.0.0.1:{port}") as machine,
+        connect(f"127.0.0.1:{port}") as machine,
         QmpClient.connect(vm.qmp) as other,
     ):
         assert machine.pid == vm.pid
@@ -454,7 +453,7 @@ def test_a_held_monitor_is_not_waited_for_by_ps(booted: BareVm) -> None:
 
 def test_a_vm_is_found_by_name_pid_and_socket(booted: BareVm) -> None:
     for ref in (BOOTED_NAME, str(booted.pid), booted.qmp, f"unix:{booted.second_qmp}"):
-        with QemuMachine.connect(ref) as machine:
+        with connect(ref) as machine:
             assert machine.pid == booted.pid
     assert find_vm(booted.second_qmp).qmp_addresses == (booted.second_qmp, booted.qmp)
 
@@ -476,7 +475,7 @@ def test_relative_sockets_and_host_and_port(tmp_path: Path) -> None:
         )  # fmt: skip
         for address in (str(tmp_path / "rel"), str(tmp_path / "a,b"), f"localhost:{port}"):
             assert find_vm(address).pid == vm.pid
-            with QemuMachine.connect(address) as machine:
+            with connect(address) as machine:
                 assert machine.pid == vm.pid
 
 
@@ -486,14 +485,14 @@ def test_a_pretty_monitor_speaks_many_lines(tmp_path: Path) -> None:
     with BareVm("-S", "-m", "32", *pretty, name=PRETTY_NAME, qmp=False) as vm:
         while not path.exists():
             time.sleep(0.01)
-        with QemuMachine.connect(PRETTY_NAME) as machine:
+        with connect(PRETTY_NAME) as machine:
             assert machine.pid == vm.pid
             assert machine.save_device_state()[:4] == b"QEVM"
             assert len(machine.ram_blocks()) > 3
 
 
 def test_a_vanished_vm_is_noticed_at_once() -> None:
-    with BareVm("-m", "32") as vm, QemuMachine.connect(vm.qmp) as machine:
+    with BareVm("-m", "32") as vm, connect(vm.qmp) as machine:
         lost = threading.Event()
         machine.qmp.on_lost(lost.set)
         began = time.monotonic()
@@ -532,7 +531,7 @@ def test_a_socket_whose_path_was_used_before_is_asked_itself(tmp_path: Path) -> 
             while not path.exists():
                 time.sleep(0.01)
             assert find_vm(str(path)).pid == second.pid
-            with QemuMachine.connect(str(path)) as machine:
+            with connect(str(path)) as machine:
                 assert machine.pid == second.pid
 
 
@@ -563,7 +562,7 @@ def test_an_inherited_monitor_socket_is_found(tmp_path: Path) -> None:
         deadline = time.monotonic() + 20
         while True:
             with contextlib.suppress(NotFoundError, BusyError):
-                with QemuMachine.connect(INHERITED_NAME) as machine:
+                with connect(INHERITED_NAME) as machine:
                     assert machine.pid == pid
                 break
             assert time.monotonic() < deadline
@@ -602,18 +601,18 @@ def test_a_process_that_is_no_vm() -> None:
 def test_a_held_monitor_is_busy_and_another_is_used(booted: BareVm) -> None:
     with QmpClient.connect(booted.qmp):
         with pytest.raises(BusyError, match="in use by another client"):
-            QemuMachine.connect(booted.qmp, timeout_s=0.3)
-        with QemuMachine.connect(BOOTED_NAME, timeout_s=0.3) as machine:
+            connect(booted.qmp, timeout_s=0.3)
+        with connect(BOOTED_NAME, timeout_s=0.3) as machine:
             assert machine.qmp.address == booted.second_qmp
         with (
             QmpClient.connect(booted.second_qmp),
             pytest.raises(BusyError),
         ):
-            QemuMachine.connect(str(booted.pid), timeout_s=0.3)
+            connect(str(booted.pid), timeout_s=0.3)
 
 
 def test_describe(booted: BareVm, tmp_path: Path) -> None:
-    with QemuMachine.connect(booted.qmp) as machine:
+    with connect(booted.qmp) as machine:
         record = machine.describe()
     assert re.fullmatch(r"pc-q35-\d+\.\d+", record.machine_type)
     assert record.name == BOOTED_NAME
@@ -641,7 +640,7 @@ def test_describe_tells_the_disks(tmp_path: Path) -> None:
     with (
         BareVm("-S", "-M", "pc", "-m", "32", "-nodefaults", "-drive", drive, "-device",
                "virtio-blk-pci,drive=d0,id=blk0") as vm,
-        QemuMachine.connect(vm.qmp) as machine,
+        connect(vm.qmp) as machine,
     ):  # fmt: skip
         record = machine.describe()
     assert record.machine_type.startswith("pc-i440fx-")
@@ -653,7 +652,7 @@ def test_describe_tells_the_disks(tmp_path: Path) -> None:
 
 
 def test_stop_cont_and_events(booted: BareVm) -> None:
-    with QemuMachine.connect(booted.qmp) as machine:
+    with connect(booted.qmp) as machine:
         watch = machine.watch()
         machine.stop()
         assert machine.status() == "paused"
@@ -680,7 +679,7 @@ def hindrances(machine: QemuMachine, mode: Any = "background") -> dict[str, str]
 
 
 def test_nothing_hinders_a_plain_machine(booted: BareVm) -> None:
-    with QemuMachine.connect(booted.qmp) as machine:
+    with connect(booted.qmp) as machine:
         before = time.monotonic()
         assert machine.preflight() == []
         assert time.monotonic() - before < 0.5, "0.03 s is usual"
@@ -753,7 +752,7 @@ def test_hindrances_are_found(kind: str, tmp_path: Path) -> None:
         vhost_user_backend(tmp_path / "vu")
     with (
         BareVm("-S", *(word.format(tmp=tmp_path) for word in arguments)) as vm,
-        QemuMachine.connect(vm.qmp) as machine,
+        connect(vm.qmp) as machine,
     ):
         assert hindrances(machine).get(name) == background
         assert hindrances(machine, "stop").get(name) == stop
@@ -763,7 +762,7 @@ def test_hindrances_are_found(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_second_process_that_maps_the_ram_is_named() -> None:
-    with BareVm("-S", *MEMFD) as vm, QemuMachine.connect(vm.qmp) as machine:
+    with BareVm("-S", *MEMFD) as vm, connect(vm.qmp) as machine:
         assert hindrances(machine) == {}
         (block,) = (b for b in machine.ram_blocks() if b.shared)
         path = f"/proc/{vm.pid}/fd/{block.backing_fd}"
@@ -801,7 +800,7 @@ def crawl(machine: QemuMachine, sink: socket.socket) -> None:
 def test_a_running_migration_is_refused() -> None:
     with (
         BareVm("-M", "q35", "-m", "64") as vm,
-        QemuMachine.connect(vm.qmp) as machine,
+        connect(vm.qmp) as machine,
         socket.create_server(("127.0.0.1", 0)) as sink,
     ):
         time.sleep(BIOS_S)
@@ -819,7 +818,7 @@ def test_another_userfaultfd_is_refused() -> None:
     """QEMU's own background snapshot, held up by a sink that does not read, has one."""
     with (
         BareVm("-M", "q35", "-m", "64") as vm,
-        QemuMachine.connect(vm.qmp) as machine,
+        connect(vm.qmp) as machine,
         socket.create_server(("127.0.0.1", 0)) as sink,
     ):
         time.sleep(BIOS_S)

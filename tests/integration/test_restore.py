@@ -21,8 +21,7 @@ from guests.monitor import qmp_execute
 from guests.qemu import GuestVm, qemu_binary
 from guests.serial import SerialConsole
 from stillframe.errors import DataError, HostError, MachineError, NotFoundError, UsageError
-from stillframe.machine.qemu.machine import QemuMachine
-from stillframe.machine.qemu.processes import list_vms
+from stillframe.machine.running import connect, list_vms
 from stillframe.model import MachineRecord
 from stillframe.restore.disk_use import is_written
 from stillframe.restore.start import RestoredVm, restore
@@ -222,7 +221,7 @@ def test_with_everything_that_must_move(
 
 def take_again(vm: RestoredVm, file: Path) -> None:
     """A snapshot of a restored VM."""
-    with QemuMachine.connect(vm.qmp_address) as machine:
+    with connect(vm.qmp_address) as machine:
         SnapshotJob(
             lambda control: take_snapshot(control, machine, LocalSink(file), SnapshotOptions())
         ).wait(60)
@@ -279,12 +278,12 @@ def test_paused(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:
 def test_a_paused_source_gives_a_paused_vm(
     restored: Restorer, source: GuestVm, tmp_path: Path
 ) -> None:
-    with QemuMachine.connect(str(source.qmp_path)) as machine:
+    with connect(str(source.qmp_path)) as machine:
         machine.stop()
     try:
         take(source, tmp_path / "p.still")
     finally:
-        with QemuMachine.connect(str(source.qmp_path)) as machine:
+        with connect(str(source.qmp_path)) as machine:
             machine.cont()
     assert restored(tmp_path / "p.still").state == "paused"
 

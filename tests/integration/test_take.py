@@ -15,6 +15,7 @@ import pytest
 from guests.qemu import GuestVm, qemu_binary
 from stillframe.errors import BusyError, RefusedError, SnapshotCancelled, SnapshotFailed
 from stillframe.machine.qemu.machine import QemuMachine
+from stillframe.machine.running import connect
 from stillframe.memory import ram_capture
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.snapshot.job import SnapshotJob
@@ -174,8 +175,8 @@ def test_a_second_snapshot_at_the_same_time_is_refused(
 ) -> None:
     vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
     with (
-        QemuMachine.connect(str(vm.qmp_path)) as one,
-        QemuMachine.connect(f"{tmp_path}/second.sock") as two,
+        connect(str(vm.qmp_path)) as one,
+        connect(f"{tmp_path}/second.sock") as two,
     ):
         slow = SnapshotOptions(max_bandwidth_bytes_per_s=1 << 20)
         first = SnapshotJob(
@@ -197,7 +198,7 @@ def test_a_second_snapshot_at_the_same_time_is_refused(
 
 def test_a_paused_vm_stays_paused(linux_guest: GuestFactory, tmp_path: Path) -> None:
     vm = linux_guest()
-    with QemuMachine.connect(str(vm.qmp_path)) as machine:
+    with connect(str(vm.qmp_path)) as machine:
         machine.stop()
         job = SnapshotJob(
             lambda control: take_snapshot(
@@ -264,7 +265,7 @@ def test_mode_stop_looks_for_populated_pages_when_the_guest_stands(
     vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
     looked_at: list[str] = []
     learn = RamCapture.learn_population
-    with QemuMachine.connect(f"{tmp_path}/second.sock") as other:
+    with connect(f"{tmp_path}/second.sock") as other:
 
         def learn_and_note(ram: RamCapture) -> None:
             looked_at.append(other.status())
@@ -281,7 +282,7 @@ def test_a_guest_that_somebody_resumes_meanwhile_fails_the_snapshot(
 ) -> None:
     vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
     save = QemuMachine.save_device_state
-    with QemuMachine.connect(f"{tmp_path}/second.sock") as other:
+    with connect(f"{tmp_path}/second.sock") as other:
 
         def resume_and_save(machine: QemuMachine) -> bytes:
             other.cont()
@@ -297,7 +298,7 @@ def test_a_guest_that_somebody_resumes_meanwhile_fails_the_snapshot(
 
 def test_the_state_of_a_paused_vm_is_told(linux_guest: GuestFactory, tmp_path: Path) -> None:
     vm = linux_guest()
-    with QemuMachine.connect(str(vm.qmp_path)) as machine:
+    with connect(str(vm.qmp_path)) as machine:
         machine.stop()
         job = SnapshotJob(
             lambda control: take_snapshot(
@@ -321,7 +322,7 @@ def test_a_paused_vm_that_somebody_resumes_is_not_left_stopped(
     """It is resumed right after it was found paused: our stop must be undone."""
     vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
     ask, look = QemuMachine.status, QemuMachine.refuse_unsavable
-    with QemuMachine.connect(f"{tmp_path}/second.sock") as other:
+    with connect(f"{tmp_path}/second.sock") as other:
         other.stop()
         resumed: list[bool] = []
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from guests.consistency import ConsistencyReport, check_pages
 from guests.qemu import RAM_ID, GuestVm
-from stillframe.machine.qemu.machine import QemuMachine
+from stillframe.machine.running import connect
 from stillframe.model import Statistics
 from stillframe.snapshot.job import SnapshotJob
 from stillframe.snapshot.options import SnapshotOptions
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def take(vm: GuestVm, file: Path, **options: Any) -> TakenSnapshot:
     """Take a snapshot in this process; ``options`` are those of SnapshotOptions."""
-    with QemuMachine.connect(str(vm.qmp_path)) as machine:
+    with connect(str(vm.qmp_path)) as machine:
         job = SnapshotJob(
             lambda control: take_snapshot(
                 control, machine, LocalSink(file), SnapshotOptions(**options)

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from stillframe.errors import StillframeError
-from stillframe.machine.qemu.machine import QemuMachine
-from stillframe.machine.qemu.processes import VmInfo, list_vms
+from stillframe.machine.outside.vm_info import VmInfo
+from stillframe.machine.running import connect, list_vms
 from stillframe.qmp.connection import address_text
 
 _TIMEOUT_S = 1.0
@@ -60,7 +60,7 @@ def _look_at(vm: VmInfo) -> SurveyedVm:
             seen, snapshotable=False, reasons=("it has no QMP monitor that can be reached",)
         )
     try:
-        with QemuMachine.connect(str(vm.pid), timeout_s=_TIMEOUT_S) as machine:
+        with connect(str(vm.pid), timeout_s=_TIMEOUT_S) as machine:
             seen = msgspec.structs.replace(
                 seen,
                 qemu_version=".".join(str(number) for number in machine.qmp.version),

@@ -8,7 +8,8 @@ from typing import Final
 
 from stillframe.doctor.checks import Check, CheckStatus, from_error
 from stillframe.errors import NotFoundError, StillframeError, UsageError
-from stillframe.machine.qemu.machine import QemuMachine
+from stillframe.machine.outside.machine import OutsideMachine
+from stillframe.machine.running import connect
 from stillframe.model import RamBlock
 from stillframe.qmp.connection import address_text
 
@@ -21,13 +22,13 @@ def vm_checks(ref: str) -> list[Check]:
     """Look at one VM.
 
     Args:
-        ref: as ``QemuMachine.connect`` takes it.
+        ref: as ``machine.running.connect`` takes it.
 
     Raises:
         NotFoundError, UsageError: there is no such VM.
     """
     try:
-        machine = QemuMachine.connect(ref)
+        machine = connect(ref)
     except (NotFoundError, UsageError):
         raise
     except StillframeError as error:
@@ -56,7 +57,7 @@ def _check(name: str, status: CheckStatus, found: str, remedy: str = "") -> Chec
     return Check(subject="vm", name=name, status=status, found=found, remedy=remedy)
 
 
-def _monitor(machine: QemuMachine) -> Check:
+def _monitor(machine: OutsideMachine) -> Check:
     version = ".".join(str(number) for number in machine.qmp.version)
     return _check(
         "monitor",

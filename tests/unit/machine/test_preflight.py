@@ -9,9 +9,11 @@ import msgspec
 import pytest
 
 from stillframe.machine import Hindrance
+from stillframe.machine.outside import preflight as outside_preflight
+from stillframe.machine.outside import preflight_host as outside_host
+from stillframe.machine.outside.evidence import Evidence
+from stillframe.machine.outside.vm_info import VmInfo
 from stillframe.machine.qemu import preflight, preflight_host
-from stillframe.machine.qemu.evidence import Evidence
-from stillframe.machine.qemu.processes import VmInfo
 from stillframe.machine.qemu.ram_list import RAM_GUEST_MEMFD, RAM_MIGRATABLE, RAM_PROTECTED
 from stillframe.model import RamBlock
 from stillframe.qmp.client import QmpCommandError
@@ -74,7 +76,7 @@ PLAIN = {"qom-get type": "pc-q35-7.2-machine"}
 
 @pytest.mark.parametrize("check", preflight.CHECKS, ids=lambda check: check.__name__)
 def test_a_plain_machine_has_no_hindrance(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight_host, "_pids", list)
+    monkeypatch.setattr(outside_host, "process_ids", list)
     assert found(check, evidence(PLAIN)) == {}
 
 
@@ -161,12 +163,12 @@ def test_xen() -> None:
     "status", ["inmigrate", "postmigrate", "finish-migrate", "restore-vm", "save-vm", "colo"]
 )
 def test_unfit_run_states(status: str) -> None:
-    assert found(preflight.run_state, evidence(status=status)) == {"run-state": "refuse"}
+    assert found(outside_preflight.run_state, evidence(status=status)) == {"run-state": "refuse"}
 
 
 @pytest.mark.parametrize("status", ["running", "paused", "prelaunch", "io-error", "suspended"])
 def test_fit_run_states(status: str) -> None:
-    assert found(preflight.run_state, evidence(status=status)) == {}
+    assert found(outside_preflight.run_state, evidence(status=status)) == {}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_fit_run_states(status: str) -> None:
 )  # fmt: skip
 def test_migration_states(status: str, busy: bool) -> None:
     seen = evidence(migration={"status": status})
-    assert found(preflight.migration_running, seen) == (
+    assert found(outside_preflight.migration_running, seen) == (
         {"migration-running": "refuse"} if busy else {}
     )
 
@@ -189,16 +191,16 @@ def test_qemus_own_snapshot_job() -> None:
     def jobs(kind: str, status: str) -> Evidence:
         return evidence({"query-jobs": [{"id": "j", "type": kind, "status": status}]})
 
-    assert found(preflight.migration_running, jobs("snapshot-save", "running")) == {
+    assert found(preflight.snapshot_jobs, jobs("snapshot-save", "running")) == {
         "snapshot-running": "refuse"
     }
-    assert found(preflight.migration_running, jobs("snapshot-save", "concluded")) == {}
-    assert found(preflight.migration_running, jobs("backup", "running")) == {}
+    assert found(preflight.snapshot_jobs, jobs("snapshot-save", "concluded")) == {}
+    assert found(preflight.snapshot_jobs, jobs("backup", "running")) == {}
 
 
 def test_every_blocker_is_told() -> None:
     seen = evidence(migration={"blocked-reasons": ["one", "two"]})
-    reasons = [hindrance.reason for hindrance in preflight.migration_blockers(seen)]
+    reasons = [hindrance.reason for hindrance in outside_preflight.migration_blockers(seen)]
     assert len(reasons) == 2
     assert reasons[0].endswith("one")
 
@@ -227,12 +229,12 @@ def block(**fields: Any) -> RamBlock:
 
 def test_files_and_read_only_blocks() -> None:
     on_disk = evidence(blocks=(block(backing="file", backing_path="/var/ram"), block()))
-    (hindrance,) = preflight_host.file_backed(on_disk)
+    (hindrance,) = outside_host.file_backed(on_disk)
     assert "/var/ram" in hindrance.reason
     assert "--mode stop" in hindrance.remedy
-    assert found(preflight_host.file_backed, msgspec.structs.replace(on_disk, mode="stop")) == {}
+    assert found(outside_host.file_backed, msgspec.structs.replace(on_disk, mode="stop")) == {}
     template = evidence(blocks=(block(readonly=True, backing="shmem", backing_path="/dev/shm/x"),))
-    assert found(preflight_host.read_only, template) == {"read-only-ram": "warn"}
+    assert found(outside_host.read_only, template) == {"read-only-ram": "warn"}
 
 
 def test_refusals_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +245,6 @@ def test_refusals_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
             "/machine/peripheral/v": "vfio-pci",
         },
     )
-    monkeypatch.setattr(preflight_host, "_pids", list)
-    monkeypatch.setattr(preflight, "gather", lambda *_arguments: seen)
-    nothing: Any = None
-    names = [h.name for h in preflight.preflight(nothing, nothing, nothing, "background")]
+    monkeypatch.setattr(outside_host, "process_ids", list)
+    names = [h.name for h in outside_preflight.hindrances(seen, preflight.CHECKS)]
     assert names == ["vfio", "balloon"]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from stillframe.errors import RefusedError
+from stillframe.machine.outside.proc_maps import Vma
+from stillframe.machine.outside.ramblock_text import MonitorBlock
 from stillframe.machine.qemu import ramblock_search
-from stillframe.machine.qemu.proc_maps import Vma
 from stillframe.machine.qemu.ramblock_search import search_blocks
-from stillframe.machine.qemu.ramblock_text import MonitorBlock
 
 MIB = 1 << 20
 

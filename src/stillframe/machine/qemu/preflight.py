@@ -1,35 +1,27 @@
-"""The pre-flight: what could make a snapshot wrong without anybody noticing (invariant 7).
+"""The pre-flight of a QEMU (see ``machine.outside.preflight``): what its monitor tells.
 
-Each hindrance has its own small function that takes the evidence and yields what it finds. Those
-that ask the host are in ``preflight_host``; these ask the monitor. Nothing touches the guest.
 QEMU's own background snapshot inhibits or refuses the same things from inside (QEMU
 ``migration/options.c``: migrate_caps_check, ``migration/ram.c``: ram_write_tracking_compatible).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterator
+
+import msgspec
 
 from stillframe.machine import Hindrance, Mode
+from stillframe.machine.outside import preflight as shared
+from stillframe.machine.outside.evidence import Evidence, as_list, as_map, ask, gather
+from stillframe.machine.outside.preflight import Check, in_background
+from stillframe.machine.outside.vm_info import VmInfo
 from stillframe.machine.qemu import preflight_host
-from stillframe.machine.qemu.evidence import Evidence, as_list, as_map, ask, gather
-from stillframe.machine.qemu.processes import VmInfo
 from stillframe.machine.qemu.ram_list import RAM_GUEST_MEMFD, RAM_PROTECTED
-from stillframe.machine.qemu.ramblocks import RamTable
+from stillframe.machine.qemu.ramblocks import QemuRamTable
 from stillframe.qmp.client import QmpClient
 
-Check = Callable[[Evidence], Iterator[Hindrance]]
-
-MIGRATION_IDLE = frozenset({"None", "none", "completed", "failed", "cancelled"})
-_UNFIT_STATES = {
-    "inmigrate": "it waits for an incoming migration",
-    "postmigrate": "it has been migrated away, and its disks are given up",
-    "finish-migrate": "its migration is being completed",
-    "restore-vm": "a snapshot is being loaded into it",
-    "save-vm": "another snapshot is being saved",
-    "colo": "it is replicated by COLO",
-}
+_DEVICE_PATHS = ("/machine/peripheral", "/machine/peripheral-anon")
+_DEVICES_MAX = 1024
 _ARCHITECTURES = """
 i386 x86_64 riscv32 riscv64 loongarch64 m68k sh4 sh4eb sparc ppc hppa rx xtensa xtensaeb
 """
@@ -39,39 +31,33 @@ _PAGE_4096 = frozenset(_ARCHITECTURES.split())
 _HINT_PROPERTIES = ("free-page-reporting", "free-page-hint")
 
 
-def preflight(info: VmInfo, qmp: QmpClient, table: RamTable, mode: Mode) -> list[Hindrance]:
+def preflight(info: VmInfo, qmp: QmpClient, table: QemuRamTable, mode: Mode) -> list[Hindrance]:
     """Everything that stands in the way of a snapshot now, refusals first.
 
     Raises:
         MachineError: the monitor or the process went away. HostError: not permitted.
         RefusedError: the RAM blocks cannot be told for certain.
     """
-    evidence = gather(info, qmp, table, mode)
-    found = [hindrance for check in CHECKS for hindrance in check(evidence)]
-    return sorted(found, key=lambda hindrance: hindrance.severity != "refuse")
+    evidence = msgspec.structs.replace(
+        gather(info, qmp, table.read(), mode),
+        ram_flags={block.idstr: block.flags for block, _page_size in table.listed()},
+        devices=_devices(qmp),
+    )
+    return shared.hindrances(evidence, CHECKS)
 
 
-def migration_blockers(evidence: Evidence) -> Iterator[Hindrance]:
-    """A device that cannot be saved; ``xen-save-devices-state`` itself does not look."""
-    for reason in as_list(evidence.migration.get("blocked-reasons")):
-        yield Hindrance(
-            name="migration-blocker",
-            reason=f"the VM cannot be migrated, so its state cannot be restored: {reason}",
-            remedy="remove the device or option that the reason names",
-            severity="refuse",
-        )
+def _devices(qmp: QmpClient) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for parent in _DEVICE_PATHS:
+        for item in as_list(ask(qmp, "qom-list", {"path": parent}))[:_DEVICES_MAX]:
+            kind = str(as_map(item).get("type"))
+            if kind.startswith("child<"):
+                found[f"{parent}/{as_map(item).get('name')}"] = kind[6:-1]
+    return found
 
 
-def migration_running(evidence: Evidence) -> Iterator[Hindrance]:
-    """A migration, or QEMU's own snapshot, is under way."""
-    status = str(evidence.migration.get("status"))
-    if status not in MIGRATION_IDLE:
-        yield Hindrance(
-            name="migration-running",
-            reason=f"a migration of the VM is in state '{status}'",
-            remedy="wait for it to end, or cancel it",
-            severity="refuse",
-        )
+def snapshot_jobs(evidence: Evidence) -> Iterator[Hindrance]:
+    """QEMU's own snapshot is under way."""
     for job in as_list(ask(evidence.qmp, "query-jobs")):
         kind, state = as_map(job).get("type"), as_map(job).get("status")
         if kind in ("snapshot-save", "snapshot-load") and state not in ("concluded", "null"):
@@ -81,18 +67,6 @@ def migration_running(evidence: Evidence) -> Iterator[Hindrance]:
                 remedy="wait for it to end, or cancel it",
                 severity="refuse",
             )
-
-
-def run_state(evidence: Evidence) -> Iterator[Hindrance]:
-    """A run state in which RAM and devices do not belong together."""
-    why = _UNFIT_STATES.get(evidence.status)
-    if why is not None:
-        yield Hindrance(
-            name="run-state",
-            reason=f"the VM's run state is '{evidence.status}': {why}",
-            remedy="wait until it runs or is paused",
-            severity="refuse",
-        )
 
 
 def balloon(evidence: Evidence) -> Iterator[Hindrance]:
@@ -111,7 +85,7 @@ def balloon(evidence: Evidence) -> Iterator[Hindrance]:
                 reason=f"{path} has {'=on, '.join(reporting)}=on: the guest's free pages are"
                 " dropped at any time",
                 remedy=f"start the VM without {reporting[0]}=on, or take it with --mode stop",
-                severity=_in_background(evidence),
+                severity=in_background(evidence),
             )
         else:
             yield Hindrance(
@@ -138,7 +112,7 @@ def virtio_mem(evidence: Evidence) -> Iterator[Hindrance]:
                 remedy="wait until its size is the requested one"
                 if changing
                 else "leave its requested size alone during the snapshot; a change is noticed",
-                severity=_in_background(evidence) if changing else "warn",
+                severity=in_background(evidence) if changing else "warn",
             )
         elif kind in ("nvdimm", "virtio-pmem"):
             yield Hindrance(
@@ -210,15 +184,9 @@ def xen(evidence: Evidence) -> Iterator[Hindrance]:
         )
 
 
-def _in_background(evidence: Evidence) -> Literal["refuse", "warn"]:
-    """For what does no harm while the VM stands still."""
-    return "refuse" if evidence.mode == "background" else "warn"
-
-
 CHECKS: tuple[Check, ...] = (
-    migration_blockers,
-    migration_running,
-    run_state,
+    *shared.CHECKS,
+    snapshot_jobs,
     balloon,
     virtio_mem,
     flash,

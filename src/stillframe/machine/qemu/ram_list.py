@@ -13,8 +13,8 @@ import struct
 
 import msgspec
 
+from stillframe.machine.outside.proc_maps import proc_error
 from stillframe.machine.qemu.elf_symbols import ElfError, symbol_address
-from stillframe.machine.qemu.proc_maps import proc_error
 
 HEAD_OFFSETS = (56, 72)
 """First block's pointer behind mutex and mru_block; the mutex is larger with CONFIG_DEBUG_MUTEX."""

@@ -12,19 +12,11 @@ A wrong block would make a wrong snapshot, so where nothing agrees the VM is ref
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
 import time
-from pathlib import Path
 
 from stillframe.errors import RefusedError
-from stillframe.machine.qemu.proc_maps import (
-    AddressSpace,
-    Vma,
-    file_system_types,
-    proc_error,
-    read_maps,
-)
+from stillframe.machine.outside.ram_mappings import PlacedBlock, Signature, mapped_blocks
+from stillframe.machine.outside.ramblock_text import MonitorBlock, parse_info_ramblock
 from stillframe.machine.qemu.ram_list import (
     HEAD_OFFSETS,
     RAM_MIGRATABLE,
@@ -33,19 +25,14 @@ from stillframe.machine.qemu.ram_list import (
     RamListError,
 )
 from stillframe.machine.qemu.ramblock_search import search_blocks
-from stillframe.machine.qemu.ramblock_text import MonitorBlock, parse_info_ramblock
-from stillframe.model import Backing, RamBlock
+from stillframe.model import RamBlock
 from stillframe.qmp.client import QmpClient
 
 _TRIES = 5
 _PAUSE_S = 0.01
-_TMPFS = ("tmpfs", "ramfs", "devtmpfs")
-
-Signature = tuple[tuple[str, int, int, int], ...]
-"""(name, hva or ram_addr, used length, maximal length) of every block, in QEMU's order."""
 
 
-class RamTable:
+class QemuRamTable:
     """Reads the RAM blocks of one VM, as often as wanted. The guest is not touched."""
 
     def __init__(self, pid: int, qmp: QmpClient) -> None:
@@ -114,13 +101,21 @@ class RamTable:
 
         Raises:
             RefusedError: as ``listed``; or a block is not mapped as it should be.
-            MachineError, HostError: as ``read_maps``.
+            MachineError, HostError: as ``mapped_blocks``.
         """
-        listed = self.listed()
-        space = read_maps(self._pid)
-        types = file_system_types(self._pid)
-        files = _open_files(self._pid)
-        return [_ram_block(block, size, space, types, files) for block, size in listed]
+        return mapped_blocks(
+            self._pid,
+            [
+                PlacedBlock(
+                    idstr=block.idstr,
+                    hva=block.hva,
+                    used_length_bytes=block.used_length_bytes,
+                    max_length_bytes=block.max_length_bytes,
+                    page_size_bytes=page_size_bytes,
+                )
+                for block, page_size_bytes in self.listed()
+            ],
+        )
 
     def signature(self) -> Signature:
         """What must not change while a snapshot is made: cheap to read, and to compare.
@@ -146,12 +141,12 @@ class RamTable:
 
 
 def read_ram_blocks(pid: int, qmp: QmpClient) -> list[RamBlock]:
-    """The migratable RAM blocks of a VM; ``RamTable`` is for reading them more than once.
+    """The migratable RAM blocks of a VM; ``QemuRamTable`` is for reading them more than once.
 
     Raises:
-        RefusedError, HostError, MachineError: as ``RamTable``.
+        RefusedError, HostError, MachineError: as ``QemuRamTable``.
     """
-    table = RamTable(pid, qmp)
+    table = QemuRamTable(pid, qmp)
     try:
         return table.read()
     finally:
@@ -180,78 +175,3 @@ def _same(walk: list[ListedBlock], monitor: list[MonitorBlock]) -> bool:
         and line.hva in (None, block.hva)
         for block, line in zip(walk, monitor, strict=True)
     )
-
-
-def _open_files(pid: int) -> dict[tuple[tuple[int, int], int], int]:
-    """The VMM's regular files: (device, inode) to its lowest descriptor of that file."""
-    files: dict[tuple[tuple[int, int], int], int] = {}
-    directory = f"/proc/{pid}/fd"
-    try:
-        names = sorted(os.listdir(directory), key=int)  # noqa: PTH208 - names, not paths
-    except OSError as error:
-        raise proc_error(pid, "the open files", error) from error
-    for name in names:
-        with contextlib.suppress(OSError):  # closed meanwhile
-            info = Path(directory, name).stat()
-            if stat.S_ISREG(info.st_mode):
-                device = (os.major(info.st_dev), os.minor(info.st_dev))
-                files.setdefault((device, info.st_ino), int(name))
-    return files
-
-
-def _ram_block(
-    block: ListedBlock,
-    page_size_bytes: int,
-    space: AddressSpace,
-    types: dict[tuple[int, int], str],
-    files: dict[tuple[tuple[int, int], int], int],
-) -> RamBlock:
-    vmas = space.covering(block.hva, block.used_length_bytes)
-    first = vmas[0] if vmas else None
-    if vmas is None or first is None or any(not _continues(first, vma) for vma in vmas):
-        raise RefusedError(
-            f"RAM block {block.idstr} is not mapped as one piece in the VM",
-            why=f"at {block.hva:#x}, {block.used_length_bytes} bytes",
-            remedy="report it, with the VM's command line",
-        )
-    backing = _backing(first, page_size_bytes, types)
-    named = first.inode != 0
-    return RamBlock(
-        idstr=block.idstr,
-        hva=block.hva,
-        used_length_bytes=block.used_length_bytes,
-        max_length_bytes=block.max_length_bytes,
-        page_size_bytes=page_size_bytes,
-        backing=backing,
-        shared=first.shared,
-        readonly=not first.writable,
-        backing_fd=files.get((first.device, first.inode)) if named else None,
-        backing_offset_bytes=first.offset_bytes + block.hva - first.start if named else 0,
-        backing_path=first.path.removesuffix(" (deleted)") if named else None,
-    )
-
-
-def _continues(first: Vma, vma: Vma) -> bool:
-    """Whether a mapping shows the same thing as the first, further on."""
-    if (vma.shared, vma.writable, vma.device, vma.inode) != (
-        first.shared,
-        first.writable,
-        first.device,
-        first.inode,
-    ):
-        return False
-    return vma.inode == 0 or vma.offset_bytes - first.offset_bytes == vma.start - first.start
-
-
-def _backing(vma: Vma, page_size_bytes: int, types: dict[tuple[int, int], str]) -> Backing:
-    if vma.inode == 0:
-        return "anonymous"
-    if vma.path.startswith("/memfd:"):
-        return "memfd"
-    kind = types.get(vma.device)
-    if kind == "hugetlbfs" or vma.path.startswith("/anon_hugepage"):
-        return "hugetlbfs"
-    # QEMU's shared memory without a name lies on the kernel's own, unmounted tmpfs.
-    if kind in _TMPFS or vma.path.startswith(("/dev/zero", "/SYSV")):
-        return "shmem"
-    return "file"

@@ -1,4 +1,7 @@
-"""From what a user writes to a running VM: a QMP socket, host:port, a pid, or a name."""
+"""The VMs that run on this host, QEMUs and boards; and from what a user writes to one of them.
+
+A VM is named by a QMP socket's path, host:port, a pid, or its own name.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,89 @@ from pathlib import Path
 
 import msgspec
 
-from stillframe.errors import NotFoundError, UsageError
-from stillframe.machine.qemu.processes import VmInfo, list_vms, read_vm
-from stillframe.machine.qemu.sockets import peer_pid, tcp_listener_pid, unix_listener_pids
+from stillframe.errors import (
+    BusyError,
+    MachineError,
+    NotFoundError,
+    StillframeError,
+    UsageError,
+)
+from stillframe.machine.outside.machine import OutsideMachine
+from stillframe.machine.outside.sockets import peer_pid, tcp_listener_pid, unix_listener_pids
+from stillframe.machine.outside.vm_info import VmInfo, asked_version, process_ids
+from stillframe.machine.qemu.machine import QemuMachine
+from stillframe.machine.qemu.processes import read_qemu
+from stillframe.qmp.client import QmpClient
 from stillframe.qmp.connection import Address, open_socket
 
 _CONNECT_TIMEOUT_S = 5.0
 _LIST_REMEDY = "'stillframe ps' lists the running VMs"
+
+
+def list_vms(*, ask_version: bool = False) -> list[VmInfo]:
+    """All VMs in ``/proc``, by pid. The guests are not touched.
+
+    Args:
+        ask_version: connect to each free monitor for a moment, to learn the version.
+    """
+    vms = [vm for pid in process_ids() if (vm := read_vm(pid)) is not None]
+    if ask_version:
+        vms = [msgspec.structs.replace(vm, version=asked_version(vm)) for vm in vms]
+    return vms
+
+
+def read_vm(pid: int, *, any_program: bool = False) -> VmInfo | None:
+    """The VM that process ``pid`` is, or None: no such process, or no VM.
+
+    Args:
+        any_program: take the process for a QEMU whatever its program is called.
+    """
+    return read_qemu(pid, any_program=any_program)
+
+
+def connect(ref: str, *, timeout_s: float = 5.0) -> OutsideMachine:
+    """Connect to the VM that ``ref`` names: QMP socket path, host:port, pid or VM name.
+
+    The guest is not touched. The monitor is held until the machine is closed.
+
+    Raises:
+        NotFoundError: no such VM or socket.
+        UsageError: the name is ambiguous, or the VM has no monitor.
+        BusyError: every monitor of the VM is held by another client.
+        HostError: the process's memory may not be read.
+        MachineError: the VM does not answer.
+    """
+    address = parse_address(ref)
+    if address is not None:
+        qmp = QmpClient.connect(address, timeout_s=timeout_s)
+    else:
+        qmp = _first_free(find_vm(ref), timeout_s)
+    try:
+        pid = pid_of_monitor(qmp.address, qmp.socket)
+        info = read_vm(pid, any_program=True) if pid is not None else None
+        if info is None:
+            raise NotFoundError(
+                f"cannot tell which process is behind {ref}",
+                why="it runs on another host, in another namespace, or as another user",
+                remedy="run on the VM's host, as root or the VM's user",
+            )
+        return QemuMachine(info, qmp)
+    except BaseException:
+        qmp.close()
+        raise
+
+
+def _first_free(info: VmInfo, timeout_s: float) -> QmpClient:
+    """Connect to the first monitor of a VM that lets us in."""
+    busy: StillframeError | None = None
+    for address in info.qmp_addresses:
+        try:
+            return QmpClient.connect(address, timeout_s=timeout_s)
+        except (BusyError, NotFoundError, MachineError) as error:
+            busy = busy if isinstance(busy, BusyError) else error
+    if busy is None:
+        raise NotFoundError(f"VM {info.name or info.pid} has no QMP monitor")
+    raise busy
 
 
 def parse_address(ref: str) -> Address | None:
@@ -63,7 +142,7 @@ def _by_name(name: str) -> VmInfo:
     if found:
         return found[0]
     if name.isdigit() and Path("/proc", name).exists():
-        raise UsageError(f"process {name} is no QEMU system emulator", remedy=_LIST_REMEDY)
+        raise UsageError(f"process {name} is no VM", remedy=_LIST_REMEDY)
     raise NotFoundError(f"no running VM {name!r}", remedy=_LIST_REMEDY)
 
 
@@ -110,16 +189,16 @@ def pid_of_monitor(address: Address, sock: socket.socket) -> int | None:
     """The process behind a connected monitor, or None if it is not on this host.
 
     The kernel notes who listened last. Where a manager made the socket, the VM has made it listen
-    again (QEMU ``util/qemu-sockets.c``: socket_listen), so it is the VM; if that process is not an
-    emulator, whoever holds the listening socket is preferred.
+    again (QEMU ``util/qemu-sockets.c``: socket_listen), so it is the VM; if that process is no VM,
+    whoever holds the listening socket is preferred.
     """
     if not isinstance(address, str):
         return tcp_listener_pid(address[1])
     pid = peer_pid(sock)
     if pid is not None and read_vm(pid) is not None:
         return pid
-    emulators = [owner for owner in unix_listener_pids(address) if read_vm(owner) is not None]
-    return emulators[0] if len(emulators) == 1 else pid
+    vms = [owner for owner in unix_listener_pids(address) if read_vm(owner) is not None]
+    return vms[0] if len(vms) == 1 else pid
 
 
 def _is_socket(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""The state of all devices but RAM, as QEMU writes it: ``xen-save-devices-state``.
+"""The state of all devices but RAM, as the VMM writes it: ``xen-save-devices-state``.
 
 QEMU opens the file itself and blocks while it writes, so it gets a memfd by ``add-fd`` where
 descriptors can be passed, and else a file in a private directory that both can reach. Everything
@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 
 from stillframe.errors import MachineError, RefusedError
-from stillframe.machine.qemu.proc_maps import proc_error
+from stillframe.machine.outside.proc_maps import proc_error
+from stillframe.machine.outside.vm_info import same_files
 from stillframe.qmp.client import AddedFd, QmpClient
 
 _COMMAND = "xen-save-devices-state"
@@ -170,8 +171,7 @@ def save_device_state(qmp: QmpClient, pid: int) -> bytes:
 def _shared_directory(pid: int) -> str:
     """A directory for temporary files that the VMM sees under the same name."""
     try:
-        shared = _link(pid, "ns/mnt") == _link("self", "ns/mnt")
-        shared = shared and _link(pid, "root") == _link("self", "root")
+        shared = same_files(Path(f"/proc/{pid}"))
     except OSError as error:
         raise proc_error(pid, "the mount namespace", error) from error
     if not shared:
@@ -188,7 +188,3 @@ def _give_to_vmm(pid: int, directory: Path, path: Path) -> None:
     if owner.st_uid != os.geteuid():
         os.chown(path, owner.st_uid, owner.st_gid)
         os.chown(directory, owner.st_uid, owner.st_gid)
-
-
-def _link(pid: int | str, name: str) -> Path:
-    return Path(f"/proc/{pid}", name).readlink()

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from stillframe.machine import Mode
-from stillframe.machine.qemu.proc_maps import Vma, proc_error, read_maps
-from stillframe.machine.qemu.processes import VmInfo
-from stillframe.machine.qemu.ramblocks import RamTable
+from stillframe.machine.outside.proc_maps import Vma, proc_error, read_maps
+from stillframe.machine.outside.vm_info import VmInfo
 from stillframe.model import RamBlock
 from stillframe.qmp.client import QmpClient, QmpCommandError
-
-_DEVICE_PATHS = ("/machine/peripheral", "/machine/peripheral-anon")
-_DEVICES_MAX = 1024
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """The VM as the pre-flight sees it.
 
-    ``devices``: QOM path to type, of the devices that a user asked for (not the board's own).
-    ``fd_targets``: what QEMU's descriptors point to, in ``/proc``'s words.
-    ``ram_flags``: per block, QEMU's RAM_* flags. ``ram_vmas``: the mappings of the blocks.
+    ``fd_targets``: what the VMM's descriptors point to, in ``/proc``'s words.
+    ``ram_vmas``: the mappings of the blocks. Of QEMU only: ``devices``, QOM path to type, of the
+    devices that a user asked for (not the machine's own); ``ram_flags``, per block, RAM_* flags.
     """
 
     mode: Mode
@@ -32,30 +28,27 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     migration: Mapping[str, object]
     blocks: tuple[RamBlock, ...]
-    ram_flags: dict[str, int]
     ram_vmas: tuple[Vma, ...]
     fd_targets: frozenset[str]
-    devices: dict[str, str]
+    devices: dict[str, str] = {}
+    ram_flags: dict[str, int] = {}
 
 
-def gather(info: VmInfo, qmp: QmpClient, table: RamTable, mode: Mode) -> Evidence:
+def gather(info: VmInfo, qmp: QmpClient, blocks: Sequence[RamBlock], mode: Mode) -> Evidence:
     """Look at everything once.
 
     Raises:
-        MachineError, HostError, RefusedError: as the things it calls.
+        MachineError, HostError: as the things it calls.
     """
-    blocks = tuple(table.read())
     return Evidence(
         mode=mode,
         info=info,
         qmp=qmp,
         status=str(as_map(qmp.execute("query-status")).get("status")),
         migration=as_map(qmp.execute("query-migrate")),
-        blocks=blocks,
-        ram_flags={block.idstr: block.flags for block, _page_size in table.listed()},
+        blocks=tuple(blocks),
         ram_vmas=_ram_vmas(info.pid, blocks),
         fd_targets=fd_targets(info.pid),
-        devices=_devices(qmp),
     )
 
 
@@ -83,17 +76,7 @@ def ask(
         return None
 
 
-def _devices(qmp: QmpClient) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for parent in _DEVICE_PATHS:
-        for item in as_list(ask(qmp, "qom-list", {"path": parent}))[:_DEVICES_MAX]:
-            kind = str(as_map(item).get("type"))
-            if kind.startswith("child<"):
-                found[f"{parent}/{as_map(item).get('name')}"] = kind[6:-1]
-    return found
-
-
-def _ram_vmas(pid: int, blocks: tuple[RamBlock, ...]) -> tuple[Vma, ...]:
+def _ram_vmas(pid: int, blocks: Sequence[RamBlock]) -> tuple[Vma, ...]:
     spans = [(block.hva, block.hva + block.max_length_bytes) for block in blocks]
     return tuple(
         vma

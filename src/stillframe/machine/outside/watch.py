@@ -33,7 +33,7 @@ _OF_INTEREST = frozenset(
 """QEMU ``qapi/run-state.json``, ``migration.json``, ``machine.json``, ``qdev.json``."""
 
 
-class QemuWatch:
+class MonitorWatch:
     """Collects the events of interest of one monitor until ``close``."""
 
     def __init__(self, qmp: QmpClient) -> None:

@@ -1,4 +1,4 @@
-"""Attach to a QEMU process: a userfaultfd of its memory, in our hands only."""
+"""Attach to a VM's process: a userfaultfd of its memory, in our hands only."""
 
 from __future__ import annotations
 
