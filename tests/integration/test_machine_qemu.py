@@ -594,7 +594,7 @@ def test_nothing_is_found(ref: str) -> None:
 
 
 def test_a_process_that_is_no_vm() -> None:
-    with pytest.raises(UsageError, match="no QEMU"):
+    with pytest.raises(UsageError, match="is no VM"):
         find_vm(str(os.getpid()))
 
 
