@@ -307,6 +307,18 @@ def test_a_process_without_privileges_borrows_the_device() -> None:
         assert victim.open_userfaultfds() == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="missing root: starts a process as nobody")
+def test_a_process_without_privileges_that_serves_its_own_system_calls() -> None:
+    """It is given a userfaultfd for faults in user mode, as anybody may have it."""
+    with VictimProcess("nobody") as victim:
+        for _ in range(20):
+            uffd = attach(victim.pid, user_mode_will_do=True)
+            assert uffd.features
+            uffd.close()
+        victim.assert_unharmed()
+        assert victim.open_userfaultfds() == 0
+
+
 # --- what cannot be attached to -------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from stillframe.errors import HostError, MachineError, StillframeError
 from stillframe.memory import arch_x86_64 as arch
 from stillframe.memory.injection import RemoteSyscalls
-from stillframe.memory.uffd_abi import USERFAULTFD_IOC_NEW
+from stillframe.memory.uffd_abi import UFFD_USER_MODE_ONLY, USERFAULTFD_IOC_NEW
 from stillframe.memory.userfaultfd import Userfaultfd, host_error_for
 
 _SYS_PIDFD_GETFD = 438
@@ -26,7 +26,9 @@ LendDevice = Callable[[int], tuple[int, Callable[[], None]]]
 """Gives the process a descriptor of ours; returns its number there and how to take it back."""
 
 
-def attach(pid: int, *, lend_device: LendDevice | None = None) -> Userfaultfd:
+def attach(
+    pid: int, *, lend_device: LendDevice | None = None, user_mode_will_do: bool = False
+) -> Userfaultfd:
     """A userfaultfd of process ``pid``, ready to register ranges of its memory.
 
     Takes about 3 ms, in which one thread of the process stands still; its vCPUs run.
@@ -34,6 +36,10 @@ def attach(pid: int, *, lend_device: LendDevice | None = None) -> Userfaultfd:
     Args:
         lend_device: for processes without CAP_SYS_PTRACE, which may not call
             userfaultfd(2): hands our open /dev/userfaultfd over to them.
+        user_mode_will_do: the process itself copes with system calls of its own that write into
+            protected memory and fail with EFAULT. So where nothing else is permitted, a
+            userfaultfd for faults in user mode is made, which anybody may have. Never for a
+            VMM whose kernel side (KVM, vhost, read into guest RAM) writes guest memory.
 
     Raises:
         HostError: a kernel feature or a permission is missing.
@@ -41,11 +47,11 @@ def attach(pid: int, *, lend_device: LendDevice | None = None) -> Userfaultfd:
         MachineError: the process is gone.
     """
     try:
-        uffd = _on_own_thread(lambda: _create(pid, arch.SYS_USERFAULTFD, (_FLAGS,)))
+        uffd = _make(pid, lend_device)
     except _NotPermitted as refused:
-        if lend_device is None:
+        if not user_mode_will_do:
             raise refused.error from None
-        uffd = _through_device(pid, lend_device, refused.error)
+        uffd = _make_for_user_mode(pid)
     try:
         uffd.handshake()
     except BaseException:
@@ -59,7 +65,24 @@ class _NotPermitted(Exception):  # noqa: N818 - never leaves this module
         self.error = error
 
 
-def _through_device(pid: int, lend_device: LendDevice, first: StillframeError) -> Userfaultfd:
+def _make(pid: int, lend_device: LendDevice | None) -> Userfaultfd:
+    try:
+        return _on_own_thread(lambda: _create(pid, arch.SYS_USERFAULTFD, (_FLAGS,)))
+    except _NotPermitted as refused:
+        if lend_device is None:
+            raise
+        return _through_device(pid, lend_device, refused)
+
+
+def _make_for_user_mode(pid: int) -> Userfaultfd:
+    flags = _FLAGS | UFFD_USER_MODE_ONLY
+    try:
+        return _on_own_thread(lambda: _create(pid, arch.SYS_USERFAULTFD, (flags,)))
+    except _NotPermitted as refused:
+        raise refused.error from None
+
+
+def _through_device(pid: int, lend_device: LendDevice, first: _NotPermitted) -> Userfaultfd:
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -70,8 +93,6 @@ def _through_device(pid: int, lend_device: LendDevice, first: StillframeError) -
             return _on_own_thread(
                 lambda: _create(pid, arch.SYS_IOCTL, (number, USERFAULTFD_IOC_NEW, _FLAGS))
             )
-        except _NotPermitted as refused:
-            raise refused.error from None
         finally:
             take_back()
     finally:

@@ -13,6 +13,9 @@ SYS_USERFAULTFD_X86_64 = 323
 
 UFFD_API = 0xAA
 
+UFFD_USER_MODE_ONLY = 1
+"""Flag of userfaultfd(2): serve faults in user mode only; anybody may have that (Linux 5.11)."""
+
 FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
 FEATURE_EVENT_REMAP = 1 << 2
 FEATURE_EVENT_REMOVE = 1 << 3
