@@ -17,6 +17,7 @@ from typing import Any
 
 from stillframe.errors import UsageError
 from stillframe.vmstate.devices import DeviceSection, encode_name, section_footer
+from stillframe.vmstate.page_records import page_records, zero_records
 from stillframe.vmstate.wire import (
     RAM_IDSTR,
     RAM_INSTANCE_ID,
@@ -71,23 +72,42 @@ def ram_start_section(blocks: Sequence[tuple[str, int]], *, section_id: int) -> 
             page, or the section id is 0 (which QEMU's loader takes for another section).
     """
     _check_section_id(section_id)
+    return b"".join(
+        (
+            _TYPE_ID.pack(SectionType.START, section_id),
+            _name(RAM_IDSTR),
+            _U32.pack(RAM_INSTANCE_ID),
+            _U32.pack(RAM_VERSION),
+            ram_block_list(blocks),
+            section_footer(section_id),
+        )
+    )
+
+
+def ram_block_list(blocks: Sequence[tuple[str, int]]) -> bytes:
+    """The payload of RAM's START section: the list of all blocks, and EOS.
+
+    Args:
+        blocks: (idstr, used length in bytes) of every migratable block.
+
+    Raises:
+        UsageError: a name is malformed or there twice, or a length is no multiple of the
+            smallest page.
+    """
     names = [idstr for idstr, _ in blocks]
     if len(set(names)) != len(names):
         raise UsageError("two RAM blocks have the same name")
-    total_bytes = sum(length for _, length in blocks)
-    parts = [
-        _TYPE_ID.pack(SectionType.START, section_id),
-        _name(RAM_IDSTR),
-        _U32.pack(RAM_INSTANCE_ID),
-        _U32.pack(RAM_VERSION),
-        _word(total_bytes, RamFlag.MEM_SIZE),
-    ]
+    parts = [_word(sum(length for _, length in blocks), RamFlag.MEM_SIZE)]
     for idstr, used_length_bytes in blocks:
         if used_length_bytes <= 0 or used_length_bytes & _FLAG_BITS:
             raise UsageError(f"RAM block '{idstr}' has an odd length of {used_length_bytes} bytes")
         parts += (_name(idstr), _U64.pack(used_length_bytes))
-    parts += (_word(0, RamFlag.EOS), section_footer(section_id))
-    return b"".join(parts)
+    return b"".join(parts) + ram_eos()
+
+
+def ram_eos() -> bytes:
+    """The EOS record: the end of every RAM section's payload."""
+    return _word(0, RamFlag.EOS)
 
 
 def ram_part_prefix(section_id: int) -> bytes:
@@ -99,7 +119,7 @@ def ram_part_prefix(section_id: int) -> bytes:
 def ram_part_suffix(section_id: int) -> bytes:
     """The end of a RAM part: EOS record and footer."""
     _check_section_id(section_id)
-    return _word(0, RamFlag.EOS) + section_footer(section_id)
+    return ram_eos() + section_footer(section_id)
 
 
 def ram_end_section(section_id: int) -> bytes:
@@ -116,12 +136,12 @@ def ram_page_record(offset_bytes: int, page: bytes, *, block: str | None) -> byt
         page: exactly one target page.
         block: the block's name, or None for the block of the record before.
     """
-    return _page_head(offset_bytes, RamFlag.PAGE, block) + page
+    return page_records(offset_bytes, page, block=block, page_bytes=len(page))
 
 
 def ram_zero_record(offset_bytes: int, *, block: str | None) -> bytes:
     """One page full of zeroes; arguments as for :func:`ram_page_record`."""
-    return _page_head(offset_bytes, RamFlag.ZERO, block) + b"\0"
+    return zero_records(offset_bytes, 1, block=block)
 
 
 def eof() -> bytes:
@@ -132,6 +152,9 @@ def eof() -> bytes:
 def vmdescription(description: Mapping[str, Any]) -> bytes:
     """The description that follows EOF, as QEMU's compact JSON writer writes it."""
     text = json.dumps(description, separators=(", ", ": "), ensure_ascii=True).encode("ascii")
+    # scripts/analyze-migration.py takes the first such byte after the last NUL for the JSON's.
+    while b"{" in _U32.pack(len(text)):
+        text += b" "
     return _TYPE_ID.pack(SectionType.VMDESCRIPTION, len(text)) + text
 
 
@@ -158,12 +181,6 @@ def _word(offset_bytes: int, flags: RamFlag) -> bytes:
         raise UsageError(f"offset or length {offset_bytes} is no multiple of a page")
     # int(): an IntFlag keeps every new combination for good.
     return _U64.pack(offset_bytes | int(flags))
-
-
-def _page_head(offset_bytes: int, kind: RamFlag, block: str | None) -> bytes:
-    if block is None:
-        return _word(offset_bytes, kind | RamFlag.CONTINUE)
-    return _word(offset_bytes, kind) + _name(block)
 
 
 def _check_section_id(section_id: int) -> None:
