@@ -16,6 +16,7 @@ from typing import Final
 
 from stillframe.doctor.checks import Check, CheckStatus, from_error
 from stillframe.errors import HostError, InternalError, StillframeError
+from stillframe.machine.outside.vm_info import may_trace_anybody
 from stillframe.memory.remote_attach import attach
 from stillframe.memory.userfaultfd import Userfaultfd
 from stillframe.store.frames import compress_frame, decompress_frame
@@ -24,7 +25,6 @@ _KERNEL_WANTED: Final = (6, 4)
 _LITTLE_SPACE_BYTES: Final = 1 << 30
 _VERSION_TIMEOUT_S: Final = 5.0
 _END_TIMEOUT_S: Final = 2.0
-_CAP_SYS_PTRACE: Final = 19
 _PR_SET_SECCOMP: Final = 22
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _SECCOMP_MODE_FILTER: Final = 2
@@ -80,7 +80,7 @@ def _userfaultfd() -> Check:
 
 def _ptrace() -> Check:
     scope = _number("/proc/sys/kernel/yama/ptrace_scope")
-    powerful = bool(_capabilities() >> _CAP_SYS_PTRACE & 1)
+    powerful = may_trace_anybody(os.getpid())
     found = f"ptrace_scope {scope}" if scope is not None else "no restriction by Yama"
     if scope in (None, 0) or (powerful and scope != 3):
         who = "VMs of any user" if powerful else "VMs of this user"
@@ -241,14 +241,6 @@ def _number(path: str) -> int | None:
         return int(Path(path).read_text())
     except (OSError, ValueError):
         return None
-
-
-def _capabilities() -> int:
-    """Our effective capabilities (capabilities(7))."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
 
 
 _CHECKS: Final[dict[str, Callable[[], Check]]] = {

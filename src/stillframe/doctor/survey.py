@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from stillframe.errors import StillframeError
+from stillframe.errors import HostError, StillframeError
+from stillframe.machine.outside.machine import OutsideMachine
 from stillframe.machine.outside.vm_info import VmInfo
 from stillframe.machine.running import connect, list_vms
 from stillframe.qmp.connection import address_text
@@ -68,10 +69,19 @@ def _look_at(vm: VmInfo) -> SurveyedVm:
                 status=machine.status(),
             )
             refusals = [h for h in machine.preflight() if h.severity == "refuse"]
+            missing = _missing_right(machine)
     except StillframeError as error:
         return msgspec.structs.replace(seen, reasons=(str(error),))
     return msgspec.structs.replace(
         seen,
-        snapshotable=not refusals,
-        reasons=tuple(f"{h.name}: {h.reason}; {h.remedy}" for h in refusals),
+        snapshotable=not (refusals or missing),
+        reasons=(*(f"{h.name}: {h.reason}; {h.remedy}" for h in refusals), *missing),
     )
+
+
+def _missing_right(machine: OutsideMachine) -> tuple[str, ...]:
+    try:
+        machine.check_right()
+    except HostError as error:
+        return (str(error),)
+    return ()

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 
-from stillframe.errors import MachineError
+from stillframe.errors import HostError, MachineError
+from stillframe.machine.outside.proc_maps import proc_error
+from stillframe.machine.outside.vm_info import may_trace_anybody
 from stillframe.memory.remote_attach import attach
-from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.memory.userfaultfd import Userfaultfd, host_error_for
 from stillframe.qmp.client import QmpClient
 
+_DEVICE = "/dev/userfaultfd"
+_FOR_ALL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
-def open_userfaultfd(pid: int, qmp: QmpClient) -> Userfaultfd:
+
+def open_userfaultfd(
+    pid: int, qmp: QmpClient, *, user_mode_will_do: bool = False, remedy: str | None = None
+) -> Userfaultfd:
     """Make one in the process and bring it here; one of its threads stands still for about 3 ms.
 
-    A QEMU without privileges may not call userfaultfd(2); it is lent our /dev/userfaultfd by
+    A VMM without privileges may not call userfaultfd(2); it is lent our /dev/userfaultfd by
     ``add-fd`` instead.
+
+    Args:
+        user_mode_will_do: as ``memory.remote_attach.attach`` has it.
+        remedy: what else can be done where the host does not permit it.
 
     Raises:
         HostError, RefusedError, MachineError: as ``memory.remote_attach.attach``; the guest
@@ -31,4 +45,52 @@ def open_userfaultfd(pid: int, qmp: QmpClient) -> Userfaultfd:
 
         return added.fd, take_back
 
-    return attach(pid, lend_device=lend if qmp.passes_fds else None)
+    try:
+        return attach(
+            pid,
+            lend_device=lend if qmp.passes_fds else None,
+            user_mode_will_do=user_mode_will_do,
+        )
+    except HostError as error:
+        _add_remedy(error, remedy)
+        raise
+
+
+def check_right(
+    pid: int, qmp: QmpClient, *, user_mode_will_do: bool = False, remedy: str | None = None
+) -> None:
+    """Say beforehand what ``open_userfaultfd`` would say for want of a right.
+
+    The process is not touched, so what only an attempt shows (a seccomp filter) is not seen.
+
+    Raises:
+        HostError: the process may not be traced, or nobody may make a userfaultfd for it.
+        MachineError: the process is gone.
+    """
+    try:
+        # Opening it needs the very right to attach (Linux fs/proc/base.c: proc_mem_open).
+        os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+        powerful = may_trace_anybody(pid)
+    except OSError as error:
+        raise proc_error(pid, "the memory", error) from error
+    lent = qmp.passes_fds and os.access(_DEVICE, os.R_OK | os.W_OK)
+    if not (powerful or lent or user_mode_will_do or _anybody_may()):
+        refusal = host_error_for(errno.EPERM)
+        refusal.guest_state = "running"
+        _add_remedy(refusal, remedy)
+        raise refusal
+
+
+def _add_remedy(error: HostError, remedy: str | None) -> None:
+    if remedy is not None and error.remedy is not None:
+        error.remedy = f"{error.remedy}; or {remedy}"
+
+
+def _anybody_may() -> bool:
+    """Whether every process may have a userfaultfd for all faults (sysctl, Linux 5.2)."""
+    try:
+        return _FOR_ALL.read_text().strip() != "0"
+    except FileNotFoundError:
+        return True  # an older kernel has no such limit
+    except OSError:
+        return False

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from stillframe.errors import BusyError, RefusedError
 from stillframe.machine import Hindrance, Mode
-from stillframe.machine.outside.attach import open_userfaultfd
+from stillframe.machine.outside.attach import check_right, open_userfaultfd
 from stillframe.machine.outside.device_state import DeviceStateSaver
 from stillframe.machine.outside.evidence import as_list, as_map
 from stillframe.machine.outside.preflight import MIGRATION_IDLE
@@ -29,6 +29,11 @@ _STOP_TIMEOUT_S = 60.0
 
 class OutsideMachine(ABC):
     """A connection to one VM: its monitor, and its process. Made by ``running.connect``."""
+
+    serves_its_own_calls: ClassVar[bool] = False
+    """Whether the VMM copes with system calls that write into protected RAM and fail."""
+    without_userfaultfd: ClassVar[str | None] = None
+    """What its user can do where nobody may make a userfaultfd for it."""
 
     def __init__(self, info: VmInfo, qmp: QmpClient, table: RamTable) -> None:
         self.info = info
@@ -95,7 +100,21 @@ class OutsideMachine(ABC):
 
     def open_userfaultfd(self) -> Userfaultfd:
         """See ``attach.open_userfaultfd``. The guest is not touched."""
-        return open_userfaultfd(self.pid, self.qmp)
+        return open_userfaultfd(
+            self.pid,
+            self.qmp,
+            user_mode_will_do=self.serves_its_own_calls,
+            remedy=self.without_userfaultfd,
+        )
+
+    def check_right(self) -> None:
+        """See ``attach.check_right``. The process is not touched."""
+        check_right(
+            self.pid,
+            self.qmp,
+            user_mode_will_do=self.serves_its_own_calls,
+            remedy=self.without_userfaultfd,
+        )
 
     def process_alive(self) -> bool:
         """Whether the VM's process still runs (and is no zombie)."""

@@ -17,6 +17,7 @@ Vmm = Literal["qemu", "board"]
 """What runs the guest: a QEMU, or our own board."""
 
 _PROBE_TIMEOUT_S = 0.5
+_CAP_SYS_PTRACE = 19
 
 
 class VmInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +91,18 @@ def _started_s(directory: Path) -> float:
         if line.startswith(b"btime "):
             return int(line.split()[1]) + since_boot_s
     return 0.0
+
+
+def may_trace_anybody(pid: int) -> bool:
+    """Whether a process has CAP_SYS_PTRACE (capabilities(7), proc(5)).
+
+    Raises:
+        OSError: it is gone.
+    """
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_SYS_PTRACE & 1)
+    return False
 
 
 def reachable_path(directory: Path, path: str) -> str | None:
