@@ -154,7 +154,7 @@ def vmdescription(description: Mapping[str, Any]) -> bytes:
     text = json.dumps(description, separators=(", ", ": "), ensure_ascii=True).encode("ascii")
     # scripts/analyze-migration.py takes the first such byte after the last NUL for the JSON's.
     while b"{" in _U32.pack(len(text)):
-        text += b" "
+        text = b"{ " + text[1:]
     return _TYPE_ID.pack(SectionType.VMDESCRIPTION, len(text)) + text
 
 
