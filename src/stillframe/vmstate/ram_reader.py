@@ -169,11 +169,16 @@ class RamReader:
         unpack = _WORD.unpack_from
         page_record = _WORD_BYTES + page_bytes
         zero_record = _WORD_BYTES + 1
-        while source.prefetch(page_record) or source.available >= zero_record:
+        # Never asks for more than the record that is next: a source of live migration may wait
+        # for an answer before it sends on.
+        while source.prefetch(_WORD_BYTES):
+            (word,) = unpack(source.buffer, source.position)
+            kind = word & mask
+            record_bytes = page_record if kind == _PAGE_NEXT else zero_record
+            if kind not in (_PAGE_NEXT, _ZERO_NEXT) or not source.prefetch(record_bytes):
+                return
             buffer = source.buffer
             position = source.position
-            (word,) = unpack(buffer, position)
-            kind = word & mask
             offset = first = word - kind
             if kind == _PAGE_NEXT:
                 stop = min(len(buffer), position + page_record * (RUN_LIMIT_BYTES // page_bytes))
@@ -193,7 +198,7 @@ class RamReader:
                     return
                 source.position = position
                 yield Pages(index, first, b"".join(parts))
-            elif kind == _ZERO_NEXT:
+            else:
                 stop = len(buffer)
                 limit = min(last_offset, first + ZERO_RUN_LIMIT_PAGES * page_bytes)
                 while (
@@ -211,8 +216,6 @@ class RamReader:
                     return
                 source.position = position
                 yield ZeroRun(index, first, (offset - first) // page_bytes)
-            else:
-                return
 
     def _page_kind(self, flags: int, start: int) -> RamFlag:
         for flag, (what, why) in _REFUSED.items():
