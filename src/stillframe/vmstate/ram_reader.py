@@ -169,9 +169,7 @@ class RamReader:
         unpack = _WORD.unpack_from
         page_record = _WORD_BYTES + page_bytes
         zero_record = _WORD_BYTES + 1
-        # Never asks for more than the record that is next: a source of live migration may wait
-        # for an answer before it sends on.
-        while source.prefetch(_WORD_BYTES):
+        while source.prefetch_if_stored(page_record) or source.prefetch(_WORD_BYTES):
             (word,) = unpack(source.buffer, source.position)
             kind = word & mask
             record_bytes = page_record if kind == _PAGE_NEXT else zero_record

@@ -36,10 +36,15 @@ class StreamSource:
     """Takes bytes and numbers from a source, with the position for errors.
 
     ``buffer`` and ``position`` are open to the RAM loop, which is too hot for calls.
+
+    Args:
+        live: the writer may wait for an answer before it sends on, so nothing beyond the next
+            record may be waited for.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, live: bool = False) -> None:
         self._source = source
+        self._live = live
         self.buffer = b""
         self.position = 0
         self._buffer_offset = 0
@@ -70,6 +75,10 @@ class StreamSource:
         self.position = 0
         self.buffer = b"".join(parts)
         return missing <= 0
+
+    def prefetch_if_stored(self, size: int) -> bool:
+        """As ``prefetch``, to have longer runs at hand; does not wait for a live writer."""
+        return not self._live and self.prefetch(size)
 
     def _read(self, size: int) -> bytes:
         try:
