@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 from stillframe.version import __version__
 
+# Not from typing, which takes longer to import than everything else here; type checkers know it.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from stillframe import errors
     from stillframe.api import (
         connect,

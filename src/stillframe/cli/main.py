@@ -69,8 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
     try:
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # One that was ignored when the program started (nohup, a background job) stays ignored.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
         status = cli.main(words, prog_name=PROGRAM, standalone_mode=False)
         write_result("", sys.stdout)
     except NoArgsIsHelpError as error:
