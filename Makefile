@@ -5,9 +5,12 @@ BIN = $(VENV)/bin
 # Paths to the checkout only: what is imported must be what was installed.
 export PYTHONPATH =
 
-.PHONY: demo test lint check soak break-invariants bench clean
+.PHONY: demo demo-qemu test lint check soak break-invariants bench clean
 
 demo: $(VENV)/demo.installed
+	$(BIN)/stillframe demo
+
+demo-qemu: $(VENV)/demo-qemu.installed
 	$(BIN)/python -m demo.linux_guest
 
 test: $(VENV)/test.installed
@@ -30,10 +33,10 @@ break-invariants: $(VENV)/test.installed
 	$(BIN)/python -m pip install --quiet cython
 	$(BIN)/python tools/break_invariants.py
 
-bench: $(VENV)/demo.installed
+bench: $(VENV)/demo-qemu.installed
 	$(BIN)/python -m bench.compare $(BENCH_ARGUMENTS)
 
-SOURCES = pyproject.toml CMakeLists.txt $(shell find src -name '*.py' -o -name '*.pyx' -o -name '*.h')
+SOURCES = pyproject.toml CMakeLists.txt $(shell find src -name '*.py' -o -name '*.pyx' -o -name '*.[chS]' -o -name '*.ld')
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,14 +45,18 @@ $(BIN)/python:
 $(VENV)/demo.installed: $(SOURCES)
 	tools/install-system-packages.sh demo
 	$(MAKE) $(BIN)/python
-	$(BIN)/python -m pip install --quiet .
+	$(BIN)/python -m pip install --quiet '.[board]'
+	touch $@
+
+$(VENV)/demo-qemu.installed: $(VENV)/demo.installed
+	tools/install-system-packages.sh demo-qemu
 	touch $@
 
 $(VENV)/test.installed: $(SOURCES)
 	tools/install-system-packages.sh test
 	$(MAKE) $(BIN)/python
-	$(BIN)/python -m pip install --quiet --group test --group lint .
-	touch $@ $(VENV)/demo.installed
+	$(BIN)/python -m pip install --quiet --group test --group lint '.[board]'
+	touch $@ $(VENV)/demo.installed $(VENV)/demo-qemu.installed
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Boot a Linux guest, snapshot it while it writes, restore the snapshot beside it.
 
-Run by ``make demo``. Everything goes through the command line tool, as a user would do it; what it
+Run by ``make demo-qemu``. Everything goes through the command line tool, as a user would do it; what it
 runs is printed. All that it starts is ended, and all that it writes is removed.
 """
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is missing of the programs that the demo ("demo") or the tests ("test") need,
-# with apt and only if it may. Says what is missing where it may not.
+# Installs what is missing of the programs that the demo ("demo"), the demo on a stock QEMU
+# ("demo-qemu") or the tests ("test") need, with apt and only if it may. Says what is missing where
+# it may not.
 set -euo pipefail
 
 declare -A package=(
@@ -14,8 +15,10 @@ declare -A package=(
   [dpkg-deb]=dpkg
   [cpio]=cpio
 )
-programs=(qemu-system-x86_64 qemu-img gcc ld dpkg-deb)
-[[ "${1:-demo}" == test ]] && programs+=(zstd gdb readelf)
+programs=(gcc ld)
+wanted=${1:-demo}
+[[ $wanted == demo ]] || programs+=(qemu-system-x86_64 qemu-img dpkg-deb)
+[[ $wanted == test ]] && programs+=(zstd gdb readelf)
 
 missing=()
 for program in "${programs[@]}"; do
@@ -37,10 +40,12 @@ if command -v apt-get >/dev/null && { [[ $EUID -eq 0 ]] || [[ ${#become[@]} -gt 
   may=true
 fi
 
-# The guest's kernel is fetched with apt's lists, so they must be there even if nothing is missing.
-lists=(/var/lib/apt/lists/*_Packages* /var/lib/apt/lists/*Packages.lz4)
+# The Linux guest's kernel is fetched with apt's lists, so that needs them even if nothing is missing.
 have_lists=false
-for list in "${lists[@]}"; do [[ -e "$list" ]] && have_lists=true; done
+[[ $wanted == demo ]] && have_lists=true
+for list in /var/lib/apt/lists/*_Packages* /var/lib/apt/lists/*Packages.lz4; do
+  [[ -e "$list" ]] && have_lists=true
+done
 if $may && { [[ ${#missing[@]} -gt 0 ]] || ! $have_lists; }; then
   "${become[@]}" apt-get update -q
 fi
