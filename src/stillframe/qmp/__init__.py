@@ -1,1 +1,1 @@
-"""QMP, QEMU's machine protocol: the client (``client``)."""
+"""QMP, QEMU's machine protocol: the client (``client``) and the server (``server``)."""

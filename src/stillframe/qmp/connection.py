@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from stillframe.errors import (
@@ -62,20 +63,31 @@ def _open_unix(path: str, timeout_s: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout_s)
     try:
-        if len(os.fsencode(path)) <= _SUN_PATH_BYTES:
-            _connect_unix(sock, path, timeout_s)
-            return sock
-        # Too long for a sockaddr_un: reach it through its directory's descriptor.
-        directory, name = os.path.split(path)
-        directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _connect_unix(sock, f"/proc/self/fd/{directory_fd}/{name}", timeout_s)
-        finally:
-            os.close(directory_fd)
+        with socket_name(path) as name:
+            _connect_unix(sock, name, timeout_s)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+@contextlib.contextmanager
+def socket_name(path: str) -> Iterator[str]:
+    """A name for a unix socket's path that fits a ``sockaddr_un``, valid inside the ``with``.
+
+    Raises:
+        OSError: there is no such directory.
+    """
+    if len(os.fsencode(path)) <= _SUN_PATH_BYTES:
+        yield path
+        return
+    # Too long: reach it through its directory's descriptor.
+    directory, name = os.path.split(path)
+    directory_fd = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory_fd}/{name}"
+    finally:
+        os.close(directory_fd)
 
 
 def _connect_unix(sock: socket.socket, path: str, timeout_s: float) -> None:
