@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,13 +20,14 @@ from stillframe.errors import (
     StillframeError,
     UsageError,
 )
+from stillframe.machine.board.outside import BoardMachine, read_boards
 from stillframe.machine.outside.machine import OutsideMachine
 from stillframe.machine.outside.sockets import peer_pid, tcp_listener_pid, unix_listener_pids
 from stillframe.machine.outside.vm_info import VmInfo, asked_version, process_ids
 from stillframe.machine.qemu.machine import QemuMachine
 from stillframe.machine.qemu.processes import read_qemu
 from stillframe.qmp.client import QmpClient
-from stillframe.qmp.connection import Address, open_socket
+from stillframe.qmp.connection import Address, address_text, open_socket
 
 _CONNECT_TIMEOUT_S = 5.0
 _LIST_REMEDY = "'stillframe ps' lists the running VMs"
@@ -37,7 +39,7 @@ def list_vms(*, ask_version: bool = False) -> list[VmInfo]:
     Args:
         ask_version: connect to each free monitor for a moment, to learn the version.
     """
-    vms = [vm for pid in process_ids() if (vm := read_vm(pid)) is not None]
+    vms = [vm for pid in process_ids() for vm in vms_of(pid)]
     if ask_version:
         vms = [msgspec.structs.replace(vm, version=asked_version(vm)) for vm in vms]
     return vms
@@ -49,7 +51,20 @@ def read_vm(pid: int, *, any_program: bool = False) -> VmInfo | None:
     Args:
         any_program: take the process for a QEMU whatever its program is called.
     """
-    return read_qemu(pid, any_program=any_program)
+    return next(iter(vms_of(pid, any_program=any_program)), None)
+
+
+def vms_of(pid: int, *, any_program: bool = False) -> list[VmInfo]:
+    """The VMs of one process: none, one, or several boards in one program.
+
+    Args:
+        any_program: as ``read_vm``.
+    """
+    boards = read_boards(pid)
+    if boards:
+        return boards
+    qemu = read_qemu(pid, any_program=any_program)
+    return [qemu] if qemu is not None else []
 
 
 def connect(ref: str, *, timeout_s: float = 5.0) -> OutsideMachine:
@@ -71,17 +86,23 @@ def connect(ref: str, *, timeout_s: float = 5.0) -> OutsideMachine:
         qmp = _first_free(find_vm(ref), timeout_s)
     try:
         pid = pid_of_monitor(qmp.address, qmp.socket)
-        info = read_vm(pid, any_program=True) if pid is not None else None
-        if info is None:
+        vms = vms_of(pid, any_program=True) if pid is not None else []
+        if not vms:
             raise NotFoundError(
                 f"cannot tell which process is behind {ref}",
                 why="it runs on another host, in another namespace, or as another user",
                 remedy="run on the VM's host, as root or the VM's user",
             )
-        return QemuMachine(info, qmp)
+        info = _of_monitor(vms, qmp.address)
+        return BoardMachine(info, qmp) if info.vmm == "board" else QemuMachine(info, qmp)
     except BaseException:
         qmp.close()
         raise
+
+
+def _of_monitor(vms: Sequence[VmInfo], address: Address) -> VmInfo:
+    """Which VM of a process has that monitor; its only one, if it does not tell."""
+    return next((vm for vm in vms if address in vm.qmp_addresses), vms[0])
 
 
 def _first_free(info: VmInfo, timeout_s: float) -> QmpClient:
@@ -126,24 +147,34 @@ def find_vm(ref: str) -> VmInfo:
     if address is not None:
         return _by_address(ref, address)
     if ref.isdigit():
-        vm = read_vm(int(ref))
-        if vm is not None:
-            return _with_monitor(vm)
+        vms = vms_of(int(ref))
+        if len(vms) > 1:
+            raise UsageError(
+                f"process {ref} has {len(vms)} boards",
+                remedy=f"name one: {', '.join(_called(vm) for vm in vms)}",
+            )
+        if vms:
+            return _with_monitor(vms[0])
     return _with_monitor(_by_name(ref))
 
 
 def _by_name(name: str) -> VmInfo:
     found = [vm for vm in list_vms() if vm.name == name]
     if len(found) > 1:
-        pids = ", ".join(str(vm.pid) for vm in found)
+        pids = ", ".join(dict.fromkeys(str(vm.pid) for vm in found))
         raise UsageError(
-            f"{len(found)} VMs are called {name!r}", remedy=f"name one by its pid: {pids}"
+            f"{len(found)} VMs are called {name!r}",
+            remedy=f"name one by its pid or monitor: {pids}",
         )
     if found:
         return found[0]
     if name.isdigit() and Path("/proc", name).exists():
         raise UsageError(f"process {name} is no VM", remedy=_LIST_REMEDY)
     raise NotFoundError(f"no running VM {name!r}", remedy=_LIST_REMEDY)
+
+
+def _called(vm: VmInfo) -> str:
+    return vm.name or next((address_text(address) for address in vm.qmp_addresses), "?")
 
 
 def _with_monitor(vm: VmInfo) -> VmInfo:
@@ -163,9 +194,10 @@ def _by_address(ref: str, address: Address) -> VmInfo:
             why="it runs on another host, in another network namespace, or as another user",
             remedy="run on the VM's host, as root or the VM's user",
         )
-    vm = read_vm(pid, any_program=True)
-    if vm is None:
+    vms = vms_of(pid, any_program=True)
+    if not vms:
         raise NotFoundError(f"the VM behind {ref} (pid {pid}) is gone")
+    vm = _of_monitor(vms, address)
     others = tuple(other for other in vm.qmp_addresses if other != address)
     return msgspec.structs.replace(vm, qmp_addresses=(address, *others))
 
