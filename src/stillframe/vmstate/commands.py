@@ -14,33 +14,67 @@ _LENGTHS = {
     CommandCode.OPEN_RETURN_PATH: (0,),
     CommandCode.PING: (4,),
     CommandCode.POSTCOPY_ADVISE: (0, 16),
+    CommandCode.POSTCOPY_LISTEN: (0,),
+    CommandCode.POSTCOPY_RUN: (0,),
+    CommandCode.PACKAGED: (4,),
+    CommandCode.ENABLE_COLO: (0,),
+    CommandCode.POSTCOPY_RESUME: (0,),
     CommandCode.SWITCHOVER_START: (0,),
 }
-"""Commands that a stream in a file may have, and the lengths of their data."""
+"""The lengths of their data, where they are fixed."""
+
+_INFORMING = frozenset(
+    {
+        CommandCode.OPEN_RETURN_PATH,
+        CommandCode.PING,
+        CommandCode.POSTCOPY_ADVISE,
+        CommandCode.SWITCHOVER_START,
+    }
+)
+"""Commands that a stream in a file may have."""
+
+
+def take_command(source: StreamSource) -> Command:
+    """Read the record whose type byte was just taken, whatever command it is.
+
+    Raises:
+        DataError: truncated, malformed or unknown.
+    """
+    code, start, length = _head(source)
+    return _data(source, code, start, length)
 
 
 def read_command(source: StreamSource) -> Command:
-    """Read the record whose type byte was just taken.
+    """As :func:`take_command`, for a stream that nobody can answer.
 
     Raises:
         DataError: truncated, malformed, unknown, or a command of a postcopy or COLO stream,
             whose pages come on request only and so are not all in the stream.
     """
-    start = source.offset - 1
-    number = source.u16("a command")
-    length = source.u16("a command")
-    try:
-        code = CommandCode(number)
-    except ValueError:
-        raise DataError(f"unknown command {number}", offset_bytes=start) from None
-    lengths = _LENGTHS.get(code)
-    if lengths is None:
+    code, start, length = _head(source)
+    if code not in _INFORMING:
         raise DataError(
             f"the stream uses command {code.name}",
             why="postcopy and COLO streams do not hold the whole VM",
             remedy="save the VM without capabilities postcopy-ram and x-colo",
             offset_bytes=start,
         )
-    if length not in lengths:
+    return _data(source, code, start, length)
+
+
+def _head(source: StreamSource) -> tuple[CommandCode, int, int]:
+    """Code, where the record starts, and length of its data."""
+    start = source.offset - 1
+    number = source.u16("a command")
+    length = source.u16("a command")
+    try:
+        return CommandCode(number), start, length
+    except ValueError:
+        raise DataError(f"unknown command {number}", offset_bytes=start) from None
+
+
+def _data(source: StreamSource, code: CommandCode, start: int, length: int) -> Command:
+    lengths = _LENGTHS.get(code)
+    if lengths is not None and length not in lengths:
         raise DataError(f"command {code.name} has {length} bytes of data", offset_bytes=start)
     return Command(code, source.take(length, f"command {code.name}"))

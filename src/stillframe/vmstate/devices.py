@@ -29,6 +29,7 @@ _STREAM_HEADER = Struct(">II")
 _U32 = Struct(">I")
 _HEAD = Struct(">BIB")
 _TAIL = Struct(">II")
+_PART_HEAD = Struct(">BI")
 
 
 class DeviceSection(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,23 +55,14 @@ def make_section(
     Raises:
         UsageError: a number does not fit its field, or the name is empty, too long or not ASCII.
     """
-    name = encode_name(idstr)
-    for what, value in (
-        ("section id", section_id),
-        ("instance id", instance_id),
-        ("version", version_id),
-    ):
-        if not 0 <= value <= 0xFFFFFFFF:
-            raise UsageError(f"{what} {value} of section '{idstr}' does not fit 32 bits")
-    raw = b"".join(
-        (
-            _HEAD.pack(SectionType.FULL, section_id, len(name)),
-            name,
-            _TAIL.pack(instance_id, version_id),
-            payload,
-            section_footer(section_id),
-        )
+    header = section_header(
+        SectionType.FULL,
+        section_id=section_id,
+        idstr=idstr,
+        instance_id=instance_id,
+        version_id=version_id,
     )
+    raw = b"".join((header, payload, section_footer(section_id)))
     return DeviceSection(
         section_id=section_id,
         idstr=idstr,
@@ -79,6 +71,27 @@ def make_section(
         payload=payload,
         raw=raw,
     )
+
+
+def section_header(
+    kind: SectionType, *, section_id: int, idstr: str, instance_id: int, version_id: int
+) -> bytes:
+    """The header of a section of any kind; PART and END have no more than the id.
+
+    Raises:
+        UsageError: a number does not fit its field, or the name is empty, too long or not ASCII.
+    """
+    name = encode_name(idstr)
+    for what, value in (
+        ("section id", section_id),
+        ("instance id", instance_id),
+        ("version", version_id),
+    ):
+        if not 0 <= value <= 0xFFFFFFFF:
+            raise UsageError(f"{what} {value} of section '{idstr}' does not fit 32 bits")
+    if kind in (SectionType.PART, SectionType.END):
+        return _PART_HEAD.pack(kind, section_id)
+    return _HEAD.pack(kind, section_id, len(name)) + name + _TAIL.pack(instance_id, version_id)
 
 
 def section_footer(section_id: int) -> bytes:
@@ -181,8 +194,34 @@ def run_state(sections: Iterable[DeviceSection]) -> str:
         raise DataError("the device state has no globalstate section")
     _check_global_state(section)
     (size,) = _U32.unpack_from(section.payload)
-    name = section.payload[4 : 4 + size]
-    if not name.endswith(b"\0") or b"\0" in name[:-1] or not name[:-1].isascii():
+    return unpack_run_state(size, section.payload[4:])
+
+
+def pack_run_state(state: str) -> tuple[int, bytes]:
+    """The size and the 32 bytes of name with which ``globalstate`` stores a run state.
+
+    Raises:
+        UsageError: the name is empty, too long or not ASCII.
+    """
+    name = encode_name(state)
+    if len(name) > RUN_STATE_LIMIT_BYTES:
+        raise UsageError(f"run state {state!r} has more than {RUN_STATE_LIMIT_BYTES} bytes")
+    return len(name) + 1, name.ljust(RUN_STATE_LIMIT_BYTES + 1, b"\0")
+
+
+def unpack_run_state(size: int, field: bytes) -> str:
+    """The name of ``size`` bytes, with its NUL, at the start of ``field``.
+
+    Raises:
+        DataError: it is not such a name.
+    """
+    name = field[:size]
+    if (
+        not 1 < size <= len(field)
+        or not name.endswith(b"\0")
+        or b"\0" in name[:-1]
+        or not name[:-1].isascii()
+    ):
         raise DataError("the globalstate section's state name is malformed")
     return name[:-1].decode("ascii")
 
@@ -198,12 +237,9 @@ def with_run_state(section: DeviceSection, state: str) -> DeviceSection:
         UsageError: the state's name is empty, too long or not ASCII.
     """
     _check_global_state(section)
-    name = encode_name(state)
-    if len(name) > RUN_STATE_LIMIT_BYTES:
-        raise UsageError(f"run state {state!r} has more than {RUN_STATE_LIMIT_BYTES} bytes")
+    size, name = pack_run_state(state)
     # The bytes after the name's 32 hold other fields since QEMU 9.0: they stay.
-    kept = section.payload[4 + RUN_STATE_LIMIT_BYTES + 1 :]
-    payload = _U32.pack(len(name) + 1) + name.ljust(RUN_STATE_LIMIT_BYTES + 1, b"\0") + kept
+    payload = _U32.pack(size) + name + section.payload[4 + len(name) :]
     return make_section(
         section_id=section.section_id,
         idstr=section.idstr,

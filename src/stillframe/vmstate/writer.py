@@ -16,7 +16,7 @@ from struct import Struct
 from typing import Any
 
 from stillframe.errors import UsageError
-from stillframe.vmstate.devices import DeviceSection, encode_name, section_footer
+from stillframe.vmstate.devices import DeviceSection, encode_name, section_footer, section_header
 from stillframe.vmstate.page_records import page_records, zero_records
 from stillframe.vmstate.wire import (
     RAM_IDSTR,
@@ -74,10 +74,13 @@ def ram_start_section(blocks: Sequence[tuple[str, int]], *, section_id: int) -> 
     _check_section_id(section_id)
     return b"".join(
         (
-            _TYPE_ID.pack(SectionType.START, section_id),
-            _name(RAM_IDSTR),
-            _U32.pack(RAM_INSTANCE_ID),
-            _U32.pack(RAM_VERSION),
+            section_header(
+                SectionType.START,
+                section_id=section_id,
+                idstr=RAM_IDSTR,
+                instance_id=RAM_INSTANCE_ID,
+                version_id=RAM_VERSION,
+            ),
             ram_block_list(blocks),
             section_footer(section_id),
         )
