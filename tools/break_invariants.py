@@ -106,20 +106,21 @@ MUTATIONS = (
 
 
 def build(copy: Path) -> None:
-    """Compile the native core in place."""
-    generated = copy / "core.c"
-    subprocess.run(
-        [sys.executable, "-m", "cython", "-3", str(copy / CORE), "--output-file", str(generated)],
-        check=True,
-        capture_output=True,
-    )
+    """Compile the native modules in place."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     folder = copy / "src/stillframe/memory"
-    for stale in folder.glob("_capture*.so"):
+    for stale in folder.glob("*.so"):
         stale.unlink()
-    command = ["gcc", "-shared", "-fPIC", "-O2", "-D_GNU_SOURCE", "-fno-strict-aliasing"]
-    command += [f"-I{sysconfig.get_paths()['include']}", f"-I{folder}", str(generated)]
-    subprocess.run([*command, "-o", str(folder / f"_capture{suffix}")], check=True)
+    for source in sorted(folder.glob("*.pyx")):
+        generated = copy / f"{source.stem}.c"
+        subprocess.run(
+            [sys.executable, "-m", "cython", "-3", str(source), "--output-file", str(generated)],
+            check=True,
+            capture_output=True,
+        )
+        command = ["gcc", "-shared", "-fPIC", "-O2", "-D_GNU_SOURCE", "-fno-strict-aliasing"]
+        command += [f"-I{sysconfig.get_paths()['include']}", f"-I{folder}", str(generated)]
+        subprocess.run([*command, "-o", str(folder / f"{source.stem}{suffix}")], check=True)
 
 
 def survives(mutation: Mutation) -> str | None:

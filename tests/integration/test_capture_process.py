@@ -85,10 +85,10 @@ class Unprotected(RamCapture):
 
     def instant(self) -> tuple[StoppedWrite, ...]:
         writes = super().instant()
-        assert self._uffd is not None
+        assert self._protection is not None
         for block in self._blocks:
             argument = struct.pack("=QQQ", block.hva, block.used_length_bytes, 0)
-            fcntl.ioctl(self._uffd.fileno(), _UFFDIO_WRITEPROTECT, argument)
+            fcntl.ioctl(self._protection.fileno(), _UFFDIO_WRITEPROTECT, argument)
         return writes
 
 

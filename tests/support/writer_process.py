@@ -9,7 +9,7 @@ import select
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -22,6 +22,7 @@ from tests.support.native_build import build
 IDLE = -1
 FULL_SPEED = 0
 SECTION_ID = 2
+_IDSTR = "pc.ram"
 _BACKING: dict[str, Backing] = {
     "private": "anonymous",
     "thp": "anonymous",
@@ -54,7 +55,7 @@ class WriterProcess:
         self.pid = self._process.pid
         hva, length, fd, page = map(int, self._process.stdout.readline().split())
         self.block = RamBlock(
-            idstr="pc.ram",
+            idstr=_IDSTR,
             hva=hva,
             used_length_bytes=length,
             max_length_bytes=length,
@@ -131,27 +132,6 @@ class Captured:
     writes: tuple[StoppedWrite, ...] = ()
     statistics: dict[str, object] = field(default_factory=dict)
 
-    def add_section(self, raw: bytes) -> None:
-        at = 5
-        while True:
-            (word,) = struct.unpack_from(">Q", raw, at)
-            at += 8
-            offset, flags = word & ~0xFFF, word & 0xFFF
-            if flags & 0x10:
-                assert raw[at] == 0x7E
-                assert len(raw) == at + 5
-                return
-            if not flags & 0x20:
-                at += 1 + raw[at]
-            if offset in self.pages:
-                self.repeated.append(offset)
-            if flags & 0x08:
-                self.pages[offset] = raw[at : at + 4096]
-                at += 4096
-            else:
-                self.pages[offset] = None
-                at += 1
-
     def words(self, written_bytes: int, page_bytes: int) -> list[int]:
         """First and last word of each page, in the order in which they are written."""
         found = []
@@ -166,6 +146,31 @@ class Captured:
         words = self.words(written_bytes, page_bytes)
         edges = sum(left != right for left, right in itertools.pairwise(words))
         return edges > 1 or max(words) - min(words) > 1 or words[0] < words[-1]
+
+
+def add_section(raw: bytes, into: Mapping[str, Captured]) -> None:
+    """Put the records of one ``ram`` section to what was captured of their blocks."""
+    at, name = 5, ""
+    while True:
+        (word,) = struct.unpack_from(">Q", raw, at)
+        at += 8
+        offset, flags = word & ~0xFFF, word & 0xFFF
+        if flags & 0x10:
+            assert raw[at] == 0x7E
+            assert len(raw) == at + 5
+            return
+        if not flags & 0x20:
+            name = raw[at + 1 : at + 1 + raw[at]].decode()
+            at += 1 + raw[at]
+        captured = into[name]
+        if offset in captured.pages:
+            captured.repeated.append(offset)
+        if flags & 0x08:
+            captured.pages[offset] = raw[at : at + 4096]
+            at += 4096
+        else:
+            captured.pages[offset] = None
+            at += 1
 
 
 @contextlib.contextmanager
@@ -199,8 +204,8 @@ def stop_and_fix(writer: WriterProcess, capture: RamCapture) -> tuple[StoppedWri
     return writes
 
 
-def drain(capture: RamCapture, into: Captured, workers: int = 2) -> None:
-    """Run workers until they find nothing more."""
+def drain(capture: RamCapture, into: Captured | Mapping[str, Captured], workers: int = 2) -> None:
+    """Run workers until they find nothing more. ``into``: by block, if there are several."""
     batches: list[bytes] = []
     failures: list[BaseException] = []
 
@@ -221,8 +226,9 @@ def drain(capture: RamCapture, into: Captured, workers: int = 2) -> None:
         assert not thread.is_alive()
     if failures:
         raise failures[0]
+    by_block = {_IDSTR: into} if isinstance(into, Captured) else into
     for batch in batches:
-        into.add_section(batch)
+        add_section(batch, by_block)
 
 
 def take(

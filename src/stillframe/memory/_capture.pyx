@@ -17,7 +17,7 @@ Source of the kernel's side: Documentation/admin-guide/mm/userfaultfd.rst.
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 cdef extern from "<poll.h>" nogil:
@@ -136,6 +136,35 @@ cdef struct Slab:
     uint32_t runs
     uint8_t *data
     Run run[MAX_RUNS]
+
+cdef struct Taken:          # runs of pages, for whoever tracks writes
+    uint32_t block
+    uint64_t first_page
+    uint64_t pages
+
+cdef struct TakenRuns:
+    Taken *run              # NULL: nobody wants them
+    uint64_t count, size
+
+cdef int taken_add(TakenRuns *runs, uint32_t block, uint64_t page) noexcept nogil:
+    cdef Taken *last
+    if runs.count:
+        last = &runs.run[runs.count - 1]
+        if last.block == block and last.first_page + last.pages == page:
+            last.pages += 1
+            return 0
+    if runs.count == runs.size:
+        last = <Taken *>realloc(runs.run, 2 * runs.size * sizeof(Taken))
+        if last == NULL:
+            return -ENOMEM
+        runs.run = last
+        runs.size *= 2
+    last = &runs.run[runs.count]
+    last.block = block
+    last.first_page = page
+    last.pages = 1
+    runs.count += 1
+    return 0
 
 cdef struct PackedRun:      # little-endian, as store/index reads it
     uint32_t block
@@ -403,20 +432,48 @@ cdef class Capture:
 
     def protect_noted(self):
         """Protect again what was written since; returns the pages, or -errno."""
-        cdef int64_t total = 0
-        cdef int rc = 0
-        cdef uint32_t i
+        cdef TakenRuns nobody
+        cdef int64_t result
+        nobody.run = NULL
         with nogil:
-            self._await(&self.serving)      # a fault of before the stop is of before the stop
-            for i in range(self.block_count):
-                rc = self._protect_noted_block(&self.blocks[i], &total)
-                if rc < 0:
-                    break
-        return rc if rc < 0 else total
+            result = self._protect_noted(&nobody)
+        return result
 
-    cdef int _protect_noted_block(self, Block *b, int64_t *total) noexcept nogil:
+    def take_noted(self):
+        """As ``protect_noted``; returns the runs (block, first page, pages), or -errno."""
+        cdef TakenRuns runs
+        cdef int64_t result
+        cdef uint64_t i
+        runs.count = 0
+        runs.size = MAX_RUNS
+        runs.run = <Taken *>calloc(runs.size, sizeof(Taken))
+        if runs.run == NULL:
+            raise MemoryError()
+        try:
+            with nogil:
+                result = self._protect_noted(&runs)
+            if result < 0:
+                return result
+            return [(runs.run[i].block, runs.run[i].first_page, runs.run[i].pages)
+                    for i in range(runs.count)]
+        finally:
+            free(runs.run)
+
+    cdef int64_t _protect_noted(self, TakenRuns *taken) noexcept nogil:
+        cdef int64_t total = 0
+        cdef int rc
+        cdef uint32_t i
+        self._await(&self.serving)          # a fault of before the stop is of before the stop
+        for i in range(self.block_count):
+            rc = self._protect_noted_block(i, &total, taken)
+            if rc < 0:
+                return rc
+        return total
+
+    cdef int _protect_noted_block(self, uint32_t block, int64_t *total, TakenRuns *taken) noexcept nogil:
         # Runs are joined over gaps of up to 32 pages: protecting a protected page again
         # costs less than one more system call with its TLB flush.
+        cdef Block *b = &self.blocks[block]
         cdef uint64_t word, bits, page, start = 0, end = 0
         cdef int rc
         for word in range((b.pages + 63) >> 6):
@@ -434,6 +491,10 @@ cdef class Capture:
             while bits:
                 page = (word << 6) + sf_ctz(bits)
                 bits &= bits - 1
+                if taken.run != NULL:
+                    rc = taken_add(taken, block, page)
+                    if rc < 0:
+                        return rc
                 if end and page <= end + 32:
                     end = page + 1
                     continue

@@ -1,6 +1,6 @@
 """Capture of a machine's RAM at one instant, while the machine runs.
 
-Owns the userfaultfd, the fault thread and the native core; raises our errors where the core
+Owns the write protection, the fault thread and the native core; raises our errors where the core
 returns numbers. The order of calls is that of DESIGN section 2::
 
     register → start → arm │ stop → protect_written → devices → instant → cont │
@@ -30,8 +30,8 @@ from stillframe.errors import (
     SnapshotFailed,
 )
 from stillframe.memory import _capture
+from stillframe.memory.own_protection import WriteProtection
 from stillframe.memory.population import file_behind, mark_populated
-from stillframe.memory.userfaultfd import Userfaultfd
 from stillframe.model import RamBlock, StoppedWrite
 
 SLAB_BYTES = 1 << 20
@@ -57,7 +57,7 @@ class RamCapture:
 
     def __init__(
         self,
-        uffd: Userfaultfd | None,
+        protection: WriteProtection | None,
         pid: int,
         blocks: Sequence[RamBlock],
         *,
@@ -66,19 +66,19 @@ class RamCapture:
         """Prepare; nothing of the guest is touched.
 
         Args:
-            uffd: of that process; None for a guest that stands still all the time.
+            protection: of that process's memory; None for a guest that stands still all the time.
             spill_bytes: most memory for faulted pages; at least two slabs are used.
 
         Raises:
             RefusedError: huge pages so large that each fault would stall the guest for long.
             HostError: the memory behind a block cannot be opened.
         """
-        self._uffd = uffd
+        self._protection = protection
         self._pid = pid
         # A guest that stands still is copied in target pages, however large its huge pages are.
         self._blocks = tuple(
             block
-            if uffd is not None
+            if protection is not None
             else msgspec.structs.replace(block, page_size_bytes=_TARGET_PAGE_BYTES)
             for block in blocks
         )
@@ -95,7 +95,7 @@ class RamCapture:
         try:
             self._readers = [self._open_file(block) for block in self._blocks]
             self._core = _capture.Capture(
-                uffd.fileno() if uffd is not None else -1,
+                protection.fileno() if protection is not None else -1,
                 self._stop_fd,
                 pid,
                 [
@@ -145,11 +145,11 @@ class RamCapture:
 
     def register(self) -> None:
         """Register every block; the kernel still lets all writes pass."""
-        if self._uffd is None:
-            raise InternalError("no userfaultfd to register RAM with", guest_state="running")
+        if self._protection is None:
+            raise InternalError("no protection to register RAM with", guest_state="running")
         for index, block in enumerate(self._blocks):
             length_bytes = block.pages * block.page_size_bytes
-            self._uffd.register(block.hva, length_bytes)
+            self._protection.register(block.hva, length_bytes)
             self._registered[index] = length_bytes
 
     def start(self) -> None:
@@ -214,6 +214,30 @@ class RamCapture:
             self._protect_all()
             self.learn_population()
         return self._check(self._core.protect_noted(), "protecting what was written")
+
+    def take_written(self) -> list[tuple[int, int, int]]:
+        """What was written since it was protected (or taken last), protected again by now.
+
+        For tracking while the guest runs, after ``arm``: a write that is not in the answer is
+        in the next one. Who reads the pages now reads at least what the answer tells of.
+
+        Returns:
+            Runs (index of the block, first page, pages), in target pages, within the block.
+
+        Raises:
+            MachineError, HostError, InternalError: RAM could not be protected.
+        """
+        taken = self._core.take_noted()
+        if isinstance(taken, int):
+            self._check(taken, "protecting what was written")
+            return []
+        runs = []
+        for index, first, pages in taken:
+            block = self._blocks[index]
+            scale = block.page_size_bytes // _TARGET_PAGE_BYTES
+            whole = -(-block.used_length_bytes // _TARGET_PAGE_BYTES)
+            runs.append((index, first * scale, min(pages * scale, whole - first * scale)))
+        return runs
 
     def instant(self) -> tuple[StoppedWrite, ...]:
         """Fix the instant: from its return on, every page is saved before it changes.
@@ -327,11 +351,11 @@ class RamCapture:
             self._spill_thread = None
 
     def close(self) -> None:
-        """Close the userfaultfd and everything else; the kernel wakes whoever still waits."""
+        """Close the protection and everything else; the kernel wakes whoever still waits."""
         self._core.set_phase(_capture.PHASE_RELEASE)  # else the thread may wait for room
         self._stop_thread()
-        if self._uffd is not None:
-            self._uffd.close()
+        if self._protection is not None:
+            self._protection.close()
         self._close_descriptors()
 
     def _close_descriptors(self) -> None:

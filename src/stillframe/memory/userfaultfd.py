@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 from types import TracebackType
+from typing import Literal
 
 from stillframe.errors import BusyError, HostError
 from stillframe.memory import uffd_abi as abi
@@ -22,23 +23,50 @@ class Userfaultfd:
     releases it, un-protects all of its ranges and wakes every waiter (invariant 4).
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(
+        self, fd: int, kind: Literal["userfaultfd", "userfaultfd-user"] = "userfaultfd"
+    ) -> None:
+        """Take over ``fd``; ``userfaultfd-user``: it serves faults in user mode only."""
         self._fd = fd
+        self.kind = kind
         os.set_inheritable(fd, False)
         self.features = 0
 
     @classmethod
-    def for_this_process(cls) -> Userfaultfd:
-        """Make one for our own address space.
+    def for_this_process(cls, *, user_mode_only: bool = False) -> Userfaultfd:
+        """Make one for our own address space, by userfaultfd(2).
+
+        Args:
+            user_mode_only: of the kind that ordinary users may have: a system call that writes
+                to a protected page fails with EFAULT.
 
         Raises:
             HostError: the kernel has no userfaultfd, or does not allow it to us.
         """
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | (abi.UFFD_USER_MODE_ONLY if user_mode_only else 0)
         libc = ctypes.CDLL(None, use_errno=True)
-        fd = libc.syscall(abi.SYS_USERFAULTFD_X86_64, os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = libc.syscall(abi.SYS_USERFAULTFD_X86_64, flags)
         if fd < 0:
             raise host_error_for(ctypes.get_errno())
-        return cls(fd)
+        return cls(fd, "userfaultfd-user" if user_mode_only else "userfaultfd")
+
+    @classmethod
+    def from_device(cls) -> Userfaultfd:
+        """Make one for our own address space from /dev/userfaultfd (Linux 6.1), whose file mode
+        decides who may, instead of a capability.
+
+        Raises:
+            HostError: it cannot be opened, or makes none.
+        """
+        try:
+            device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                flags = os.O_CLOEXEC | os.O_NONBLOCK
+                return cls(fcntl.ioctl(device, abi.USERFAULTFD_IOC_NEW, flags))
+            finally:
+                os.close(device)
+        except OSError as error:
+            raise host_error_for(error.errno or errno.EPERM) from error
 
     def fileno(self) -> int:
         return self._fd

@@ -1,0 +1,74 @@
+"""Write protection of this process's own RAM, by whatever this host allows.
+
+A full userfaultfd where that is permitted; else one that serves faults in user mode only, which
+ordinary users may have (``vm.unprivileged_userfaultfd`` of the kernel's sysctl documentation).
+Found out by trying, never from a version.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from stillframe.errors import HostError
+from stillframe.memory.userfaultfd import Userfaultfd
+
+ProtectionKind = Literal["userfaultfd", "userfaultfd-user", "mprotect"]
+Preference = Literal["auto", "userfaultfd", "mprotect"]
+
+
+class WriteProtection(Protocol):
+    """What a ``RamCapture`` protects RAM with, and reads faults from.
+
+    ``kind``: with ``userfaultfd`` the kernel's own writes wait as the guest's do; with the others
+    a system call that writes to protected RAM fails with EFAULT (see ``GuestRam.read_from``).
+    """
+
+    @property
+    def kind(self) -> ProtectionKind: ...
+
+    def fileno(self) -> int:
+        """Where messages of faults (``struct uffd_msg``) are read."""
+
+    def register(self, hva: int, length_bytes: int) -> None:
+        """Take a range in; nothing is protected yet. Raises BusyError, HostError."""
+
+    def close(self) -> None:
+        """Un-protect all that is still registered, and wake whoever waits."""
+
+
+def own_userfaultfd() -> Userfaultfd:
+    """A userfaultfd of this process, the best that is permitted; before the handshake.
+
+    Raises:
+        HostError: none is, or the kernel has none.
+    """
+    makers = (
+        Userfaultfd.for_this_process,
+        Userfaultfd.from_device,
+        lambda: Userfaultfd.for_this_process(user_mode_only=True),
+    )
+    refusals = []
+    for make in makers:
+        try:
+            return make()
+        except HostError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def open_own_protection(prefer: Preference = "auto") -> WriteProtection:
+    """The write protection of this process's RAM for one capture.
+
+    Args:
+        prefer: ``auto`` takes the first that works; the others are demands.
+
+    Raises:
+        HostError: what was demanded is not to be had here; the message says what is in the way.
+    """
+    uffd = own_userfaultfd()
+    try:
+        uffd.handshake()
+    except HostError:
+        uffd.close()
+        raise
+    return uffd
