@@ -1,4 +1,4 @@
-"""The QEMU process that a restore starts."""
+"""The process that a restore starts: a QEMU or a board."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SHOWN_LINES = 4
 
 
 class Emulator:
-    """One started QEMU that reads its stream from a pipe. It is in a session of its own.
+    """One started VMM that reads its stream from a pipe. It is in a session of its own.
 
-    If this process dies, the pipe ends, and a QEMU that has not got its whole stream exits.
+    If this process dies, the pipe ends, and a VMM that has not got its whole stream exits.
     """
 
     def __init__(self, plan: RestorePlan) -> None:
@@ -33,6 +33,7 @@ class Emulator:
             HostError: it cannot be started.
         """
         self._log_path = Path(plan.log_path)
+        self.vmm_name = plan.vmm_name
         read_end, self.stream_fd = os.pipe()
         try:
             with open(plan.log_path, "ab", opener=_private) as log:
@@ -65,12 +66,12 @@ class Emulator:
         return self.has_ended()
 
     def failure(self, doing: str) -> MachineError:
-        """What to say when it ended or failed: QEMU's own words."""
+        """What to say when it ended or failed: its own words."""
         code = self._process.poll()
-        what = f"QEMU failed while {doing}"
+        what = f"{self.vmm_name} failed while {doing}"
         if code is not None:
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            what = f"QEMU ended {how} while {doing}"
+            what = f"{self.vmm_name} ended {how} while {doing}"
         return MachineError(what, why=self.last_words() or None, guest_state="none")
 
     def last_words(self) -> str:

@@ -1,4 +1,4 @@
-"""Writes the stream into the pipe that QEMU reads."""
+"""Writes the stream into the pipe that the new VM reads."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def feed(snapshot: Snapshot, emulator: Emulator, on_progress: Progress | None) -
     """Send the whole stream; each frame's digest is checked before any byte of it is sent.
 
     Raises:
-        DataError: the snapshot is damaged; QEMU got none of the damaged frame.
-        MachineError: QEMU ended, or took nothing for a minute.
+        DataError: the snapshot is damaged; the VM got none of the damaged frame.
+        MachineError: it ended, or took nothing for a minute.
     """
     fd = emulator.stream_fd
     os.set_blocking(fd, False)
@@ -56,7 +56,7 @@ def _send(emulator: Emulator, fd: int, piece: bytes) -> None:
                 raise emulator.failure("loading the snapshot") from None
             if time.monotonic() > deadline_s:
                 raise MachineError(
-                    f"QEMU took no data for {_STALL_TIMEOUT_S:g} s",
+                    f"{emulator.vmm_name} took no data for {_STALL_TIMEOUT_S:g} s",
                     why=emulator.last_words() or None,
                     guest_state="none",
                 ) from None

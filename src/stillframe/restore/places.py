@@ -22,6 +22,7 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
 
     run: Path
     disks: Path
+    log_name: str = "qemu.log"
 
     @property
     def qmp(self) -> Path:
@@ -29,10 +30,10 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def log(self) -> Path:
-        return self.run / "qemu.log"
+        return self.run / self.log_name
 
 
-def choose_places(name: str, directory: Path | None) -> Places:
+def choose_places(name: str, directory: Path | None, *, log_name: str = "qemu.log") -> Places:
     """New names for the directories; nothing is made.
 
     Args:
@@ -47,9 +48,9 @@ def choose_places(name: str, directory: Path | None) -> Places:
         directory = directory.absolute()
         if os.path.lexists(directory):
             raise UsageError(f"{directory} exists already", remedy="name a new directory")
-        return Places(run=directory, disks=directory)
+        return Places(run=directory, disks=directory, log_name=log_name)
     entry = f"{re.sub(r'[^A-Za-z0-9_]', '', name)[:16] or 'vm'}-{secrets.token_hex(3)}"
-    return Places(run=_runtime_root() / entry, disks=_state_root() / entry)
+    return Places(run=runtime_root() / entry, disks=_state_root() / entry, log_name=log_name)
 
 
 def private_name(name: str) -> str:
@@ -95,7 +96,12 @@ def make_directory(path: Path) -> None:
         raise HostError(f"cannot make the directory {path}", why=error.strerror) from error
 
 
-def _runtime_root() -> Path:
+def runtime_root() -> Path:
+    """Where sockets of VMs go that Stillframe starts; it may have to be made.
+
+    Raises:
+        HostError: the usual directory belongs to somebody else.
+    """
     given = os.environ.get("XDG_RUNTIME_DIR", "")
     if given.startswith("/") and _is_own(Path(given)):
         return Path(given) / "stillframe"

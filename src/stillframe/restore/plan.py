@@ -13,7 +13,8 @@ from pathlib import Path
 
 from stillframe.errors import DataError, NotFoundError, RefusedError, TrustError, UsageError
 from stillframe.model import MachineRecord
-from stillframe.restore.draft import Draft, Option, split_options
+from stillframe.restore.board_plan import MACHINE_PREFIX, imported_board, plan_board
+from stillframe.restore.draft import Draft, split_options
 from stillframe.restore.option_value import escape_commas
 from stillframe.restore.overrides import Overrides
 from stillframe.restore.places import Places, check_socket_path, choose_places
@@ -54,9 +55,20 @@ def plan_restore(
         DataError: the recorded command line is malformed.
         TrustError: the recorded program is no QEMU. HostError: there is no QEMU.
     """
-    extra = split_options(extra_args, UsageError)
-    record = snapshot.manifest.machine or _imported(snapshot, extra)
+    record = snapshot.manifest.machine or _imported(snapshot, extra_args)
     _check_words(record)
+    if record.vmm == "board":
+        return plan_board(
+            snapshot,
+            record,
+            distrust=_distrust(snapshot),
+            qmp_socket=qmp_socket,
+            extra_args=extra_args,
+            program=program,
+            paused=paused,
+            directory=directory,
+        )
+    extra = split_options(extra_args, UsageError)
     overrides = Overrides(extra)
     places = choose_places(record.name, directory)
     recorded = split_options(record.argv[1:], DataError)
@@ -138,14 +150,16 @@ def check_plan(plan: RestorePlan, *, trust: bool) -> None:
             )
 
 
-def _imported(snapshot: Snapshot, extra: Sequence[Option]) -> MachineRecord:
+def _imported(snapshot: Snapshot, extra_args: Sequence[str]) -> MachineRecord:
     """A machine for a stream without a recorded command line: the caller's options are it."""
-    if not extra:
+    configuration = snapshot.skeleton().configuration
+    if configuration is not None and configuration.name.startswith(MACHINE_PREFIX):
+        return imported_board(snapshot, configuration.name)
+    if not extra_args:
         raise UsageError(
             "the snapshot was imported and has no command line",
             remedy="give the options of the VM's QEMU after --",
         )
-    configuration = snapshot.skeleton().configuration
     return MachineRecord(
         name="",
         pid=0,

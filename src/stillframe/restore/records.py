@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from stillframe.machine.outside.vm_info import Vmm
+
 Access = Literal["read", "write", "create", "listen", "connect", "run"]
 TouchKind = Literal["file", "program", "socket", "device", "network"]
 
@@ -48,16 +50,18 @@ class Risk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DiskOverlay(msgspec.Struct, frozen=True, kw_only=True):
-    """A new qcow2 image over a recorded disk, so that the disk itself is never written.
+    """A new image in place of a recorded disk, so that the disk itself is never written.
 
     ``base``: path or URL. ``base_format``: empty if it is to be probed.
-    ``in_use``: another program may write the base now.
+    ``in_use``: another program may write the base now. ``kind``: ``overlay``, a qcow2 image over
+    the base; ``copy``, a raw one with its content.
     """
 
     base: str
     base_format: str
     overlay: str
     in_use: bool
+    kind: Literal["overlay", "copy"] = "overlay"
 
 
 class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,9 +69,10 @@ class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     ``argv``: the new command line without the incoming stream, which is a pipe whose number is
     known at the start only (:meth:`argv_with_stream`). ``directory``: made for this restore,
-    mode 0700. ``machine_type``: versioned name. ``owner_uid``: of the snapshot file.
+    mode 0700. ``machine_type``: versioned name. ``vmm``: what runs it.
     """
 
+    vmm: Vmm = "qemu"
     snapshot: str
     name: str
     program: str
@@ -87,6 +92,16 @@ class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
     risks: tuple[Risk, ...]
     notes: tuple[str, ...]
 
+    @property
+    def vmm_name(self) -> str:
+        """What runs it, as people call it."""
+        return "QEMU" if self.vmm == "qemu" else "the board"
+
+    @property
+    def incoming_option(self) -> str:
+        """What the number of the pipe is given by (QEMU ``-incoming fd:N``: ``migration/fd.c``)."""
+        return "-incoming" if self.vmm == "qemu" else "--incoming"
+
     def argv_with_stream(self, fd: int) -> list[str]:
-        """The whole command line (QEMU ``-incoming fd:N``: ``migration/fd.c``)."""
-        return [*self.argv, "-incoming", f"fd:{fd}"]
+        """The whole command line."""
+        return [*self.argv, self.incoming_option, f"fd:{fd}"]

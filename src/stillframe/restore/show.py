@@ -47,7 +47,7 @@ def plan_lines(plan: RestorePlan) -> Iterator[str]:
     yield f"directory  {printable(plan.cwd)}"
     yield f"QMP        {printable(plan.qmp_address)}"
     yield "command line"
-    yield f"  {shown_words(plan.argv)} -incoming fd:N"
+    yield f"  {shown_words(plan.argv)} {plan.incoming_option} fd:N"
     if plan.rewrites:
         yield "rewritten"
     for rewrite in plan.rewrites:

@@ -1,4 +1,4 @@
-"""Carries a restore plan out: starts QEMU, streams the snapshot in, waits until it runs."""
+"""Carries a restore plan out: starts the VM, streams the snapshot in, waits until it runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import msgspec
 
 from stillframe.errors import BusyError, MachineError, NotFoundError
 from stillframe.qmp.client import QmpClient
+from stillframe.restore.disk_copies import copy_disk
 from stillframe.restore.emulator import Emulator
 from stillframe.restore.feed import Progress, feed
 from stillframe.restore.overlays import make_overlays
@@ -74,7 +75,7 @@ def restore(
         NotFoundError: there is no such file, or a file of the VM is gone.
         TrustError: read the plan first. RefusedError: an option cannot be used.
         UsageError, HostError: see ``plan_restore``; also, a directory cannot be made.
-        DataError: the snapshot is damaged. MachineError: QEMU's own words.
+        DataError: the snapshot is damaged. MachineError: the VMM's own words.
         Whatever is raised, no VM and no file is left behind.
     """
     with Snapshot.open(path) as snapshot:
@@ -102,7 +103,10 @@ def carry_out(
         _make(Path(plan.directory), on_failure)
         if plan.overlays and plan.disk_directory != plan.directory:
             _make(Path(plan.disk_directory), on_failure)
-        make_overlays(plan.overlays)
+        make_overlays([disk for disk in plan.overlays if disk.kind == "overlay"])
+        for disk in plan.overlays:
+            if disk.kind == "copy":
+                copy_disk(disk.base, disk.overlay)
         emulator = Emulator(plan)
         on_failure.callback(Path(plan.qmp_address).unlink, missing_ok=True)
         on_failure.callback(emulator.kill)
@@ -160,7 +164,7 @@ def _wait_loaded(qmp: QmpClient, emulator: Emulator) -> str:
             raise emulator.failure("loading the snapshot")
         if time.monotonic() > deadline_s:
             raise MachineError(
-                f"QEMU has not taken the snapshot in after {_LOAD_TIMEOUT_S:g} s",
+                f"{emulator.vmm_name} has not taken the snapshot in after {_LOAD_TIMEOUT_S:g} s",
                 why=emulator.last_words() or None,
                 guest_state="none",
             )
