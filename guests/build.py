@@ -13,6 +13,7 @@ from pathlib import Path
 from stillframe.errors import HostError
 
 SOURCES = Path(__file__).parent
+_PAGE_HEADER = "src/stillframe/machine/board/guests/programs/writer/page.h"
 COMPILE_TIMEOUT_S = 60
 
 FREESTANDING = (
@@ -56,6 +57,11 @@ def cache_directory(kind: str) -> Path:
             remedy="set XDG_CACHE_HOME to a directory that you may write",
         ) from error
     return directory
+
+
+def common_headers() -> list[Path]:
+    """Every header that both guests include."""
+    return [*(SOURCES / "common").glob("*.h"), SOURCES.parent / _PAGE_HEADER]
 
 
 def run_tool(command: list[str], purpose: str, *, package: str) -> None:

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from guests.build import FREESTANDING, SOURCES, built, run_tool
+from guests.build import FREESTANDING, SOURCES, built, common_headers, run_tool
 
 TRAILER = "TRAILER!!!"
 
@@ -45,7 +45,7 @@ def linux_initramfs() -> Path:
         HostError: gcc is missing or fails, or the cache cannot be written.
     """
     main = SOURCES / "linux" / "init.c"
-    headers = list((SOURCES / "common").glob("*.h"))
+    headers = common_headers()
 
     def make(scratch: Path, output: Path) -> None:
         init = scratch / "init"

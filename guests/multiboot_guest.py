@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from guests.build import FREESTANDING, SOURCES, built, run_tool
+from guests.build import FREESTANDING, SOURCES, built, common_headers, run_tool
 
 
 def multiboot_image() -> Path:
@@ -18,7 +18,7 @@ def multiboot_image() -> Path:
     directory = SOURCES / "multiboot"
     parts = [directory / "boot.S", directory / "main.c"]
     script = directory / "link.ld"
-    headers = list((SOURCES / "common").glob("*.h"))
+    headers = common_headers()
     purpose = "build the bare-metal guest"
 
     def make(scratch: Path, output: Path) -> None:

@@ -69,6 +69,13 @@ void wait_line(char *line, unsigned size); /* idles until there is one; turns in
 /* ---- time: the virtual clock, which stands still while the board is stopped ---- */
 
 u64 clock_ns(void);
+
+/* The longest time between two readings, besides what was meant to be slept. */
+struct stopwatch {
+    u64 last_ns, longest_ns;
+};
+u64 stopwatch_read(struct stopwatch *watch, u64 slept_ns); /* ns since the last reading */
+
 void timer_once(u64 delay_ns, unsigned cpu);      /* one timer; its line interrupts that vCPU */
 void timer_periodic(u64 period_ns, unsigned cpu);
 void timer_stop(void);

@@ -11,6 +11,16 @@ u64 clock_ns(void)
     return high << 32 | low;
 }
 
+u64 stopwatch_read(struct stopwatch *watch, u64 slept_ns)
+{
+    u64 now = clock_ns();
+    u64 passed = now - watch->last_ns;
+    if (passed > slept_ns && passed - slept_ns > watch->longest_ns)
+        watch->longest_ns = passed - slept_ns;
+    watch->last_ns = now;
+    return passed;
+}
+
 static void timer_set(u64 interval_ns, u32 mode, unsigned cpu)
 {
     out32(PORT_TIMER_LOW, (u32)interval_ns);

@@ -19,8 +19,9 @@ static u64 pages_per_s; /* of one vCPU; 0: no limit */
 static volatile u64 hold_request, hold_release;
 static volatile struct { u64 held, unused[7]; } holds[MAX_VCPUS];
 
-/* vCPU 0's: the time of its last reading of the clock, and the longest time between two. */
-static u64 last_ns, next_tick_ns, tick_ns, ticks, longest_gap_ns;
+/* vCPU 0's */
+static struct stopwatch watch;
+static u64 next_tick_ns, tick_ns, ticks;
 static int audits_failed;
 static volatile int button;
 
@@ -53,33 +54,23 @@ static void obey(const char *line)
         dma_finish();
         if (!audit()) audits_failed = 1;
         hold_release = hold_request;
-        last_ns = clock_ns(); /* an audit is no gap */
+        watch.last_ns = clock_ns(); /* an audit is no gap */
     } else {
         put_text("unknown command; known: a (audit), q (power off)\n");
     }
-}
-
-/* `slept_ns`: how much of the time since the last reading was meant to be slept. */
-static u64 read_clock(u64 slept_ns)
-{
-    u64 now = clock_ns();
-    u64 passed = now - last_ns;
-    if (passed > slept_ns && passed - slept_ns > longest_gap_ns) longest_gap_ns = passed - slept_ns;
-    last_ns = now;
-    return passed;
 }
 
 /* vCPU 0's other duties. */
 static void serve(void)
 {
     char line[64];
-    dma_turn(last_ns);
-    if (last_ns >= next_tick_ns) {
+    dma_turn(watch.last_ns);
+    if (watch.last_ns >= next_tick_ns) {
         print("tick %llu transfers=%llu gap_us=%llu\n", ++ticks, transfers_so_far(),
-              longest_gap_ns / 1000);
-        longest_gap_ns = 0;
+              watch.longest_ns / 1000);
+        watch.longest_ns = 0;
         next_tick_ns += tick_ns;
-        if (next_tick_ns < last_ns) next_tick_ns = last_ns + tick_ns;
+        if (next_tick_ns < watch.last_ns) next_tick_ns = watch.last_ns + tick_ns;
     }
     if (button) obey("q");
     if (get_line(line, sizeof line)) obey(line);
@@ -94,7 +85,7 @@ static void run_at_full_speed(struct teller *teller)
             transfer(teller);
         }
         if (teller->cpu) continue;
-        u64 passed = read_clock(0);
+        u64 passed = stopwatch_read(&watch, 0);
         if (passed < SERVICE_NS / 2 && steps < MOST_STEPS) steps *= 2;
         if (passed > SERVICE_NS * 2 && steps > 1) steps /= 2;
         serve();
@@ -121,7 +112,7 @@ static void run_at_rate(struct teller *teller)
         interrupts_restore(flags);
         if (hold_request != teller->held && teller->cpu) hold(teller);
         if (teller->cpu) continue;
-        read_clock(WAKE_NS);
+        stopwatch_read(&watch, WAKE_NS);
         serve();
     }
 }
@@ -161,12 +152,12 @@ void board_main(unsigned cpu)
     prepare_own(&teller);
     barrier_wait(&ready);
     if (cpu == 0) {
-        last_ns = clock_ns();
+        watch.last_ns = clock_ns();
         header()->ready = 1;
         print("ledger ready pages=%llu vcpus=%llu total=%llu prepare_ms=%llu\n", header()->pages,
-              header()->cpus, header()->total, (last_ns - started) / NS_PER_MS);
-        last_ns = clock_ns();
-        next_tick_ns = last_ns + tick_ns;
+              header()->cpus, header()->total, (watch.last_ns - started) / NS_PER_MS);
+        watch.last_ns = clock_ns();
+        next_tick_ns = watch.last_ns + tick_ns;
         interrupt_handle(LINE_POWER, button_pressed);
         if (pages_per_s) {
             interrupt_handle(LINE_TIMER, wake_all);
