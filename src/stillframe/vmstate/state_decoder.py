@@ -5,10 +5,9 @@ Source: QEMU ``migration/vmstate.c``: ``vmstate_load_state``, ``vmstate_subsecti
 
 from __future__ import annotations
 
-from struct import Struct
 from typing import Any
 
-from stillframe.errors import DataError
+from stillframe.errors import DataError, InternalError
 from stillframe.vmstate.source import StreamSource
 from stillframe.vmstate.state_description import (
     Array,
@@ -22,6 +21,7 @@ from stillframe.vmstate.state_description import (
     VariableArray,
     VariableBuffer,
 )
+from stillframe.vmstate.state_plan import array_layout
 from stillframe.vmstate.wire import SectionType
 
 
@@ -149,7 +149,10 @@ class _Decoder:
                 )
                 return
             case EmbeddedArray():
-                for index, inner in enumerate(getattr(device, field.name)):
+                inners = getattr(device, field.name)
+                if len(inners) != kind.count:
+                    raise InternalError(f"{what} has {len(inners)} structures, not {kind.count}")
+                for index, inner in enumerate(inners):
                     self.state(
                         kind.description, inner, kind.description.version_id, f"{where}[{index}]."
                     )
@@ -180,7 +183,7 @@ class _Decoder:
             raise DataError(
                 f"{what} is neither false nor true", why=f"it is {max(data)}", offset_bytes=start
             )
-        return Struct(f">{count}{kind.code}").unpack(data)
+        return array_layout(kind, count).unpack(data)
 
     def _length(self, device: Any, length_field: str, limit: int, what: str) -> int:
         length = int(getattr(device, length_field))

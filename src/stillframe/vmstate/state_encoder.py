@@ -11,7 +11,7 @@ from struct import Struct
 from struct import error as struct_error
 from typing import Any
 
-from stillframe.errors import InternalError
+from stillframe.errors import DataError, InternalError
 from stillframe.vmstate.devices import encode_name
 from stillframe.vmstate.state_description import (
     Array,
@@ -25,6 +25,14 @@ from stillframe.vmstate.state_description import (
     VariableArray,
     VariableBuffer,
 )
+from stillframe.vmstate.state_plan import (
+    FieldStep,
+    JsonObject,
+    NumberRun,
+    array_layout,
+    plan,
+    scalar_entry,
+)
 from stillframe.vmstate.wire import SectionType
 
 _U32 = Struct(">I")
@@ -35,11 +43,12 @@ def save_state(description: StateDescription, device: Any) -> bytes:
 
     Raises:
         InternalError: an attribute is missing or does not fit its field: a bug of the device.
+        DataError: the payload could be read in two ways, see :func:`encode_state`.
     """
     return encode_state(description, device)[0]
 
 
-def describe_state(description: StateDescription, device: Any) -> dict[str, Any]:
+def describe_state(description: StateDescription, device: Any) -> JsonObject:
     """What :func:`save_state` would write now, as an entry of QEMU's vmdescription.
 
     It has the keys ``vmsd_name``, ``version``, ``fields`` and, if there are any,
@@ -50,7 +59,7 @@ def describe_state(description: StateDescription, device: Any) -> dict[str, Any]
 
 def encode_state(
     description: StateDescription, device: Any, *, idstr: str | None = None
-) -> tuple[bytes, dict[str, Any]]:
+) -> tuple[bytes, JsonObject]:
     """Payload and description, from one look at the device.
 
     Args:
@@ -58,107 +67,149 @@ def encode_state(
 
     Raises:
         InternalError: as :func:`save_state`.
+        DataError: what follows an embedded structure looks like a subsection of it, and
+            would be read as one; a guest may have put it there.
     """
     encoder = _Encoder(idstr or description.name)
     entry = encoder.state(description, device, "")
-    return b"".join(encoder.parts), entry
+    return encoder.payload(), entry
 
 
 class _Encoder:
     """Writes states one after the other, with an account of their sizes."""
 
     def __init__(self, idstr: str) -> None:
-        self.parts: list[bytes] = []
-        self._size = 0
         self._idstr = idstr
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._struct_ends: list[tuple[int, str]] = []
 
-    def state(self, description: StateDescription, device: Any, path: str) -> dict[str, Any]:
+    def payload(self) -> bytes:
+        """All that was written, if it can be read in one way only."""
+        payload = b"".join(self._parts)
+        for end, name in self._struct_ends:
+            prefix = f"{name}/".encode("ascii")
+            if (
+                payload[end : end + 1] == bytes((SectionType.SUBSECTION,))
+                and payload[end + 1 : end + 2] > bytes((len(prefix),))
+                and payload.startswith(prefix, end + 2)
+            ):
+                raise DataError(
+                    f"the state of device '{self._idstr}' can be read in more than one way",
+                    why=f"what follows structure '{name}' looks like a subsection of it",
+                    remedy="take the snapshot again, when the guest has moved on",
+                )
+        return payload
+
+    def state(self, description: StateDescription, device: Any, path: str) -> JsonObject:
         """Write fields and subsections; gives their description."""
         if description.pre_save is not None:
             description.pre_save(device)
-        entries: list[dict[str, Any]] = []
-        for place, field in enumerate(description.fields):
-            if field.present(device, description.version_id):
-                self._field(field, described_name(description, place), device, path, entries)
-        entry: dict[str, Any] = {
+        entries: list[JsonObject] = []
+        for step in plan(description):
+            if isinstance(step, NumberRun):
+                self._number_run(step, device, path)
+                entries.extend(entry.copy() for entry in step.entries)
+            elif step.field.present(device, description.version_id):
+                self._field(step, device, f"{path}{step.field.name}", entries)
+        described: JsonObject = {
             "vmsd_name": description.name,
             "version": description.version_id,
             "fields": entries,
         }
-        described = [
+        subsections = [
             self._subsection(subsection, device, path)
             for subsection in description.subsections
             if subsection.needed is None or subsection.needed(device)
         ]
-        if described:
-            entry["subsections"] = described
-        return entry
+        if subsections:
+            described["subsections"] = subsections
+        return described
 
-    def _subsection(self, description: StateDescription, device: Any, path: str) -> dict[str, Any]:
+    def _subsection(self, description: StateDescription, device: Any, path: str) -> JsonObject:
         name = encode_name(description.name)
-        self._add(
-            b"".join(
-                (
-                    bytes((SectionType.SUBSECTION, len(name))),
-                    name,
-                    _U32.pack(description.version_id),
-                )
-            )
-        )
+        self._add(bytes((SectionType.SUBSECTION, len(name))) + name)
+        self._add(_U32.pack(description.version_id))
         return self.state(description, device, path)
 
-    def _add(self, data: bytes) -> None:
-        self.parts.append(data)
-        self._size += len(data)
+    def _number_run(self, run: NumberRun, device: Any, path: str) -> None:
+        try:
+            self._add(run.layout.pack(*run.get(device)))
+        except (AttributeError, TypeError, struct_error):
+            # Find out which it was.
+            for field in run.fields:
+                where = f"{path}{field.name}"
+                if isinstance(field.kind, Scalar):
+                    self._numbers(field.kind, (self._value(device, field, where),), where)
+            raise
 
-    def _field(
-        self, field: Field, name: str, device: Any, path: str, entries: list[dict[str, Any]]
-    ) -> None:
-        where = f"{path}{field.name}"
-        kind = field.kind
+    def _field(self, step: FieldStep, device: Any, where: str, entries: list[JsonObject]) -> None:
+        name = step.name
+        kind = step.field.kind
         if isinstance(kind, Unused):
             self._add(bytes(kind.length_bytes))
             entries.append({"name": name, "type": "unused_buffer", "size": kind.length_bytes})
             return
-        try:
-            value = getattr(device, field.name)
-        except AttributeError as error:
-            raise self._bad(where, str(error)) from error
+        value = self._value(device, step.field, where)
         match kind:
             case Scalar():
                 self._numbers(kind, (value,), where)
-                entries.append({"name": name, "type": kind.type_name, "size": kind.size_bytes})
-            case Buffer() | VariableBuffer():
-                length_bytes = (
-                    kind.length_bytes
-                    if isinstance(kind, Buffer)
-                    else self._length(device, kind.length_field, kind.limit_bytes, where)
-                )
-                data = self._bytes(value, where)
-                self._check_length(len(data), length_bytes, where)
-                self._add(data)
+                entries.append(scalar_entry(name, kind))
+            case Buffer():
+                self._buffer(value, kind.length_bytes, where)
+                entries.append({"name": name, "type": "buffer", "size": kind.length_bytes})
+            case VariableBuffer():
+                length_bytes = self._length(device, kind.length_field, kind.limit_bytes, where)
+                self._buffer(value, length_bytes, where)
                 entries.append({"name": name, "type": "buffer", "size": length_bytes})
-            case Array() | VariableArray():
-                count = (
-                    kind.count
-                    if isinstance(kind, Array)
-                    else self._length(device, kind.count_field, kind.limit, where)
-                )
-                self._check_length(len(value), count, where)
-                self._numbers(kind.element, value, where)
-                entries.extend(
-                    array_entries(
-                        name,
-                        count,
-                        {"type": kind.element.type_name, "size": kind.element.size_bytes},
-                        compress=field.exists is None,
-                    )
-                )
+            case Array():
+                self._array(step, kind.element, value, kind.count, where, entries)
+            case VariableArray():
+                count = self._length(device, kind.count_field, kind.limit, where)
+                self._array(step, kind.element, value, count, where, entries)
             case Embedded():
                 entries.append(self._embedded(kind.description, value, name, {}, where))
             case EmbeddedArray():
-                self._check_length(len(value), kind.count, where)
-                self._embedded_array(field, kind, value, name, where, entries)
+                self._embedded_array(step, kind, value, where, entries)
+
+    def _value(self, device: Any, field: Field, where: str) -> Any:
+        try:
+            return getattr(device, field.name)
+        except AttributeError as error:
+            raise self._bad(where, str(error)) from error
+
+    def _numbers(self, kind: Scalar, values: Sequence[Any], where: str) -> None:
+        try:
+            self._add(array_layout(kind, len(values)).pack(*values))
+        except (TypeError, struct_error) as error:
+            raise self._bad(where, str(error)) from error
+
+    def _buffer(self, value: Any, length_bytes: int, where: str) -> None:
+        try:
+            data = bytes(memoryview(value))
+        except TypeError as error:
+            raise self._bad(where, str(error)) from error
+        self._check_count(data, length_bytes, where)
+        self._add(data)
+
+    def _array(
+        self,
+        step: FieldStep,
+        element: Scalar,
+        values: Any,
+        count: int,
+        where: str,
+        entries: list[JsonObject],
+    ) -> None:
+        self._check_count(values, count, where)
+        self._numbers(element, values, where)
+        if count == 0:
+            return
+        type_size = {"type": element.type_name, "size": element.size_bytes}
+        entries.extend(
+            {"name": step.name, **place, **type_size}
+            for place in _places(count, compress=step.compress)
+        )
 
     def _embedded(
         self,
@@ -167,9 +218,10 @@ class _Encoder:
         name: str,
         place: dict[str, int],
         where: str,
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         start = self._size
         inner = self.state(description, device, f"{where}.")
+        self._struct_ends.append((self._size, description.name))
         return {
             "name": name,
             **place,
@@ -180,73 +232,47 @@ class _Encoder:
 
     def _embedded_array(
         self,
-        field: Field,
+        step: FieldStep,
         kind: EmbeddedArray,
-        devices: Sequence[Any],
-        name: str,
+        devices: Any,
         where: str,
-        entries: list[dict[str, Any]],
+        entries: list[JsonObject],
     ) -> None:
-        compress = can_compress(field)
+        self._check_count(devices, kind.count, where)
+        places = _places(kind.count, compress=step.compress)
         for index, device in enumerate(devices):
-            place: dict[str, int] = {}
-            if kind.count > 1:
-                place = {"array_len": kind.count} if compress else {"index": index}
-            entry = self._embedded(kind.description, device, name, place, f"{where}[{index}]")
-            if index == 0 or not compress:
+            place = places[min(index, len(places) - 1)]
+            inner = f"{where}[{index}]"
+            entry = self._embedded(kind.description, device, step.name, place, inner)
+            if index < len(places):
                 entries.append(entry)
-
-    def _numbers(self, kind: Scalar, values: Sequence[Any], where: str) -> None:
-        try:
-            self._add(Struct(f">{len(values)}{kind.code}").pack(*values))
-        except (struct_error, TypeError) as error:
-            raise self._bad(where, str(error)) from error
-
-    def _bytes(self, value: Any, where: str) -> bytes:
-        try:
-            return bytes(memoryview(value))
-        except TypeError as error:
-            raise self._bad(where, str(error)) from error
 
     def _length(self, device: Any, length_field: str, limit: int, where: str) -> int:
         length = int(getattr(device, length_field))
         if length > limit:
-            raise self._bad(where, f"{length} are more than {limit}")
+            raise self._bad(where, f"'{length_field}' is {length}, at most {limit} are possible")
         return length
 
-    def _check_length(self, actual: int, expected: int, where: str) -> None:
-        if actual != expected:
-            raise self._bad(where, f"it has {actual} and not {expected}")
+    def _check_count(self, value: Any, expected: int, where: str) -> None:
+        try:
+            count = len(value)
+        except TypeError as error:
+            raise self._bad(where, str(error)) from error
+        if count != expected:
+            raise self._bad(where, f"there are {count}, and not {expected}")
+
+    def _add(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._size += len(data)
 
     def _bad(self, where: str, why: str) -> InternalError:
         return InternalError(f"field '{where}' of device '{self._idstr}' cannot be saved", why=why)
 
 
-def array_entries(
-    name: str, count: int, element: dict[str, Any], *, compress: bool
-) -> list[dict[str, Any]]:
-    """The entries of an array of numbers: one for all, or one for each."""
-    if count == 0:
-        return []
+def _places(count: int, *, compress: bool) -> list[dict[str, int]]:
+    """What tells an array's entries apart: one for all elements, or one for each."""
     if count == 1:
-        return [{"name": name, **element}]
+        return [{}]
     if compress:
-        return [{"name": name, "array_len": count, **element}]
-    return [{"name": name, "index": index, **element} for index in range(count)]
-
-
-def can_compress(field: Field) -> bool:
-    """Whether all elements of an array have the same description (``vmsd_can_compress``)."""
-    if field.exists is not None:
-        return False
-    if isinstance(field.kind, Embedded | EmbeddedArray):
-        description = field.kind.description
-        return not description.subsections and all(map(can_compress, description.fields))
-    return True
-
-
-def described_name(description: StateDescription, place: int) -> str:
-    """The field's name, with a number if others have the same (``vmfield_name_num``)."""
-    name = description.fields[place].name
-    same = [at for at, field in enumerate(description.fields) if field.name == name]
-    return name if len(same) == 1 else f"{name}[{same.index(place)}]"
+        return [{"array_len": count}]
+    return [{"index": index} for index in range(count)]
