@@ -15,17 +15,16 @@ from msgspec import inspect
 
 from stillframe.qmp.errors import QmpError
 
-Uint8 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 8) - 1)]
-Uint16 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 16) - 1)]
-Uint32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
-Uint64 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 64) - 1)]
+Uint8 = Annotated[int, msgspec.Meta(extra={"bits": 8})]
+Uint16 = Annotated[int, msgspec.Meta(extra={"bits": 16})]
+Uint32 = Annotated[int, msgspec.Meta(extra={"bits": 32})]
+Uint64 = Annotated[int, msgspec.Meta(extra={"bits": 64})]
 """QAPI's unsigned integers; a plain ``int`` is an ``int64``."""
 
 Arguments = TypeVar("Arguments", bound=msgspec.Struct)
 
 _INT64 = range(-(1 << 63), 1 << 63)
 _UINT64_MAX = (1 << 64) - 1
-_UNSIGNED = {(1 << bits) - 1: f"uint{bits}_t" for bits in (8, 16, 32)}
 
 _Reader = Callable[[object, str], object]
 """Takes the JSON value and its name; the name may be a path, such as ``capabilities[0].state``."""
@@ -64,7 +63,9 @@ def _reader(kind: inspect.Type) -> _Reader:
         case inspect.FloatType():
             return _read_number
         case inspect.IntType():
-            return _read_integer if kind.le is None else _unsigned_reader(kind.le)
+            return _read_integer
+        case inspect.Metadata(type=inspect.IntType(), extra={"bits": int(bits)}):
+            return _unsigned_reader(bits)
         case inspect.LiteralType():
             return _word_reader(tuple(str(value) for value in kind.values))
         case inspect.ListType():
@@ -125,14 +126,14 @@ def _word_reader(words: tuple[str, ...]) -> _Reader:
     return read
 
 
-def _unsigned_reader(largest: int) -> _Reader:
+def _unsigned_reader(bits: int) -> _Reader:
     def read(value: object, name: str) -> object:
         if not _is_integer(value) or not _INT64.start <= value <= _UINT64_MAX:
             raise QmpError(f"Parameter '{name}' expects uint64")
         # QEMU takes negative numbers for their two's complement.
         number = value & _UINT64_MAX
-        if number > largest:
-            raise QmpError(f"Parameter '{_own_name(name)}' expects {_UNSIGNED[largest]}")
+        if number >> bits:
+            raise QmpError(f"Parameter '{_own_name(name)}' expects uint{bits}_t")
         return number
 
     return read

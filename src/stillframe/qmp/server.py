@@ -159,7 +159,11 @@ class QmpServer:
                 connected, self._commands, self._sets, self._greeting, self._forget
             )
             self._clients.append(client)
-        client.start()
+        try:
+            client.start()
+        except RuntimeError as error:  # no more threads
+            logger.warning("cannot serve a client: %s", error)
+            client.hang_up()
 
     def _forget(self, client: ServerClient) -> None:
         with self._lock:

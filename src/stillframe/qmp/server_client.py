@@ -91,7 +91,7 @@ class ServerClient:
         except OSError as error:
             logger.debug("a client is gone: %s", error)
         finally:
-            self._end()
+            self.hang_up()
 
     def _over(self) -> bool:
         return self._stopping or self._outbox.dead
@@ -144,7 +144,8 @@ class ServerClient:
                 return
             self._poll(read=False, timeout_s=remaining_s)
 
-    def _end(self) -> None:
+    def hang_up(self) -> None:
+        """Let go of everything; for its own thread, or where that could not be started."""
         self._outbox.give_up()
         self._fds.close()
         self._socket.close()
