@@ -8,11 +8,32 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Protocol
 
 from stillframe.errors import HostError
 
 _READY_S = 10.0
 _END_S = 5.0
+
+
+class Guarding(Protocol):
+    """Sees to it that a stopped guest goes on if we die."""
+
+    def arm(self) -> None:
+        """Before the VM is stopped."""
+
+    def disarm(self) -> None:
+        """The VM goes on again."""
+
+
+class NoGuard:
+    """For a machine of this very process, which dies with us."""
+
+    def arm(self) -> None:
+        """Nothing to do."""
+
+    def disarm(self) -> None:
+        """Nothing to do."""
 
 
 class Guard:

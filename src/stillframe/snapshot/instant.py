@@ -15,7 +15,7 @@ from stillframe.machine import Machine
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, StoppedWrite
 from stillframe.snapshot import faultpoints
-from stillframe.snapshot.guard import Guard
+from stillframe.snapshot.guard import Guarding
 from stillframe.snapshot.standstill import Standstill
 
 
@@ -49,7 +49,7 @@ def stop_unless_still(machine: Machine, run_state: str) -> None:
 
 def take_instant(
     machine: Machine,
-    guard: Guard,
+    guard: Guarding,
     ram: RamCapture,
     standstill: Standstill,
     *,

@@ -23,6 +23,7 @@ from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, Manifest, RamBlock, Statistics
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.adaptive_level import AdaptiveLevel
+from stillframe.snapshot.arming import arm_capture, open_capture
 from stillframe.snapshot.bandwidth import BandwidthLimit
 from stillframe.snapshot.encoders import Encoders, worker_count
 from stillframe.snapshot.exclusive import VmLock
@@ -199,29 +200,16 @@ class _Taking:
 
     def _attach(self, blocks: tuple[RamBlock, ...]) -> RamCapture:
         self._control.enter("setup", "attaching")
-        uffd = None
-        if self._background:
-            uffd = self._machine.open_userfaultfd()
-            self._cleanup.callback(uffd.close)
-        ram = RamCapture(
-            uffd,
+        ram = open_capture(
+            self._control,
+            self._cleanup,
+            self._machine.open_userfaultfd() if self._background else None,
             self._machine.pid,
             blocks,
             spill_bytes=self._options.spill_bytes,
         )
-        self._cleanup.callback(ram.close)
-        self._cleanup.callback(self._progress.keep)
-        self._progress.ram = ram
-        faultpoints.reach("attached")
-        if not self._background:
-            return ram
-        self._cleanup.callback(ram.release)
-        self._control.enter("setup", "arming")
-        ram.register()
-        faultpoints.reach("registered")
-        ram.start()
-        self._progress.arm_ms = ram.arm() if self._options.arm else 0.0
-        faultpoints.reach("armed")
+        if self._background:
+            arm_capture(self._control, self._cleanup, ram, arm=self._options.arm)
         return ram
 
     def _note_downtime(self, downtime: Downtime) -> None:
