@@ -103,8 +103,9 @@ class _Decoder:
             name = source.name(what)
             subsection = known.get(name)
             if subsection is None:
+                place = f" in field '{path.removesuffix('.')}'" if path else ""
                 raise DataError(
-                    f"device '{self._idstr}' has an unknown subsection '{name}'",
+                    f"device '{self._idstr}' has an unknown subsection '{name}'{place}",
                     why="it was saved by a newer version, or with something that is not here",
                     offset_bytes=start,
                 )
