@@ -101,6 +101,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
 
     Sizes in bytes, times in milliseconds or microseconds as named, all monotonic.
     ``stall_ms``: the sum of the times that faults waited because the spill was full.
+    ``rate_bytes_per_s``: written to the destination over the last seconds, 0.0 in the first second.
+    ``eta_s``: until RAM is through at the present pace; None if it cannot be told.
     """
 
     state: JobState = "none"

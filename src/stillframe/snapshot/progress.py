@@ -7,6 +7,7 @@ from typing import Any
 
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, JobState, PageCounts, Statistics, StoppedWrite
+from stillframe.snapshot.pace import Pace
 from stillframe.store.writer import SnapshotWriter
 
 _TARGET_PAGE_BYTES = 4096
@@ -28,7 +29,7 @@ class Progress:
         self.ram: RamCapture | None = None
         self.writer: SnapshotWriter | None = None
         self._began = time.monotonic()
-        self._saving_since: float | None = None
+        self._pace: Pace | None = None
         self._last: dict[str, Any] = {}
 
     def begin(self, state: JobState, phase: str) -> None:
@@ -36,7 +37,7 @@ class Progress:
         self.state = state
         self.phase = phase
         if phase == "saving":
-            self._saving_since = time.monotonic()
+            self._pace = Pace()
 
     def keep(self) -> None:
         """Keep the capture's last numbers; it is about to be closed."""
@@ -56,7 +57,8 @@ class Progress:
         if ram is not None:
             numbers = ram.statistics() | {"spill_limit_bytes": ram.spill_bytes}
         done_bytes = int(numbers.get("pages_done", 0)) * _TARGET_PAGE_BYTES
-        rate, eta_s = self._rate(done_bytes)
+        file_bytes = writer.file_bytes if writer is not None else self.file_bytes
+        rate, eta_s = self._rate(numbers, file_bytes)
         zero, data = int(numbers.get("pages_zero", 0)), int(numbers.get("pages_data", 0))
         return Statistics(
             state=self.state,
@@ -67,7 +69,7 @@ class Progress:
             total_ms=self.total_ms or (time.monotonic() - self._began) * 1e3,
             ram_bytes=self.ram_bytes,
             ram_done_bytes=done_bytes,
-            file_bytes=writer.file_bytes if writer is not None else self.file_bytes,
+            file_bytes=file_bytes,
             pages=PageCounts(
                 total=zero + data,
                 zero=zero,
@@ -88,11 +90,14 @@ class Progress:
             writes_while_stopped=self.writes_while_stopped,
         )
 
-    def _rate(self, done_bytes: int) -> tuple[float, float | None]:
-        if self._saving_since is None:
+    def _rate(self, numbers: dict[str, Any], file_bytes: int) -> tuple[float, float | None]:
+        """Bytes per second to the destination, and the seconds left, if that can be told."""
+        if self._pace is None or self.state != "active":
             return 0.0, None
-        elapsed_s = max(1e-6, time.monotonic() - self._saving_since)
-        rate = done_bytes / elapsed_s
-        if not done_bytes or self.state != "active":
-            return rate, None
-        return rate, max(0.0, self.ram_bytes - done_bytes) / rate
+        absent = int(numbers.get("pages_never_populated", 0))
+        done = int(numbers.get("pages_done", 0)) - absent
+        rate, written = self._pace.note(done * _TARGET_PAGE_BYTES, file_bytes)
+        populated = numbers.get("pages_populated")
+        if rate <= 0 or populated is None:
+            return written, None
+        return written, max(0, int(populated) - done) * _TARGET_PAGE_BYTES / rate
