@@ -161,10 +161,10 @@ def doctor(vm: str | int | None = None, *, directory: StrPath = ".") -> list[Che
     from stillframe.doctor.host import host_checks
     from stillframe.doctor.vm import vm_checks
 
-    checks = host_checks(Path(directory))
-    if vm is not None:
-        checks += vm_checks(str(vm))
-    return checks
+    if vm is None:
+        return host_checks(Path(directory))
+    seen = vm_checks(str(vm))
+    return [*host_checks(Path(directory), for_board=seen.vmm == "board"), *seen.checks]
 
 
 def take(

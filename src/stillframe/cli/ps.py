@@ -35,7 +35,9 @@ def _as_json_object(vm: SurveyedVm) -> dict[str, object]:
         "pid": vm.pid,
         "name": vm.name,
         "uid": vm.uid,
-        "qemu_version": vm.qemu_version,
+        "vmm": vm.vmm,
+        "version": vm.version,
+        "qemu_version": vm.version if vm.vmm == "qemu" else None,
         "accelerator": vm.accelerator,
         "ram_bytes": vm.ram_bytes,
         "qmp": list(vm.qmp),
@@ -47,12 +49,12 @@ def _as_json_object(vm: SurveyedVm) -> dict[str, object]:
 
 def _as_lines(vms: list[SurveyedVm]) -> list[str]:
     lines = table(
-        ("PID", "NAME", "QEMU", "ACCEL", "RAM", "STATUS", "SNAPSHOT", "QMP"),
+        ("PID", "NAME", "VMM", "ACCEL", "RAM", "STATUS", "SNAPSHOT", "QMP"),
         [
             (
                 str(vm.pid),
                 vm.name or "-",
-                vm.qemu_version or "-",
+                f"{vm.vmm} {vm.version or '-'}",
                 vm.accelerator,
                 format_bytes(vm.ram_bytes),
                 vm.status or "-",

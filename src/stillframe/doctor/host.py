@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import platform
 import select
@@ -17,6 +18,7 @@ from typing import Final
 from stillframe.doctor.checks import Check, CheckStatus, from_error
 from stillframe.errors import HostError, InternalError, StillframeError
 from stillframe.machine.outside.vm_info import may_trace_anybody
+from stillframe.memory.own_protection import open_own_protection, own_userfaultfd
 from stillframe.memory.remote_attach import attach
 from stillframe.memory.userfaultfd import Userfaultfd
 from stillframe.store.frames import compress_frame, decompress_frame
@@ -31,13 +33,15 @@ _SECCOMP_MODE_FILTER: Final = 2
 _BPF_ALLOW: Final = (6, 0, 0, 0x7FFF0000)  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
 
 
-def host_checks(directory: Path) -> list[Check]:
+def host_checks(directory: Path, *, for_board: bool = False) -> list[Check]:
     """Look at everything. No guest is touched.
 
     Args:
         directory: where snapshots would go.
+        for_board: only a board is to be snapshotted, which needs less.
     """
-    checks = [_tried(name, look) for name, look in _CHECKS.items()]
+    looks = _CHECKS | _CHECKS_FOR_BOARD if for_board else _CHECKS
+    checks = [_tried(name, look) for name, look in looks.items()]
     return [*checks, _space(directory)]
 
 
@@ -78,6 +82,19 @@ def _userfaultfd() -> Check:
     return _check("userfaultfd", "ok", "write protection of all kinds of memory that we need")
 
 
+def _userfaultfd_for_board() -> Check:
+    with own_userfaultfd() as uffd:
+        uffd.handshake()
+    if uffd.kind == "userfaultfd":
+        return _userfaultfd()
+    return _check(
+        "userfaultfd",
+        "warn",
+        "for boards only: of faults in user mode",
+        "run as root, or set vm.unprivileged_userfaultfd=1, for other VMs",
+    )
+
+
 def _ptrace() -> Check:
     scope = _number("/proc/sys/kernel/yama/ptrace_scope")
     powerful = may_trace_anybody(os.getpid())
@@ -99,6 +116,12 @@ def _ptrace() -> Check:
 def _attach() -> Check:
     with _waiting_child() as pid:
         attach(pid).close()
+    return _check("attach", "ok", "a userfaultfd was made in another process and fetched")
+
+
+def _attach_for_board() -> Check:
+    with _waiting_child() as pid:
+        attach(pid, user_mode_will_do=True).close()
     return _check("attach", "ok", "a userfaultfd was made in another process and fetched")
 
 
@@ -160,6 +183,24 @@ def _qemu() -> Check:
     )
     more = f" and {len(programs) - 1} more" if len(programs) > 1 else ""
     return _check("qemu", "ok", version + more)
+
+
+def _board() -> Check:
+    """Our own VM needs no right at all; without userfaultfd it protects its RAM by mprotect."""
+    try:
+        version = importlib.metadata.version("unicorn")
+    except importlib.metadata.PackageNotFoundError:
+        return _check(
+            "board",
+            "warn",
+            "the Unicorn engine is not installed: our own VM cannot be run",
+            "pip install 'stillframe[board]'",
+        )
+    protection = open_own_protection()
+    protection.close()
+    return _check(
+        "board", "ok", f"Unicorn {version}; our own VM protects its RAM by {protection.kind}"
+    )
 
 
 def _version_of(program: str) -> str:
@@ -252,4 +293,9 @@ _CHECKS: Final[dict[str, Callable[[], Check]]] = {
     "memfd": _memfd,
     "zstd": _zstd,
     "qemu": _qemu,
+    "board": _board,
+}
+_CHECKS_FOR_BOARD: Final[dict[str, Callable[[], Check]]] = {
+    "userfaultfd": _userfaultfd_for_board,
+    "attach": _attach_for_board,
 }

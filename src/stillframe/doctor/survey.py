@@ -8,8 +8,8 @@ import msgspec
 
 from stillframe.errors import HostError, StillframeError
 from stillframe.machine.outside.machine import OutsideMachine
-from stillframe.machine.outside.vm_info import VmInfo
-from stillframe.machine.running import connect, list_vms
+from stillframe.machine.outside.vm_info import VmInfo, Vmm
+from stillframe.machine.running import connect_to, list_vms
 from stillframe.qmp.connection import address_text
 
 _TIMEOUT_S = 1.0
@@ -19,6 +19,7 @@ _AT_ONCE = 8
 class SurveyedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A running VM, and whether a background snapshot of it can be taken.
 
+    ``version``: of its VMM, None if its monitor did not answer.
     ``snapshotable``: None if it cannot be told, for instance because its monitor is busy.
     ``reasons``: why not, or why it cannot be told.
     """
@@ -26,7 +27,8 @@ class SurveyedVm(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     name: str
     uid: int
-    qemu_version: str | None
+    vmm: Vmm
+    version: str | None
     accelerator: str
     ram_bytes: int
     qmp: tuple[str, ...]
@@ -49,7 +51,8 @@ def _look_at(vm: VmInfo) -> SurveyedVm:
         pid=vm.pid,
         name=vm.name,
         uid=vm.uid,
-        qemu_version=None,
+        vmm=vm.vmm,
+        version=None,
         accelerator=vm.accelerator,
         ram_bytes=vm.ram_bytes,
         qmp=tuple(address_text(address) for address in vm.qmp_addresses),
@@ -61,10 +64,10 @@ def _look_at(vm: VmInfo) -> SurveyedVm:
             seen, snapshotable=False, reasons=("it has no QMP monitor that can be reached",)
         )
     try:
-        with connect(str(vm.pid), timeout_s=_TIMEOUT_S) as machine:
+        with connect_to(vm, timeout_s=_TIMEOUT_S) as machine:
             seen = msgspec.structs.replace(
                 seen,
-                qemu_version=".".join(str(number) for number in machine.qmp.version),
+                version=machine.version,
                 accelerator=machine.accelerator(),
                 status=machine.status(),
             )

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from stillframe.doctor.checks import Check, CheckStatus, from_error
-from stillframe.errors import NotFoundError, StillframeError, UsageError
+from stillframe.errors import HostError, NotFoundError, StillframeError, UsageError
 from stillframe.machine.outside.machine import OutsideMachine
+from stillframe.machine.outside.vm_info import Vmm
 from stillframe.machine.running import connect
 from stillframe.model import RamBlock
 from stillframe.qmp.connection import address_text
@@ -18,7 +21,14 @@ _ARM_NS_PER_PAGE: Final = 62
 _RESIDENT: Final = ("RssAnon", "RssShmem", "RssFile", "HugetlbPages")
 
 
-def vm_checks(ref: str) -> list[Check]:
+class VmChecks(msgspec.Struct, frozen=True):
+    """What was found of a VM; ``vmm`` is None if its monitor could not be connected to."""
+
+    checks: tuple[Check, ...]
+    vmm: Vmm | None = None
+
+
+def vm_checks(ref: str) -> VmChecks:
     """Look at one VM.
 
     Args:
@@ -32,7 +42,7 @@ def vm_checks(ref: str) -> list[Check]:
     except (NotFoundError, UsageError):
         raise
     except StillframeError as error:
-        return [from_error("vm", "monitor", error)]
+        return VmChecks((from_error("vm", "monitor", error),))
     checks: list[Check] = []
     with machine:
         try:
@@ -46,11 +56,12 @@ def vm_checks(ref: str) -> list[Check]:
                 )
                 for hindrance in machine.preflight()
             ]
+            checks.append(_right(machine))
             blocks = machine.ram_blocks()
             checks += [_ram(machine.pid, blocks), *map(_block, blocks)]
         except StillframeError as error:
             checks.append(from_error("vm", error.kind, error))
-    return checks
+    return VmChecks(tuple(checks), machine.info.vmm)
 
 
 def _check(name: str, status: CheckStatus, found: str, remedy: str = "") -> Check:
@@ -58,13 +69,21 @@ def _check(name: str, status: CheckStatus, found: str, remedy: str = "") -> Chec
 
 
 def _monitor(machine: OutsideMachine) -> Check:
-    version = ".".join(str(number) for number in machine.qmp.version)
+    vmm = "QEMU" if machine.info.vmm == "qemu" else "board"
     return _check(
         "monitor",
         "ok",
-        f"QEMU {version} at {address_text(machine.qmp.address)}, machine {machine.machine_type()},"
-        f" {machine.accelerator()}, {machine.status()}",
+        f"{vmm} {machine.version} at {address_text(machine.qmp.address)},"
+        f" machine {machine.machine_type()}, {machine.accelerator()}, {machine.status()}",
     )
+
+
+def _right(machine: OutsideMachine) -> Check:
+    try:
+        machine.check_right()
+    except HostError as error:
+        return from_error("vm", "right", error)
+    return _check("right", "ok", "a userfaultfd of its memory may be made")
 
 
 def _ram(pid: int, blocks: Sequence[RamBlock]) -> Check:

@@ -80,16 +80,36 @@ def connect(ref: str, *, timeout_s: float = 5.0) -> OutsideMachine:
         MachineError: the VM does not answer.
     """
     address = parse_address(ref)
-    if address is not None:
-        qmp = QmpClient.connect(address, timeout_s=timeout_s)
-    else:
-        qmp = _first_free(find_vm(ref), timeout_s)
+    if address is None:
+        return connect_to(find_vm(ref), timeout_s=timeout_s)
+    return _machine_of(QmpClient.connect(address, timeout_s=timeout_s))
+
+
+def connect_to(vm: VmInfo, *, timeout_s: float = 5.0) -> OutsideMachine:
+    """Connect to the first monitor of a VM that lets us in; as :func:`connect`.
+
+    Raises:
+        NotFoundError: it is no more, or what it calls its monitor is another process's.
+        The others are those of :func:`connect`.
+    """
+    machine = _machine_of(_first_free(vm, timeout_s))
+    if machine.pid != vm.pid:
+        machine.close()
+        raise NotFoundError(
+            f"the monitor of VM {_called(vm)} (pid {vm.pid}) is process {machine.pid}'s",
+            remedy=_LIST_REMEDY,
+        )
+    return machine
+
+
+def _machine_of(qmp: QmpClient) -> OutsideMachine:
+    """The machine behind a connected monitor, which is closed if there is none."""
     try:
         pid = pid_of_monitor(qmp.address, qmp.socket)
         vms = vms_of(pid, any_program=True) if pid is not None else []
         if not vms:
             raise NotFoundError(
-                f"cannot tell which process is behind {ref}",
+                f"cannot tell which process is behind {address_text(qmp.address)}",
                 why="it runs on another host, in another namespace, or as another user",
                 remedy="run on the VM's host, as root or the VM's user",
             )
