@@ -8,7 +8,10 @@ described sizes, subsections strictly in the JSON's order, to the last byte.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+_NUMBER = re.compile(r"(u?)int(8|16|32|64)")
 
 
 class AnalyzeError(Exception):
@@ -76,7 +79,7 @@ class Analysis:
             if kind == 0:
                 break
             if kind == 7:
-                self.configuration = file.text(4)
+                self.configuration = self._configuration()
                 continue
             _check(kind in (1, 2, 3, 4), f"unknown section type {kind} at {file.place}")
             section_id = file.number(4)
@@ -96,6 +99,16 @@ class Analysis:
                 file.take(1)
                 _check(file.number(4) == section_id, "footer's id")
         _check(file.place == self._end, f"sections end at {file.place}, not {self._end}")
+
+    def _configuration(self) -> str:
+        """The machine type; read by its description, which QEMU 8.2 and later write."""
+        described = self._desc.get("configuration")
+        if described is None:
+            return self._file.text(4)
+        values = self._fields(described)
+        name = bytes.fromhex(values["name"]).decode()
+        _check(len(name) == values["len"], "length of the machine type")
+        return name
 
     def _ram(self) -> None:
         file = self._file
@@ -125,20 +138,44 @@ class Analysis:
                 self.zero += 1
 
     def _fields(self, desc: dict[str, Any]) -> dict[str, Any]:
+        """A structure's values by name; lists where there is more than one of a name."""
         file = self._file
         values: dict[str, Any] = {}
         for field in desc["fields"]:
-            for _ in range(field.get("array_len", 1)):
+            name, count = field["name"], field.get("array_len", 1)
+            if "index" in field:
+                before = values.get(name, [])
+                _check(len(before) == field["index"], f"index of {name}")
+                values[name] = before
+            elif count > 1:
+                values[name] = []
+            for _ in range(count):
                 start = file.place
-                if "struct" in field:
-                    value: Any = self._fields(field["struct"])
+                value = self._value(field)
+                _check(file.place - start == field["size"], f"size of {name}")
+                if isinstance(values.get(name), list):
+                    values[name].append(value)
                 else:
-                    value = file.take(field["size"]).hex()
-                _check(file.place - start == field["size"], f"size of {field['name']}")
-                values.setdefault(field["name"], []).append(value)
+                    _check(name not in values, f"{name} twice")
+                    values[name] = value
         for subsection in desc.get("subsections", ()):
             _check(file.number(1) == 5, f"subsection {subsection['vmsd_name']} missing")
             _check(file.text() == subsection["vmsd_name"], "subsection's name")
             _check(file.number(4) == subsection["version"], "subsection's version")
             values[subsection["vmsd_name"]] = self._fields(subsection)
         return values
+
+    def _value(self, field: dict[str, Any]) -> Any:
+        """A number, a bool, a structure, or any other bytes in hexadecimal."""
+        kind, size = field["type"], field["size"]
+        if kind == "struct":
+            return self._fields(field["struct"])
+        raw = self._file.take(size)
+        number = _NUMBER.fullmatch(kind)
+        if number is not None:
+            _check(8 * size == int(number[2]), f"{kind} of {size} bytes")
+            return int.from_bytes(raw, "big", signed=not number[1])
+        if kind == "bool":
+            _check(size == 1, f"bool of {size} bytes")
+            return raw != b"\0"
+        return raw.hex()
