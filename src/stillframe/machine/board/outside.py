@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import msgspec
 
-from stillframe.errors import MachineError, RefusedError, UsageError
+from stillframe.errors import RefusedError, UsageError
 from stillframe.machine import Hindrance, Mode
 from stillframe.machine.board.board_command import (
     PROGRAM_WORDS,
@@ -27,12 +27,10 @@ from stillframe.machine.outside.vm_info import (
     process_facts,
     reachable_path,
 )
-from stillframe.model import GpaRange, MachineRecord, RamBlock
+from stillframe.model import MachineRecord, RamBlock
 from stillframe.qmp.client import QmpClient
 
 ACCELERATOR = "unicorn"
-BLOCK_GPA = {"board.ram": 0, "board.vram": 0xE0000000, "board.dimm0": 0x100000000}
-"""Where the machine type has its blocks (docs/design/board.md)."""
 
 
 class BoardMachine(OutsideMachine):
@@ -51,13 +49,6 @@ class BoardMachine(OutsideMachine):
         """
         super().__init__(info, qmp, BoardRamTable(info.pid, qmp))
 
-    def machine_type(self) -> str:
-        """The board's versioned name, as the stream's configuration section holds it."""
-        kind = self.qmp.execute("qom-get", {"path": "/machine", "property": "type"})
-        if not isinstance(kind, str) or not kind:
-            raise MachineError("the board does not tell its machine type", guest_state="unknown")
-        return kind.removesuffix("-machine")
-
     def accelerator(self) -> str:
         """``unicorn``: what runs every board."""
         return ACCELERATOR
@@ -73,19 +64,6 @@ class BoardMachine(OutsideMachine):
             MachineError: the monitor or the process went away. HostError: not permitted.
         """
         return hindrances(gather(self.info, self.qmp, self.ram_blocks(), mode), CHECKS)
-
-    def memory_map(self, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
-        """Where the guest sees these blocks: what the machine type says (docs/design/board.md)."""
-        return tuple(
-            GpaRange(
-                gpa=BLOCK_GPA[block.idstr],
-                length_bytes=block.used_length_bytes,
-                idstr=block.idstr,
-                offset_bytes=0,
-            )
-            for block in sorted(blocks, key=lambda block: BLOCK_GPA.get(block.idstr, 0))
-            if block.idstr in BLOCK_GPA
-        )
 
 
 class BoardRamTable:

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
-from stillframe.errors import BusyError, RefusedError
+from stillframe.errors import BusyError, MachineError, RefusedError
 from stillframe.machine import Hindrance, Mode
 from stillframe.machine.outside.attach import check_right, open_userfaultfd
 from stillframe.machine.outside.device_state import DeviceStateSaver
 from stillframe.machine.outside.evidence import as_list, as_map
+from stillframe.machine.outside.memory_map import read_memory_map
 from stillframe.machine.outside.preflight import MIGRATION_IDLE
 from stillframe.machine.outside.proc_maps import proc_error
 from stillframe.machine.outside.ram_mappings import RamTable, Signature
@@ -45,14 +46,6 @@ class OutsideMachine(ABC):
     # What differs between the kinds
 
     @abstractmethod
-    def machine_type(self) -> str:
-        """The machine's full versioned name, as the stream's configuration section holds it.
-
-        Raises:
-            MachineError: the monitor went away, or does not tell.
-        """
-
-    @abstractmethod
     def accelerator(self) -> str:
         """What runs the guest: ``kvm``, ``tcg``, ``unicorn``, ...
 
@@ -67,14 +60,6 @@ class OutsideMachine(ABC):
         Raises:
             MachineError: the monitor or the process went away. HostError: not permitted.
             RefusedError: the RAM blocks cannot be told for certain.
-        """
-
-    @abstractmethod
-    def memory_map(self, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
-        """Where the guest sees these blocks now. The guest is not touched.
-
-        Raises:
-            MachineError: the monitor went away.
         """
 
     # What is the same
@@ -152,6 +137,28 @@ class OutsideMachine(ABC):
             vcpus=len(cpus) if isinstance(cpus, list) else 0,
             disks=self._disks(),
         )
+
+    def machine_type(self) -> str:
+        """The machine class's full versioned name, such as ``pc-q35-7.2`` (never the alias).
+
+        It is what the stream's configuration section holds (QEMU ``migration/savevm.c``:
+        vmstate_configuration).
+
+        Raises:
+            MachineError: the monitor went away, or does not tell.
+        """
+        kind = self.qmp.execute("qom-get", {"path": "/machine", "property": "type"})
+        if not isinstance(kind, str) or not kind:
+            raise MachineError("the VM does not tell its machine type", guest_state="unknown")
+        return kind.removesuffix("-machine")
+
+    def memory_map(self, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
+        """Where the guest sees these blocks now. The guest is not touched.
+
+        Raises:
+            MachineError: the monitor went away.
+        """
+        return read_memory_map(self.qmp, blocks)
 
     def _name(self) -> str:
         reply = self.qmp.execute("query-name")

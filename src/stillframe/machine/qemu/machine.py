@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from stillframe.errors import MachineError
 from stillframe.machine import Hindrance, Mode
 from stillframe.machine.outside.machine import OutsideMachine
 from stillframe.machine.outside.vm_info import VmInfo
-from stillframe.machine.qemu.memory_map import read_memory_map
 from stillframe.machine.qemu.preflight import preflight
 from stillframe.machine.qemu.ramblocks import QemuRamTable
-from stillframe.model import GpaRange, RamBlock
 from stillframe.qmp.client import QmpClient
 
 
@@ -26,17 +23,6 @@ class QemuMachine(OutsideMachine):
         """
         self._ram_list = QemuRamTable(info.pid, qmp)
         super().__init__(info, qmp, self._ram_list)
-
-    def machine_type(self) -> str:
-        """The machine class's full versioned name, such as ``pc-q35-7.2`` (never the alias).
-
-        It is what the stream's configuration section holds (QEMU ``migration/savevm.c``:
-        vmstate_configuration).
-        """
-        kind = self.qmp.execute("qom-get", {"path": "/machine", "property": "type"})
-        if not isinstance(kind, str) or not kind:
-            raise MachineError("the VM does not tell its machine type", guest_state="unknown")
-        return kind.removesuffix("-machine")
 
     def accelerator(self) -> str:
         """``kvm``, ``tcg``, or what the command line asked for."""
@@ -53,11 +39,3 @@ class QemuMachine(OutsideMachine):
             RefusedError: the RAM blocks cannot be told for certain.
         """
         return preflight(self.info, self.qmp, self._ram_list, mode)
-
-    def memory_map(self, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
-        """Where the guest sees these blocks now. The guest is not touched.
-
-        Raises:
-            MachineError: the monitor went away.
-        """
-        return read_memory_map(self.qmp, blocks)
