@@ -30,11 +30,14 @@ _STRING_REST = {
     for quote in b"\"'"
 }
 _KEYWORD = re.compile(rb"[a-z]++")
-# As much as can become a number, and what is one.
+# As much as can become a number, and what is one; as in QEMU, 0e1 is none.
 _NUMBER_BEGUN = re.compile(
-    rb"-?(?:(?:0|[1-9][0-9]*+)(?:\.(?:[0-9]++(?:[eE][+-]?[0-9]*+)?)?|[eE][+-]?[0-9]*+)?)?"
+    rb"-?(?:0(?:\.(?:[0-9]++(?:[eE][+-]?[0-9]*+)?)?)?"
+    rb"|[1-9][0-9]*+(?:\.(?:[0-9]++(?:[eE][+-]?[0-9]*+)?)?|[eE][+-]?[0-9]*+)?)?"
 )
-_NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?")
+_NUMBER = re.compile(
+    rb"-?(?:0(?:\.[0-9]++(?:[eE][+-]?[0-9]++)?)?|[1-9][0-9]*+(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?)"
+)
 _RECOVERY = re.compile(rb"[\x00-\x08\x0a-\x1f\xfe\xff\[\]{}:,]")
 
 _PUNCTUATION = frozenset(b"{}[]:,")

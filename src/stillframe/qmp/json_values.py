@@ -34,7 +34,7 @@ def value_of(tokens: Sequence[bytes]) -> object:
         QmpError: they are none.
     """
     open_containers: list[_Container] = []
-    keys: list[str] = []  # of the values that are being read, one for each open object
+    keys: list[str | None] = []  # of what is being read, for each open object; None: a key itself
     rest = iter(tokens)
     token = _after(rest)
     while True:
@@ -54,9 +54,12 @@ def value_of(tokens: Sequence[bytes]) -> object:
         # Here one has ended, and with it perhaps what it is in.
         while open_containers:
             container = open_containers[-1]
-            token = _after(rest)
             if isinstance(container, dict):
-                container[keys.pop()] = value
+                key = keys.pop()
+                if key is None:
+                    raise _parse_error("key is not a string in object")
+                container[key] = value
+                token = _after(rest)
                 if token == b",":
                     token = _key(container, keys, _after(rest), rest)
                     break
@@ -64,6 +67,7 @@ def value_of(tokens: Sequence[bytes]) -> object:
                     raise _parse_error("expected separator in dict")
             else:
                 container.append(value)
+                token = _after(rest)
                 if token == b",":
                     token = _after(rest)
                     break
@@ -75,10 +79,14 @@ def value_of(tokens: Sequence[bytes]) -> object:
 
 
 def _key(
-    container: dict[str, object], keys: list[str], token: bytes, rest: Iterator[bytes]
+    container: dict[str, object], keys: list[str | None], token: bytes, rest: Iterator[bytes]
 ) -> bytes:
     """Read the key that ``token`` is, and its colon; returns the value's first token."""
-    key = None if token in (b"{", b"[") else _scalar(token)
+    if token in (b"{", b"["):
+        # QEMU reads it to its end first, and may find something else that is wrong.
+        keys.append(None)
+        return token
+    key = _scalar(token)
     if not isinstance(key, str):
         raise _parse_error("key is not a string in object")
     if _after(rest) != b":":
@@ -118,10 +126,12 @@ def _number(token: bytes) -> int | float:
 
 def _text(token: bytes) -> str:
     try:
-        text = token[1:-1].decode()
-    except UnicodeDecodeError:
+        text = token[1:].decode()
+    except UnicodeDecodeError as error:
+        _ESCAPE.sub(_unescaped, token[1 : 1 + error.start].decode())  # which is wrong first
         raise _parse_error("invalid UTF-8 sequence in string") from None
-    return _ESCAPE.sub(_unescaped, text) if "\\" in text else text
+    # With the closing quotation mark, which QEMU shows as a part of an escape that is too short.
+    return (_ESCAPE.sub(_unescaped, text) if "\\" in text else text)[:-1]
 
 
 def _unescaped(escape: re.Match[str]) -> str:
