@@ -49,6 +49,7 @@ class OwnWriter:
     def __init__(self, ram: GuestRam, *, pause_us: int = FULL_SPEED_US) -> None:
         self.ram = ram
         self.written_bytes = ram.length_bytes // 4 * 3 & ~4095
+        ram.touch(0, self.written_bytes)
         self._native = native()
         self._writer = self._native.writer_start(ram.hva, self.written_bytes, pause_us)
 
@@ -87,7 +88,7 @@ def open_kind(kind: ProtectionKind) -> WriteProtection:
 
 @contextlib.contextmanager
 def capturing(
-    kind: ProtectionKind,
+    kind: ProtectionKind | Callable[[], WriteProtection],
     rams: Sequence[GuestRam],
     *,
     spill_bytes: int = 16 << 20,
@@ -95,7 +96,8 @@ def capturing(
 ) -> Iterator[RamCapture]:
     """A capture of our own blocks, registered and started."""
     blocks = [ram.block() for ram in rams]
-    capture = make(open_kind(kind), os.getpid(), blocks, spill_bytes=spill_bytes)
+    protection = kind() if callable(kind) else open_kind(kind)
+    capture = make(protection, os.getpid(), blocks, spill_bytes=spill_bytes)
     try:
         capture.register()
         capture.start()
@@ -106,7 +108,7 @@ def capturing(
 
 
 def take_own(
-    kind: ProtectionKind,
+    kind: ProtectionKind | Callable[[], WriteProtection],
     writers: Sequence[OwnWriter],
     *,
     spill_bytes: int = 16 << 20,

@@ -80,6 +80,13 @@ cdef extern from "_capture_sys.h" nogil:
     void sf_put_be32(uint8_t *p, uint32_t v)
     void *sf_map_populated(uint64_t length)
 
+cdef extern from "_signal_faults.h" nogil:
+    int sf_signal_protect(uint64_t hva, uint64_t length, int on)
+    void sf_signal_wake(uint64_t hva, uint64_t length)
+    int sf_signal_register(uint64_t hva, uint64_t length, int fd)
+    int sf_signal_release(int fd)
+    int sf_signal_prepare_thread()
+
 cdef enum:
     ARMED = 0
     HOLD = 1
@@ -219,10 +226,32 @@ LOST_UNMAPPED = GONE_UNMAPPED   # the block was unmapped or moved
 LOST_HOLE = GONE_HOLE           # punched out of the file behind shared memory
 
 
+# Protection by mprotect and a SIGSEGV handler, where there is no userfaultfd: see _signal_faults.h.
+
+def signal_register(uint64_t hva, uint64_t length_bytes, int message_fd):
+    """Tell faults in a range of our own memory to ``message_fd``; 0 or -errno."""
+    cdef int rc
+    with nogil:
+        rc = sf_signal_register(hva, length_bytes, message_fd)
+    return rc
+
+def signal_release(int message_fd):
+    """Un-protect and forget the ranges of ``message_fd``, which nobody uses then; 0 or -errno."""
+    cdef int rc
+    with nogil:
+        rc = sf_signal_release(message_fd)
+    return rc
+
+def signal_prepare_thread():
+    """Give this thread an alternate stack for faults, and let SIGSEGV in; 0 or -errno."""
+    return sf_signal_prepare_thread()
+
+
 cdef class Capture:
-    """State of one capture of another process's RAM. See ``_capture.pyi``."""
+    """State of one capture of a process's RAM. See ``_capture.pyi``."""
 
     cdef int uffd, stop_fd, pid
+    cdef bint by_signal     # uffd is the pipe of the SIGSEGV handler
     cdef Block *blocks
     cdef uint32_t block_count
     cdef uint64_t phase, cursor, units_total
@@ -247,7 +276,7 @@ cdef class Capture:
     cdef uint32_t queue_head, queue_tail
 
     def __cinit__(self, int uffd, int stop_fd, int pid, blocks, *, uint64_t slab_bytes,
-                  uint32_t spill_slabs, uint64_t max_window_bytes):
+                  uint32_t spill_slabs, uint64_t max_window_bytes, bint by_signal=False):
         cdef uint32_t i
         cdef uint64_t words
         cdef Block *b
@@ -255,6 +284,7 @@ cdef class Capture:
         self.uffd = uffd
         self.stop_fd = stop_fd
         self.pid = pid
+        self.by_signal = by_signal
         self.slab_bytes = slab_bytes
         self.max_window_bytes = min(max_window_bytes, slab_bytes)
         self.current = -1
@@ -402,10 +432,33 @@ cdef class Capture:
 
     # --- protection -----------------------------------------------------------
 
+    # What depends on the kind of protection is in these three.
+
+    cdef int _set_protection(self, Block *b, uint64_t first, uint64_t pages, int on) noexcept nogil:
+        """Un-protecting wakes who waits, with either kind."""
+        if self.by_signal:
+            return sf_signal_protect(b.hva + (first << b.shift), pages << b.shift, on)
+        return sf_writeprotect(self.uffd, b.hva + (first << b.shift), pages << b.shift, on)
+
+    cdef void _wake(self, uint64_t hva, uint64_t length) noexcept nogil:
+        if self.by_signal:
+            sf_signal_wake(hva, length)
+        else:
+            sf_wake(self.uffd, hva, length)
+
+    cdef int _unregister(self, Block *b, uint64_t first, uint64_t pages) noexcept nogil:
+        cdef int rc
+        if self.by_signal:              # in pieces it is only un-protected
+            return self._set_protection(b, first, pages, 0)
+        rc = sf_unregister(self.uffd, b.hva + (first << b.shift), pages << b.shift)
+        # The kernel un-protects here but wakes nobody, and the fault thread may have ended.
+        self._wake(b.hva + (first << b.shift), pages << b.shift)
+        return rc
+
     cdef int _protect(self, Block *b, uint64_t first, uint64_t pages, int on) noexcept nogil:
         cdef int rc, tries = 0
         while True:
-            rc = sf_writeprotect(self.uffd, b.hva + (first << b.shift), pages << b.shift, on)
+            rc = self._set_protection(b, first, pages, on)
             if rc == -EAGAIN and tries < 100000:
                 tries += 1              # an event is being read by the fault thread
                 sched_yield()
@@ -421,13 +474,9 @@ cdef class Capture:
 
     def unregister(self, uint32_t block, uint64_t first_page, uint64_t pages):
         cdef int rc
-        cdef Block *b
         self._check_range(block, first_page, pages)
-        b = &self.blocks[block]
         with nogil:
-            rc = sf_unregister(self.uffd, b.hva + (first_page << b.shift), pages << b.shift)
-            # The kernel un-protects here but wakes nobody, and the fault thread may have ended.
-            sf_wake(self.uffd, b.hva + (first_page << b.shift), pages << b.shift)
+            rc = self._unregister(&self.blocks[block], first_page, pages)
         return rc
 
     def protect_noted(self):
@@ -635,7 +684,7 @@ cdef class Capture:
         if self.uffd < 0:
             return 0                    # the guest stands still, nothing is protected
         while True:
-            rc = sf_writeprotect(self.uffd, b.hva + (first << b.shift), pages << b.shift, 0)
+            rc = self._set_protection(b, first, pages, 0)
             if rc != -EAGAIN:
                 break
             # An event is in the way, which only the fault thread reads. The sweep need not
@@ -649,7 +698,7 @@ cdef class Capture:
             else:
                 sched_yield()
         if rc == -ENOENT:
-            sf_wake(self.uffd, b.hva + (first << b.shift), pages << b.shift)
+            self._wake(b.hva + (first << b.shift), pages << b.shift)
         elif rc < 0 and (by_fault or rc != -EAGAIN):
             self._fail(rc)
         return rc
@@ -845,7 +894,7 @@ cdef class Capture:
             if b.hva <= address < b.hva + (b.pages << b.shift):
                 break
         else:
-            sf_wake(self.uffd, address & ~<uint64_t>0xfff, 4096)
+            self._wake(address & ~<uint64_t>0xfff, 4096)
             return
         page = (address - b.hva) >> b.shift
         if phase == ARMED:

@@ -1,7 +1,8 @@
 """Write protection of this process's own RAM, by whatever this host allows.
 
 A full userfaultfd where that is permitted; else one that serves faults in user mode only, which
-ordinary users may have (``vm.unprivileged_userfaultfd`` of the kernel's sysctl documentation).
+ordinary users may have (``vm.unprivileged_userfaultfd`` of the kernel's sysctl documentation);
+else, as in containers that refuse userfaultfd(2), mprotect(2) and a SIGSEGV handler.
 Found out by trying, never from a version.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 from stillframe.errors import HostError
+from stillframe.memory.signal_protection import SignalProtection
 from stillframe.memory.userfaultfd import Userfaultfd
 
 ProtectionKind = Literal["userfaultfd", "userfaultfd-user", "mprotect"]
@@ -60,11 +62,23 @@ def open_own_protection(prefer: Preference = "auto") -> WriteProtection:
     """The write protection of this process's RAM for one capture.
 
     Args:
-        prefer: ``auto`` takes the first that works; the others are demands.
+        prefer: ``auto`` takes a userfaultfd where one is permitted and has the features, else
+            ``mprotect``; the others are demands.
 
     Raises:
         HostError: what was demanded is not to be had here; the message says what is in the way.
     """
+    if prefer == "mprotect":
+        return SignalProtection()
+    try:
+        return _ready_userfaultfd()
+    except HostError:
+        if prefer == "userfaultfd":
+            raise
+        return SignalProtection()
+
+
+def _ready_userfaultfd() -> Userfaultfd:
     uffd = own_userfaultfd()
     try:
         uffd.handshake()

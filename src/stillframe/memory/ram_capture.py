@@ -32,6 +32,7 @@ from stillframe.errors import (
 from stillframe.memory import _capture
 from stillframe.memory.own_protection import WriteProtection
 from stillframe.memory.population import file_behind, mark_populated
+from stillframe.memory.signal_protection import chunk_bytes
 from stillframe.model import RamBlock, StoppedWrite
 
 SLAB_BYTES = 1 << 20
@@ -76,17 +77,22 @@ class RamCapture:
         self._protection = protection
         self._pid = pid
         # A guest that stands still is copied in target pages, however large its huge pages are.
+        self._in_chunks = protection is not None and protection.kind == "mprotect"
+        if protection is None:
+            pieces = [_TARGET_PAGE_BYTES] * len(blocks)
+        elif self._in_chunks:
+            pieces = _chunks(blocks)
+        else:
+            pieces = [block.page_size_bytes for block in blocks]
         self._blocks = tuple(
-            block
-            if protection is not None
-            else msgspec.structs.replace(block, page_size_bytes=_TARGET_PAGE_BYTES)
-            for block in blocks
+            msgspec.structs.replace(block, page_size_bytes=piece)
+            for block, piece in zip(blocks, pieces, strict=True)
         )
         _refuse_gigantic(self._blocks)
         self._armed = False
         self._registered = [0] * len(self._blocks)
         self._files: list[int] = []
-        self._huge_blocks: dict[int, int] = {}
+        self._blocks_used: dict[int, int] = {}
         self._thread: threading.Thread | None = None
         self._spill_thread: threading.Thread | None = None
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -107,7 +113,8 @@ class RamCapture:
                         # Private memory is only in the VMM's page tables, so read it there.
                         fd if fd is not None and block.shared else -1,
                         block.backing_offset_bytes,
-                        int(block.shared and block.backing != "hugetlbfs"),
+                        # A chunk with a hole in it is nothing unusual: see _count_blocks.
+                        int(block.shared and block.backing != "hugetlbfs" and not self._in_chunks),
                         block.idstr.encode(),
                     )
                     for block, fd in zip(self._blocks, self._readers, strict=True)
@@ -115,6 +122,7 @@ class RamCapture:
                 slab_bytes=self._slab_bytes,
                 spill_slabs=self._spill_bytes // self._slab_bytes,
                 max_window_bytes=_MAX_WINDOW_BYTES,
+                by_signal=self._in_chunks,
             )
             self._core.grow_spill(
                 max(2, min(self._spill_bytes, _FIRST_SPILL_BYTES) // self._slab_bytes)
@@ -251,7 +259,7 @@ class RamCapture:
         self._core.set_phase(_capture.PHASE_HOLD)
         runs = self._core.noted_runs()
         self.protect_written()
-        self._huge_blocks = self._count_huge_blocks()
+        self._blocks_used = self._count_blocks()
         self._core.set_phase(_capture.PHASE_ACTIVE)
         return tuple(
             StoppedWrite(
@@ -287,8 +295,8 @@ class RamCapture:
                 remedy="take another one, with the balloon and memory hotplug at rest",
                 guest_state="running",
             )
-        for index, now in self._count_huge_blocks().items():
-            if now < self._huge_blocks.get(index, 0):
+        for index, now in self._count_blocks().items():
+            if now < self._blocks_used.get(index, 0):
                 raise SnapshotFailed(
                     "the snapshot would not show one instant",
                     why=f"{_LOST[_capture.LOST_HOLE]}: {self._blocks[index].idstr}",
@@ -297,13 +305,14 @@ class RamCapture:
                 )
         self._check(numbers["error"], "copying guest RAM")
 
-    def _count_huge_blocks(self) -> dict[int, int]:
+    def _count_blocks(self) -> dict[int, int]:
         # The kernel tells nobody about a huge page that is punched out of its file, and has
-        # no way to look for the hole; the file's size on its file system shows it.
+        # no way to look for the hole; the file's size on its file system shows it. So too
+        # where RAM is protected in chunks, which may have holes from the beginning.
         return {
             index: os.fstat(fd).st_blocks
             for index, (block, fd) in enumerate(zip(self._blocks, self._readers, strict=True))
-            if block.backing == "hugetlbfs" and block.shared and fd is not None
+            if block.shared and fd is not None and (block.backing == "hugetlbfs" or self._in_chunks)
         }
 
     def _name(self, hva: int) -> str:
@@ -381,6 +390,19 @@ class RamCapture:
                 f"{doing} failed", why="the host is out of memory", guest_state="running"
             )
         raise InternalError(f"{doing} failed", why=os.strerror(number), guest_state="running")
+
+
+def _chunks(blocks: Sequence[RamBlock]) -> list[int]:
+    """How finely each block is protected with mprotect: as ``chunk_bytes`` has it for all of them
+    together, but not beyond the end of what is mapped."""
+    all_bytes = sum(block.used_length_bytes for block in blocks)
+    pieces = []
+    for block in blocks:
+        piece = max(chunk_bytes(all_bytes), block.page_size_bytes)
+        while -(-block.used_length_bytes // piece) * piece > block.max_length_bytes:
+            piece //= 2
+        pieces.append(max(piece, block.page_size_bytes))
+    return pieces
 
 
 def _refuse_gigantic(blocks: Sequence[RamBlock]) -> None:
