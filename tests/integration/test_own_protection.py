@@ -72,3 +72,12 @@ def test_a_demand_that_cannot_be_met_is_an_error_that_says_so() -> None:
 @pytest.mark.parametrize("how", [[], pytest.param(["nobody"], marks=root)])
 def test_the_fallback_may_be_demanded(how: list[str]) -> None:
     assert run("mprotect", *how) == "mprotect whole"
+
+
+@root
+def test_missing_pages_are_told_by_any_userfaultfd_but_not_without_one() -> None:
+    _user_mode_only()
+    assert run("missing-pages") == "probed"
+    assert run("missing-pages", "nobody") == "probed"
+    answer = run("missing-pages", "nobody", "no-userfaultfd")
+    assert answer.startswith("host: userfaultfd is not allowed here: Operation not permitted")

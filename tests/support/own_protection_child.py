@@ -1,7 +1,7 @@
 """Which protection a process of some user gets, and whether a capture with it is right.
 
 Run as ``python -m tests.support.own_protection_child PREFER [nobody] [no-userfaultfd]``; prints
-the kind that it got and "whole" or "torn", or the error.
+the kind that it got and "whole" or "torn", or the error. PREFER may be missing-pages: a probe.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 
 from stillframe.errors import StillframeError
 from stillframe.memory.guest_ram import GuestRam
+from stillframe.memory.missing_pages import MissingPages
 from stillframe.memory.own_protection import open_own_protection
 from tests.support.own_writer import OwnWriter, native, take_own
 
@@ -58,6 +59,13 @@ def _main() -> None:
         _become_nobody()
     if "no-userfaultfd" in how:
         _forbid_userfaultfd()
+    if prefer == "missing-pages":
+        try:
+            MissingPages.probe()
+            print("probed")
+        except StillframeError as error:
+            print(f"{error.kind}: {error}")
+        return
     ram = GuestRam("ram", 4 * MIB)
     file = os.memfd_create("disk")
     os.write(file, b"x" * PAGE)

@@ -15,6 +15,7 @@ cdef extern from "_guest_memory_sys.h" nogil:
     int sf_unmap_guest(uint64_t hva, uint64_t length)
     int sf_punch(int fd, uint64_t offset, uint64_t length)
     void sf_touch(uint64_t hva, uint64_t length)
+    int sf_place(int uffd, uint64_t hva, const uint8_t *data, uint64_t length)
     int64_t sf_read_into(int fd, uint64_t hva, uint64_t length, int64_t file_offset)
 
 
@@ -61,3 +62,20 @@ def read_into(int fd, uint64_t hva, uint64_t length_bytes, int64_t file_offset):
     with nogil:
         got = sf_read_into(fd, hva, length_bytes, file_offset)
     return got
+
+def place(int uffd, uint64_t hva, const uint8_t[::1] data not None):
+    """Fill missing pages (UFFDIO_COPY); those that are there stay. 0 or -errno."""
+    cdef uint64_t length = data.shape[0]
+    cdef int rc
+    if length == 0:
+        return 0
+    with nogil:
+        rc = sf_place(uffd, hva, &data[0], length)
+    return rc
+
+def place_zeroes(int uffd, uint64_t hva, uint64_t length_bytes):
+    """Fill missing pages with zeroes (UFFDIO_ZEROPAGE); 0 or -errno."""
+    cdef int rc
+    with nogil:
+        rc = sf_place(uffd, hva, NULL, length_bytes)
+    return rc

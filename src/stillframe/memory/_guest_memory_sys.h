@@ -4,11 +4,21 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdint.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #define SF_PAGE 4096ull
+
+/* Linux include/uapi/linux/userfaultfd.h */
+struct sf_range { uint64_t start, len; };
+struct sf_copy { uint64_t dst, src, len, mode; int64_t copied; };
+struct sf_zeropage { struct sf_range range; uint64_t mode; int64_t filled; };
+#define SF_IOCTL_WAKE     _IOR(0xAA, 0x02, struct sf_range)
+#define SF_IOCTL_COPY     _IOWR(0xAA, 0x03, struct sf_copy)
+#define SF_IOCTL_ZEROPAGE _IOWR(0xAA, 0x04, struct sf_zeropage)
 
 static inline int64_t sf_map_guest(int fd, uint64_t length) {
     void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
@@ -59,5 +69,31 @@ static inline int64_t sf_read_into(int fd, uint64_t hva, uint64_t length, int64_
             break; /* the end of the file; or a stream, which gives what it has */
     }
     return (int64_t)got;
+}
+
+/* Fill missing pages, with `data` or with zeroes (NULL), and wake who waits for them. Pages that
+ * are there already stay as they are. 0 or -errno. */
+static inline int sf_place(int uffd, uint64_t hva, const uint8_t *data, uint64_t length) {
+    uint64_t at = 0;
+    while (at < length) {
+        struct sf_copy copy = {hva + at, (uint64_t)(uintptr_t)(data + at), length - at, 0, 0};
+        struct sf_zeropage zero = {{hva + at, length - at}, 0, 0};
+        if ((data ? ioctl(uffd, SF_IOCTL_COPY, &copy) : ioctl(uffd, SF_IOCTL_ZEROPAGE, &zero)) == 0)
+            break;
+        int64_t done = data ? copy.copied : zero.filled;
+        if (done > 0) {
+            at += (uint64_t)done; /* the kernel stops early before a page that is there */
+        } else if (errno == EEXIST) {
+            /* Somebody may have begun to wait before it came; nothing else wakes them. */
+            struct sf_range page = {hva + at, SF_PAGE};
+            ioctl(uffd, SF_IOCTL_WAKE, &page);
+            at += SF_PAGE;
+        } else if (errno == EAGAIN) {
+            sched_yield(); /* the mappings are being changed */
+        } else {
+            return -errno;
+        }
+    }
+    return 0;
 }
 #endif

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from stillframe.errors import HostError
 from stillframe.memory.signal_protection import SignalProtection
-from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.memory.userfaultfd import WRITE_PROTECTION, Use, Userfaultfd
 
 ProtectionKind = Literal["userfaultfd", "userfaultfd-user", "mprotect"]
 Preference = Literal["auto", "userfaultfd", "mprotect"]
@@ -38,12 +38,22 @@ class WriteProtection(Protocol):
         """Un-protect all that is still registered, and wake whoever waits."""
 
 
-def own_userfaultfd() -> Userfaultfd:
-    """A userfaultfd of this process, the best that is permitted; before the handshake.
+def own_userfaultfd(use: Use = WRITE_PROTECTION) -> Userfaultfd:
+    """A userfaultfd of this process, the best that is permitted, ready to register ranges.
 
     Raises:
-        HostError: none is, or the kernel has none.
+        HostError: none is permitted, or the kernel lacks it or a feature.
     """
+    uffd = _permitted_userfaultfd()
+    try:
+        uffd.handshake(use)
+    except HostError:
+        uffd.close()
+        raise
+    return uffd
+
+
+def _permitted_userfaultfd() -> Userfaultfd:
     makers = (
         Userfaultfd.for_this_process,
         Userfaultfd.from_device,
@@ -71,18 +81,8 @@ def open_own_protection(prefer: Preference = "auto") -> WriteProtection:
     if prefer == "mprotect":
         return SignalProtection()
     try:
-        return _ready_userfaultfd()
+        return own_userfaultfd()
     except HostError:
         if prefer == "userfaultfd":
             raise
         return SignalProtection()
-
-
-def _ready_userfaultfd() -> Userfaultfd:
-    uffd = own_userfaultfd()
-    try:
-        uffd.handshake()
-    except HostError:
-        uffd.close()
-        raise
-    return uffd

@@ -10,10 +10,48 @@ import errno
 import fcntl
 import os
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from stillframe.errors import BusyError, HostError
 from stillframe.memory import uffd_abi as abi
+
+
+class Use(NamedTuple):
+    """What a userfaultfd is for: what it asks of the kernel, and the words of the errors."""
+
+    features: int
+    mode: int
+    ioctl_bit: int
+    ioctl_name: str
+    purpose: str
+    done: str
+    newer_kernel: str
+    file_backed: str
+    instead: str
+
+
+WRITE_PROTECTION = Use(
+    features=abi.WRITE_PROTECT_FEATURES,
+    mode=abi.REGISTER_MODE_WP,
+    ioctl_bit=abi.IOCTL_BIT_WRITEPROTECT,
+    ioctl_name="UFFDIO_WRITEPROTECT",
+    purpose="write-protect a VM's RAM in the background",
+    done="write-protected",
+    newer_kernel="use Linux 6.4 or newer, or --mode stop",
+    file_backed="it may be file-backed: use --mode stop",
+    instead="use --mode stop",
+)
+MISSING_PAGES = Use(
+    features=abi.MISSING_FEATURES,
+    mode=abi.REGISTER_MODE_MISSING,
+    ioctl_bit=abi.IOCTL_BIT_COPY,
+    ioctl_name="UFFDIO_COPY",
+    purpose="fill a VM's RAM on demand",
+    done="filled on demand",
+    newer_kernel="use Linux 4.11 or newer, or migrate without postcopy",
+    file_backed="migrate without postcopy",
+    instead="migrate without postcopy",
+)
 
 
 class Userfaultfd:
@@ -71,26 +109,26 @@ class Userfaultfd:
     def fileno(self) -> int:
         return self._fd
 
-    def handshake(self) -> None:
-        """Ask for the features that background snapshots need (UFFDIO_API).
+    def handshake(self, use: Use = WRITE_PROTECTION) -> None:
+        """Ask for the features that ``use`` needs (UFFDIO_API).
 
         Raises:
             HostError: one is missing; the message names it and the kernel that brought it.
         """
-        argument = bytearray(abi.API_STRUCT.pack(abi.UFFD_API, abi.FEATURES_WANTED, 0))
+        argument = bytearray(abi.API_STRUCT.pack(abi.UFFD_API, use.features, 0))
         try:
             fcntl.ioctl(self._fd, abi.UFFDIO_API, argument)
         except OSError as error:
-            missing = self._missing_features() if error.errno == errno.EINVAL else str(error)
+            missing = self._missing_features(use) if error.errno == errno.EINVAL else str(error)
             raise HostError(
-                "this kernel cannot write-protect a VM's RAM in the background",
+                f"this kernel cannot {use.purpose}",
                 why=f"it lacks {missing}",
-                remedy="use Linux 6.4 or newer, or --mode stop",
+                remedy=use.newer_kernel,
                 guest_state="running",
             ) from error
         self.features = abi.API_STRUCT.unpack(argument)[1]
 
-    def _missing_features(self) -> str:
+    def _missing_features(self, use: Use) -> str:
         # A failed UFFDIO_API leaves the descriptor unusable but reports nothing; a query
         # with no features at all answers with what the kernel has.
         argument = bytearray(abi.API_STRUCT.pack(abi.UFFD_API, 0, 0))
@@ -98,17 +136,17 @@ class Userfaultfd:
             fcntl.ioctl(self._fd, abi.UFFDIO_API, argument)
         except OSError as error:
             return f"userfaultfd features ({error})"
-        offered = abi.API_STRUCT.unpack(argument)[1]
-        return ", ".join(name for bit, name in abi.FEATURE_NAMES.items() if not offered & bit)
+        lacking = use.features & ~abi.API_STRUCT.unpack(argument)[1]
+        return ", ".join(name for bit, name in abi.FEATURE_NAMES.items() if lacking & bit)
 
-    def register(self, hva: int, length_bytes: int) -> None:
-        """Register a range for write protection; nothing is protected yet.
+    def register(self, hva: int, length_bytes: int, use: Use = WRITE_PROTECTION) -> None:
+        """Register a range; nothing is protected yet.
 
         Raises:
             BusyError: the range belongs to another userfaultfd already.
-            HostError: this kind of memory cannot be write-protected.
+            HostError: this kind of memory cannot be used so.
         """
-        argument = bytearray(abi.REGISTER_STRUCT.pack(hva, length_bytes, abi.REGISTER_MODE_WP, 0))
+        argument = bytearray(abi.REGISTER_STRUCT.pack(hva, length_bytes, use.mode, 0))
         try:
             fcntl.ioctl(self._fd, abi.UFFDIO_REGISTER, argument)
         except OSError as error:
@@ -120,16 +158,16 @@ class Userfaultfd:
                     guest_state="running",
                 ) from error
             raise HostError(
-                f"guest RAM at {hva:#x} cannot be write-protected",
+                f"guest RAM at {hva:#x} cannot be {use.done}",
                 why=os.strerror(error.errno or 0),
-                remedy="it may be file-backed: use --mode stop",
+                remedy=use.file_backed,
                 guest_state="running",
             ) from error
-        if not abi.REGISTER_STRUCT.unpack(argument)[3] & abi.IOCTL_BIT_WRITEPROTECT:
+        if not abi.REGISTER_STRUCT.unpack(argument)[3] & use.ioctl_bit:
             raise HostError(
-                f"guest RAM at {hva:#x} cannot be write-protected",
-                why="the kernel offers no UFFDIO_WRITEPROTECT for it",
-                remedy="use --mode stop",
+                f"guest RAM at {hva:#x} cannot be {use.done}",
+                why=f"the kernel offers no {use.ioctl_name} for it",
+                remedy=use.instead,
                 guest_state="running",
             )
 
