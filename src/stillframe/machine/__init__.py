@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.memory.own_protection import WriteProtection
 from stillframe.model import GpaRange, MachineRecord, RamBlock
 
 Mode = Literal["background", "stop"]
@@ -67,11 +67,13 @@ class Machine(Protocol):
     def start_time(self) -> int:
         """When that process started, in the kernel's ticks; tells it from a later one."""
 
-    def monitor_fd(self) -> int:
-        """Descriptor of the connected QMP socket, for the guard process to share."""
+    def monitor_fd(self) -> int | None:
+        """Descriptor of the connected QMP socket, for the guard process to share; None for a
+        machine of this process, which nobody has to let go on if we die."""
 
-    def open_userfaultfd(self) -> Userfaultfd:
-        """A userfaultfd of the machine's process that only we hold. The guest is not touched.
+    def open_userfaultfd(self) -> WriteProtection:
+        """What protects the machine's RAM: a userfaultfd of its process that only we hold, or for
+        a machine of this process what else there is. The guest is not touched.
 
         Raises:
             HostError: a kernel feature or permission is missing. RefusedError: seccomp.

@@ -25,6 +25,9 @@ class Guarding(Protocol):
     def disarm(self) -> None:
         """The VM goes on again."""
 
+    def close(self) -> None:
+        """End it; never raises."""
+
 
 class NoGuard:
     """For a machine of this very process, which dies with us."""
@@ -34,6 +37,18 @@ class NoGuard:
 
     def disarm(self) -> None:
         """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def guard_of(monitor_fd: int | None) -> Guarding:
+    """A guard that shares a machine's monitor connection (``Machine.monitor_fd``).
+
+    Raises:
+        HostError: it could not be started; the guest was not touched.
+    """
+    return NoGuard() if monitor_fd is None else Guard(monitor_fd)
 
 
 class Guard:

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from stillframe.machine import Machine
 from stillframe.model import Downtime
 from stillframe.snapshot import faultpoints
-from stillframe.snapshot.guard import Guard
+from stillframe.snapshot.guard import Guarding
 from stillframe.snapshot.instant import Instant, stop_unless_still
 from stillframe.snapshot.standstill import Standstill
 
 
 def hold_still(
-    machine: Machine, guard: Guard, standstill: Standstill, *, run_state: str
+    machine: Machine, guard: Guarding, standstill: Standstill, *, run_state: str
 ) -> tuple[Instant, Callable[[], Downtime]]:
     """Stop the guest and save its device state.
 

@@ -27,7 +27,7 @@ from stillframe.snapshot.arming import arm_capture, open_capture
 from stillframe.snapshot.bandwidth import BandwidthLimit
 from stillframe.snapshot.encoders import Encoders, worker_count
 from stillframe.snapshot.exclusive import VmLock
-from stillframe.snapshot.guard import Guard
+from stillframe.snapshot.guard import guard_of
 from stillframe.snapshot.instant import take_instant
 from stillframe.snapshot.job import JobControl
 from stillframe.snapshot.options import SnapshotOptions
@@ -118,7 +118,7 @@ class _Taking:
         signature = machine.blocks_signature()
         self._progress.ram_bytes = sum(block.used_length_bytes for block in blocks)
 
-        guard = Guard(machine.monitor_fd())
+        guard = guard_of(machine.monitor_fd())
         self._cleanup.callback(guard.close)
         faultpoints.reach("guarded")
         self._cleanup.callback(machine.finish_device_state)

@@ -1,0 +1,382 @@
+"""The board: what others use of it (docs/design/board.md)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from stillframe.errors import MachineError, UsageError
+from stillframe.machine.board.clock import Clock
+from stillframe.machine.board.config import BoardConfig
+from stillframe.machine.board.elf import Guest, read_guest
+from stillframe.machine.board.events import Events, Listener
+from stillframe.machine.board.guest_requests import GuestRequests
+from stillframe.machine.board.hardware import Hardware
+from stillframe.machine.board.layout import SECTOR_BYTES, STACK_BYTES
+from stillframe.machine.board.power import NOTHING, PANIC, POWER_OFF, RESET
+from stillframe.machine.board.run_control import RunControl
+from stillframe.machine.board.screenshot import Picture
+from stillframe.memory.guest_ram import GuestRam
+from stillframe.model import GpaRange, RamBlock
+from stillframe.vmstate.global_state import GLOBAL_STATE, GlobalState
+from stillframe.vmstate.save_state import SaveStateRegistry, StateSaver
+
+PANIC_STATUS = 134
+"""Exit status of a guest that panicked: that of a process which aborted."""
+FAILURE_STATUS = 70
+"""Exit status of a board that failed: that of ``InternalError``."""
+
+logger = logging.getLogger(__name__)
+
+
+class Board:
+    """One machine. Methods may be called by any thread but the board's own, and not by listeners.
+
+    ``lock``: the board lock; it guards run state and device registers. Methods that wait for the
+    vCPUs let go of it meanwhile, however often the caller holds it.
+
+    End every board with ``close``, or ``quit``.
+    """
+
+    machine_type = "stillframe-board-1"
+
+    def __init__(self, config: BoardConfig) -> None:
+        """Make it; nothing runs yet.
+
+        Raises:
+            HostError: no memory, or the disk or the serial line's place cannot be opened.
+        """
+        self.config = config
+        self.name = config.name
+        self.lock = threading.RLock()
+        self.exit_status: int | None = None
+        self._events = Events()
+        self._blockers: list[str] = []
+        self._ended = threading.Event()
+        self._torn_down = threading.Event()
+        self._quit_began = False
+        self._starts_when_loaded = False
+        self._threads_started = False
+        self._guest: Guest | None = None
+        clock = Clock()
+        self._control = RunControl(self.lock, clock, self._events, may_run=self._may_run)
+        self.hardware = Hardware(
+            config,
+            self.lock,
+            clock,
+            on_still=self._control.something_stopped,
+            on_request=self._asked,
+        )
+        hardware = self.hardware
+        self._control.control(hardware.vcpus, hardware.threads, hardware.serial, hardware.alarm)
+        self._requests = GuestRequests(
+            self._control, hardware.power, hardware.vcpus, self._serve_request, self._tear_down
+        )
+        self.registry = SaveStateRegistry()
+        self.global_state = GlobalState(lambda: self._control.state_to_store)
+        self.registry.register_device("globalstate", GLOBAL_STATE, self.global_state)
+        hardware.register(self.registry)
+        self.saver = StateSaver(
+            self.registry,
+            machine_type=self.machine_type,
+            inactivate_disks=self.inactivate_disks,
+        )
+
+    # What it is
+
+    @property
+    def run_state(self) -> str:
+        """In QEMU's words: prelaunch, running, paused, inmigrate, shutdown, ..."""
+        return self._control.state
+
+    @property
+    def rams(self) -> tuple[GuestRam, ...]:
+        """The RAM blocks."""
+        return self.hardware.space.rams
+
+    def ram_blocks(self) -> list[RamBlock]:
+        """The RAM blocks as records, in the order of the stream."""
+        return [ram.block() for ram in self.rams]
+
+    def memory_map(self) -> tuple[GpaRange, ...]:
+        """Where the guest sees its RAM, ascending by guest-physical address."""
+        return self.hardware.space.memory_map()
+
+    def vcpu_thread_ids(self) -> list[int]:
+        """The kernel's numbers of the vCPUs' threads, by index."""
+        return [vcpu.thread_id for vcpu in self.hardware.vcpus]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Length of the disk, whole sectors; 0 without one."""
+        return self.hardware.block.disk_sectors * SECTOR_BYTES
+
+    def picture(self) -> Picture:
+        """What the framebuffer shows now; torn where the guest is drawing."""
+        return self.hardware.framebuffer.picture()
+
+    def add_listener(self, listener: Listener) -> None:
+        """Tell ``listener`` of events from now on; see ``events.Listener`` for what it may do."""
+        with self.lock:
+            self._events.add(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Tell it no more."""
+        with self.lock:
+            self._events.remove(listener)
+
+    def add_migration_blocker(self, reason: str) -> None:
+        """Something that must keep the board from being saved, until it is removed."""
+        with self.lock:
+            self._blockers.append(reason)
+
+    def remove_migration_blocker(self, reason: str) -> None:
+        """Take one back; nothing happens if there is none such."""
+        with self.lock:
+            if reason in self._blockers:
+                self._blockers.remove(reason)
+
+    def blocked_reasons(self) -> list[str]:
+        """Why the board cannot be saved now; empty if it can."""
+        with self.lock:
+            return list(self._blockers)
+
+    # Starting
+
+    def power_on(self, *, paused: bool = False) -> None:
+        """Load the guest and let it run.
+
+        Args:
+            paused: stay in ``prelaunch`` until ``cont``.
+
+        Raises:
+            UsageError: it has no guest, or was started before.
+            NotFoundError, HostError, DataError: the guest cannot be read, or is none.
+        """
+        with self.lock:
+            self._check_new()
+            if self.config.guest_path is None:
+                raise UsageError("the board has no guest to start")
+            self._guest = self._read_guest(self.config.guest_path)
+            self.hardware.boot(self._guest, fresh=True)
+            self._start_threads()
+            if not paused:
+                self.cont()
+
+    def start_incoming(self, *, paused: bool = False) -> None:
+        """Be ready for a stream (``StateLoader``): run state ``inmigrate``, disks given up.
+
+        When it is loaded comes ``finish_incoming``; until then ``stop`` and ``cont`` only say
+        whether the guest shall run then.
+
+        Args:
+            paused: it shall not.
+
+        Raises:
+            UsageError: it was started before.
+            NotFoundError, HostError, DataError: its guest, needed for a reset, cannot be read.
+        """
+        with self.lock:
+            self._check_new()
+            if self.config.guest_path is not None:
+                self._guest = self._read_guest(self.config.guest_path)
+            self.hardware.block.inactivate()
+            self._start_threads()
+            self._starts_when_loaded = not paused
+            self._control.stop("inmigrate")
+
+    def finish_incoming(self) -> None:
+        """What was loaded is complete: go on in the run state that it stores.
+
+        Source: QEMU ``migration/migration.c`` (process_incoming_migration_bh).
+
+        Raises:
+            HostError: a disk cannot be opened; the guest does not run.
+            MachineError: it cannot run, or the board was quit.
+        """
+        with self.lock:
+            stored = self.global_state.run_state
+            if stored in ("running", ""):
+                if self._starts_when_loaded:
+                    self._control.cont(self.activate_disks)
+                    self._requests.look()
+                    return
+                stored = "paused"
+            self._control.stop(stored)
+
+    def _check_new(self) -> None:
+        if self._threads_started:
+            raise UsageError(f"the board was started before, it is '{self.run_state}'")
+
+    def _read_guest(self, path: str) -> Guest:
+        return read_guest(path, end_gpa=self.config.ram_bytes - self.config.vcpus * STACK_BYTES)
+
+    def _start_threads(self) -> None:
+        self._threads_started = True
+        self._requests.start_thread()
+        self.hardware.start_threads()
+
+    # Running
+
+    def stop(self, state: str | None = None) -> None:
+        """Stop the guest: every vCPU is parked, no device's thread does anything, the clock stands
+        still, and the disk's cache is in its file (which may not be on its medium yet).
+
+        Args:
+            state: the run state to enter, ``paused`` if it was running; a guest that does not run
+                stays as it is without one.
+
+        Raises:
+            MachineError: the board was quit.
+        """
+        with self.lock:
+            if state is None and self.run_state == "inmigrate":
+                self._starts_when_loaded = False
+            else:
+                self._control.stop(state)
+
+    def cont(self) -> None:
+        """Let the guest run; disks that were given up are taken back.
+
+        Raises:
+            MachineError: it must be reset first, or the board was quit; it does not run.
+            HostError: a disk cannot be opened; it does not run.
+        """
+        with self.lock:
+            if self.run_state == "inmigrate":
+                self._starts_when_loaded = True
+                return
+            self._control.cont(self.activate_disks)
+            self._requests.look()
+
+    def reset(self) -> None:
+        """Start the guest anew; RAM outside of it keeps what it has.
+
+        One that does not run is ``paused`` afterwards. Without a guest to start, as on a
+        board that only took a stream, the board shuts down.
+
+        Raises:
+            MachineError: the board was quit.
+        """
+        with self._control.standing_still():
+            self._reset(guest_asked=False)
+
+    def powerdown(self) -> None:
+        """Press the power button; the guest may do about it what it likes."""
+        with self.lock:
+            self.hardware.power.press()
+            self._events.tell("POWERDOWN")
+
+    def plug_dimm(self, length_bytes: int) -> None:
+        """Plug in more RAM (``board.dimm0``), also while the guest runs: its vCPUs stand still for
+        less than a millisecond.
+
+        Raises:
+            UsageError: there is a DIMM, or it cannot be so long.
+            HostError: no memory. MachineError: the board was quit.
+        """
+        with self._control.standing_still():
+            # An incoming stream brings the guest's board information with it.
+            self.hardware.plug_dimm(length_bytes, tell=self.run_state != "inmigrate")
+
+    def activate_disks(self) -> None:
+        """Take the disks back, if they were given up.
+
+        Raises:
+            HostError: one cannot be opened.
+        """
+        with self.lock:
+            self.hardware.block.activate()
+
+    def inactivate_disks(self) -> None:
+        """Write everything to the disks' media and give them up, for another machine to use.
+
+        Raises:
+            MachineError: the guest runs, or a disk cannot be written and is kept.
+        """
+        with self.lock:
+            if self._control.running:
+                raise MachineError("the guest uses its disks", guest_state="running")
+            self.hardware.block.inactivate()
+
+    def quit(self) -> None:
+        """End the board, its threads and its memory; returns at once. Twice does nothing.
+
+        ``wait`` or ``close`` waits for the end.
+        """
+        with self.lock:
+            if self._quit_began:
+                return
+            self._quit_began = True
+            self._events.tell("SHUTDOWN", guest=False, reason="host-qmp-quit")
+            if self._threads_started:
+                self._requests.quit()
+                return
+        self._tear_down()
+
+    def close(self) -> None:
+        """``quit``, and wait for the end. Without the board lock."""
+        self.quit()
+        self._requests.join()
+
+    def _tear_down(self) -> None:
+        with self.lock:
+            self._control.end()
+            self.hardware.end_threads()
+        self.hardware.close()
+        self._torn_down.set()
+        self._ended.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the guest has powered off or panicked, or the board failed or was quit; of one
+        that is being quit, until all of it has ended.
+
+        Returns:
+            Whether that is so; ``exit_status`` says more.
+        """
+        if self._quit_began:
+            return self._torn_down.wait(timeout_s)
+        return self._ended.wait(timeout_s)
+
+    # What the guest asks for
+
+    def _may_run(self) -> bool:
+        return self.hardware.power.request == NOTHING
+
+    def _asked(self) -> None:
+        self._requests.asked()
+
+    def _serve_request(self, request: int) -> None:
+        power = self.hardware.power
+        if request == RESET:
+            self._reset(guest_asked=True)
+        elif request == POWER_OFF:
+            self._events.tell("SHUTDOWN", guest=True, reason="guest-shutdown")
+            self._end("shutdown", power.status)
+        elif request == PANIC:
+            logger.error("%s: the guest panicked: %s", self.name, power.reason)
+            self._events.tell("GUEST_PANICKED", action="pause")
+            self._end("guest-panicked", PANIC_STATUS)
+        else:
+            logger.error("%s: the board failed: %s", self.name, power.reason)
+            self._end("internal-error", FAILURE_STATUS)
+
+    def _end(self, state: str, exit_status: int) -> None:
+        self._control.set_state(state)
+        self._events.tell("STOP")
+        self.exit_status = exit_status
+        self._ended.set()
+
+    def _reset(self, *, guest_asked: bool) -> None:
+        reason = "guest-reset" if guest_asked else "host-qmp-system-reset"
+        if self._guest is None:
+            logger.error("%s: there is no guest to start again", self.name)
+            self._events.tell("SHUTDOWN", guest=guest_asked, reason=reason)
+            self._end("shutdown", FAILURE_STATUS)
+            return
+        self.hardware.boot(self._guest, fresh=False)
+        if self.run_state not in ("running", "inmigrate"):
+            self._control.set_state("paused")
+        self.exit_status = None
+        self._ended.clear()
+        self._events.tell("RESET", guest=guest_asked, reason=reason)

@@ -1,0 +1,64 @@
+"""The virtual clock: monotonic nanoseconds, which stand still while the board is stopped."""
+
+from __future__ import annotations
+
+import time
+
+from stillframe.machine.board.layout import VCPUS_LIMIT
+from stillframe.vmstate.fields import StateDescription, array, u32, u64
+
+_MASK = (1 << 64) - 1
+
+
+class Clock:
+    """Guarded by the board lock. It stands still when it is made."""
+
+    LOW, HIGH = 0, 4
+    COUNT = 8
+
+    def __init__(self) -> None:
+        self._started_ns: int | None = None
+        self.stopped_ns = 0
+        self.latched_high = [0] * VCPUS_LIMIT
+
+    @property
+    def runs(self) -> bool:
+        return self._started_ns is not None
+
+    def now_ns(self) -> int:
+        """Virtual time for which the board has run."""
+        if self._started_ns is None:
+            return self.stopped_ns
+        return self.stopped_ns + time.monotonic_ns() - self._started_ns
+
+    def start(self) -> None:
+        if self._started_ns is None:
+            self._started_ns = time.monotonic_ns()
+
+    def stop(self) -> None:
+        self.stopped_ns = self.now_ns()
+        self._started_ns = None
+
+    def reset(self) -> None:
+        """Forget what was latched; time goes on, since it is monotonic."""
+        self.latched_high[:] = [0] * VCPUS_LIMIT
+
+    def read_port(self, offset: int, size_bytes: int, vcpu: int) -> int:
+        if offset == self.LOW:
+            now_ns = self.now_ns() & _MASK
+            self.latched_high[vcpu] = now_ns >> 32
+            return now_ns & 0xFFFFFFFF
+        if offset == self.HIGH:
+            return self.latched_high[vcpu]
+        return 0
+
+    def write_port(self, offset: int, size_bytes: int, value: int, vcpu: int) -> None:
+        """The clock cannot be set."""
+
+
+CLOCK = StateDescription(
+    name="clock",
+    version_id=1,
+    minimum_version_id=1,
+    fields=(u64("stopped_ns"), array("latched_high", u32, VCPUS_LIMIT)),
+)

@@ -1,0 +1,241 @@
+"""Copies all registers between a Unicorn engine and ``Registers``, each way in one call.
+
+Reading register by register would take longer than the whole downtime should
+(``unicorn.h``: uc_reg_read_batch, uc_reg_write_batch).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from unicorn import x86_const
+from unicorn.unicorn_const import UC_ERR_OK
+from unicorn.unicorn_py3 import Uc, UcError
+
+from stillframe.machine.board.registers import (
+    FLOATING,
+    GENERAL,
+    XMM,
+    Registers,
+    Segment,
+)
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (  # uc_x86_mmr of x86.h
+        ("selector", ctypes.c_uint16),
+        ("base", ctypes.c_uint64),
+        ("limit", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class _ModelSpecific(ctypes.Structure):
+    _fields_ = (("number", ctypes.c_uint32), ("value", ctypes.c_uint64))  # uc_x86_msr
+
+
+class _Floating(ctypes.Structure):
+    _fields_ = (("mantissa", ctypes.c_uint64), ("exponent", ctypes.c_uint16))
+
+
+class _Values(ctypes.Structure):
+    """A cell for each register; Unicorn writes up to eight bytes into a plain one."""
+
+    _fields_ = (
+        ("general", ctypes.c_uint64 * GENERAL),
+        ("rip", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+        ("tables", _Table * 4),
+        ("control", ctypes.c_uint64 * 5),
+        ("debug", ctypes.c_uint64 * 6),
+        ("selectors", ctypes.c_uint64 * 6),
+        ("bases", ctypes.c_uint64 * 2),
+        ("fpu", ctypes.c_uint64 * 8),
+        ("floating", _Floating * FLOATING),
+        ("mxcsr", ctypes.c_uint64),
+        ("xmm", ctypes.c_uint64 * (2 * XMM)),
+        ("model_specific", _ModelSpecific * 11),
+    )
+
+
+_R = x86_const
+_GENERAL = (
+    _R.UC_X86_REG_RAX,
+    _R.UC_X86_REG_RCX,
+    _R.UC_X86_REG_RDX,
+    _R.UC_X86_REG_RBX,
+    _R.UC_X86_REG_RSP,
+    _R.UC_X86_REG_RBP,
+    _R.UC_X86_REG_RSI,
+    _R.UC_X86_REG_RDI,
+    *range(_R.UC_X86_REG_R8, _R.UC_X86_REG_R15 + 1),
+)
+_TABLES = (_R.UC_X86_REG_LDTR, _R.UC_X86_REG_TR, _R.UC_X86_REG_GDTR, _R.UC_X86_REG_IDTR)
+_CONTROL = (
+    _R.UC_X86_REG_CR2,
+    _R.UC_X86_REG_CR3,
+    _R.UC_X86_REG_CR4,
+    _R.UC_X86_REG_CR8,
+    _R.UC_X86_REG_CR0,
+)
+_DEBUG = (
+    *range(_R.UC_X86_REG_DR0, _R.UC_X86_REG_DR3 + 1),
+    _R.UC_X86_REG_DR6,
+    _R.UC_X86_REG_DR7,
+)
+_SELECTORS = (
+    _R.UC_X86_REG_ES,
+    _R.UC_X86_REG_CS,
+    _R.UC_X86_REG_SS,
+    _R.UC_X86_REG_DS,
+    _R.UC_X86_REG_FS,
+    _R.UC_X86_REG_GS,
+)
+_BASES = (_R.UC_X86_REG_FS_BASE, _R.UC_X86_REG_GS_BASE)
+_FPU = {
+    "fpuc": _R.UC_X86_REG_FPCW,
+    "fpus": _R.UC_X86_REG_FPSW,
+    "fptag": _R.UC_X86_REG_FPTAG,
+    "fpip": _R.UC_X86_REG_FIP,
+    "fpcs": _R.UC_X86_REG_FCS,
+    "fpdp": _R.UC_X86_REG_FDP,
+    "fpds": _R.UC_X86_REG_FDS,
+    "fpop": _R.UC_X86_REG_FOP,
+}
+_MODEL_SPECIFIC = {  # Intel SDM 4, table 2-2
+    "efer": 0xC0000080,
+    "star": 0xC0000081,
+    "lstar": 0xC0000082,
+    "cstar": 0xC0000083,
+    "fmask": 0xC0000084,
+    "kernelgsbase": 0xC0000102,
+    "tsc_aux": 0xC0000103,
+    "sysenter_cs": 0x174,
+    "sysenter_esp": 0x175,
+    "sysenter_eip": 0x176,
+    "pat": 0x277,
+}
+
+
+class RegisterBank:
+    """The registers of one engine. The engine must not be running."""
+
+    def __init__(self, engine: Uc) -> None:
+        self._engine = engine
+        self._values = values = _Values()
+        for cell, number in zip(values.model_specific, _MODEL_SPECIFIC.values(), strict=True):
+            cell.number = number
+        # In the order of writing: paging and long mode before the segments, which are loaded
+        # from tables in the guest's memory; their bases after them.
+        cells: list[tuple[int, int]] = [
+            (_R.UC_X86_REG_MSR, at) for at in _each(values, "model_specific")
+        ]
+        for name, numbers in (
+            ("control", _CONTROL),
+            ("tables", _TABLES),
+            ("selectors", _SELECTORS),
+            ("bases", _BASES),
+            ("debug", _DEBUG),
+            ("general", _GENERAL),
+            ("fpu", tuple(_FPU.values())),
+            ("floating", range(_R.UC_X86_REG_FP0, _R.UC_X86_REG_FP7 + 1)),
+        ):
+            cells += zip(numbers, _each(values, name), strict=True)
+        cells += zip(
+            range(_R.UC_X86_REG_XMM0, _R.UC_X86_REG_XMM15 + 1),
+            _each(values, "xmm")[::2],
+            strict=True,
+        )
+        for name, number in (
+            ("mxcsr", _R.UC_X86_REG_MXCSR),
+            ("flags", _R.UC_X86_REG_RFLAGS),
+            ("rip", _R.UC_X86_REG_RIP),
+        ):
+            cells.append((number, _address(values, name)))
+        self._count = len(cells)
+        self._numbers = (ctypes.c_int32 * self._count)(*(number for number, _ in cells))
+        self._cells = (ctypes.c_void_p * self._count)(*(at for _, at in cells))
+
+    def read(self, registers: Registers) -> None:
+        """Fill ``registers`` from the engine, but for what the engine does not know."""
+        self._check(self._engine._do_reg_read_batch(self._numbers, self._cells, self._count))
+        values = self._values
+        registers.regs[:] = values.general
+        registers.eip = values.rip
+        registers.eflags = values.flags
+        for table, segment in zip(values.tables, _segments(registers), strict=True):
+            segment.selector = table.selector
+            segment.base = table.base
+            segment.limit = table.limit
+            segment.flags = table.flags
+        (
+            registers.cr2,
+            registers.cr3,
+            registers.cr4,
+            registers.cr8,
+            registers.cr0,
+        ) = values.control
+        registers.dr[:] = values.debug
+        registers.selectors[:] = values.selectors
+        registers.fs_base, registers.gs_base = values.bases
+        for name, value in zip(_FPU, values.fpu, strict=True):
+            setattr(registers, name, value)
+        for cell, register in zip(values.floating, registers.fpregs, strict=True):
+            register.mantissa = cell.mantissa
+            register.exponent = cell.exponent
+        registers.mxcsr = values.mxcsr
+        registers.xmm[:] = values.xmm
+        for name, cell in zip(_MODEL_SPECIFIC, values.model_specific, strict=True):
+            setattr(registers, name, cell.value)
+
+    def write(self, registers: Registers) -> None:
+        """Fill the engine from ``registers``."""
+        values = self._values
+        values.general[:] = registers.regs
+        values.rip = registers.eip
+        values.flags = registers.eflags
+        for table, segment in zip(values.tables, _segments(registers), strict=True):
+            table.selector = segment.selector
+            table.base = segment.base
+            table.limit = segment.limit
+            table.flags = segment.flags
+        values.control[:] = (
+            registers.cr2,
+            registers.cr3,
+            registers.cr4,
+            registers.cr8,
+            registers.cr0,
+        )
+        values.debug[:] = registers.dr
+        values.selectors[:] = registers.selectors
+        values.bases[:] = (registers.fs_base, registers.gs_base)
+        values.fpu[:] = [getattr(registers, name) for name in _FPU]
+        for cell, register in zip(values.floating, registers.fpregs, strict=True):
+            cell.mantissa = register.mantissa
+            cell.exponent = register.exponent
+        values.mxcsr = registers.mxcsr
+        values.xmm[:] = registers.xmm
+        for name, cell in zip(_MODEL_SPECIFIC, values.model_specific, strict=True):
+            cell.value = getattr(registers, name)
+        self._check(self._engine._do_reg_write_batch(self._numbers, self._cells, self._count))
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status != UC_ERR_OK:
+            raise UcError(status)
+
+
+def _segments(registers: Registers) -> tuple[Segment, ...]:
+    return registers.ldt, registers.tr, registers.gdt, registers.idt
+
+
+def _address(values: _Values, name: str) -> int:
+    offset: int = getattr(_Values, name).offset
+    return ctypes.addressof(values) + offset
+
+
+def _each(values: _Values, name: str) -> list[int]:
+    """The addresses of the elements of an array."""
+    elements = getattr(values, name)
+    size = ctypes.sizeof(elements) // len(elements)
+    return [_address(values, name) + place * size for place in range(len(elements))]

@@ -1,0 +1,181 @@
+"""The run state, and how everything that runs is stopped and goes on.
+
+Source: QEMU ``softmmu/runstate.c``, ``softmmu/cpus.c`` (vm_stop, do_vm_stop, vm_prepare_start,
+pause_all_vcpus).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from stillframe.errors import MachineError
+from stillframe.machine.board.alarm import Alarm
+from stillframe.machine.board.clock import Clock
+from stillframe.machine.board.device_thread import DeviceThread
+from stillframe.machine.board.events import Events
+from stillframe.machine.board.serial_port import SerialPort
+from stillframe.machine.board.vcpu import Vcpu
+
+_NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked")
+_FOR_SAVING = ("finish-migrate", "postmigrate", "save-vm")
+"""States in which the machine is only because it is saved; a stream stores the one before."""
+
+
+class RunControl:
+    """Guarded by the board lock, which ``stop`` and ``standing_still`` let go of while they wait,
+    however often the caller holds it (as QEMU's big lock while vCPUs are paused)."""
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        clock: Clock,
+        events: Events,
+        *,
+        may_run: Callable[[], bool],
+    ) -> None:
+        """
+        Args:
+            may_run: False while the guest has asked for something that must be done first.
+        """
+        self.lock = lock
+        self.state = "prelaunch"
+        self._state_before_saving = "prelaunch"
+        self._clock = clock
+        self._events = events
+        self._may_run = may_run
+        self._vcpus: Sequence[Vcpu] = ()
+        self._threads: Sequence[DeviceThread] = ()
+        self._serial: SerialPort | None = None
+        self._alarm: Alarm | None = None
+        self._still = threading.Condition(lock)
+        self._transition_ended = threading.Condition(lock)
+        self._in_transition = False
+        self._quit = False
+
+    def control(
+        self,
+        vcpus: Sequence[Vcpu],
+        threads: Sequence[DeviceThread],
+        serial: SerialPort,
+        alarm: Alarm,
+    ) -> None:
+        """Say what there is to stop and to let go on."""
+        self._vcpus = vcpus
+        self._threads = threads
+        self._serial = serial
+        self._alarm = alarm
+
+    def something_stopped(self) -> None:
+        """A vCPU has parked, or a device's thread became quiet."""
+        if self._is_still():
+            self._still.notify_all()
+
+    @property
+    def running(self) -> bool:
+        return self.state == "running"
+
+    @property
+    def state_to_store(self) -> str:
+        """What a stream made now says about the run state."""
+        return self._state_before_saving if self.state in _FOR_SAVING else self.state
+
+    def stop(self, state: str | None) -> None:
+        with self._transition():
+            if self.running:
+                self._halt()
+                self._enter(state or "paused")
+                self._events.tell("STOP")
+            elif state is not None:
+                self._enter(state)
+            elif self.state == "save-vm":
+                # It would go on by itself when it is saved.
+                self._enter("paused")
+
+    def cont(self, activate_disks: Callable[[], None]) -> None:
+        with self._transition():
+            if self.running:
+                return
+            if self.state in _NEEDS_RESET:
+                raise MachineError(
+                    f"the machine cannot go on from run state '{self.state}'",
+                    remedy="reset it",
+                    guest_state="paused",
+                )
+            activate_disks()
+            self._enter("running")
+            self._go_on()
+            self._events.tell("RESUME")
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Everything stands still inside, with the board lock held and the run state kept."""
+        with self._transition():
+            if self.running:
+                self._halt()
+            try:
+                yield
+            finally:
+                if self.running:
+                    self._go_on()
+
+    def set_state(self, state: str) -> None:
+        """Within ``standing_still``: another run state."""
+        self._enter(state)
+
+    def end(self) -> None:
+        """Stop everything for good."""
+        with self._transition():
+            self._halt()
+            self._quit = True
+            self._enter("shutdown")
+
+    @contextlib.contextmanager
+    def _transition(self) -> Iterator[None]:
+        with self.lock:
+            # A halt lets go of the lock; nobody else may decide meanwhile.
+            while self._in_transition:
+                self._transition_ended.wait()
+            if self._quit:
+                raise MachineError("the machine was quit", guest_state="none")
+            self._in_transition = True
+            try:
+                yield
+            finally:
+                self._in_transition = False
+                self._transition_ended.notify_all()
+
+    def _enter(self, state: str) -> None:
+        if state in _FOR_SAVING and self.state not in _FOR_SAVING:
+            self._state_before_saving = self.state
+        self.state = state
+
+    def _halt(self) -> None:
+        self._clock.stop()
+        if self._serial is not None:
+            self._serial.pause()
+        for vcpu in self._vcpus:
+            vcpu.park()
+        for thread in self._threads:
+            thread.pause()
+        while not self._is_still():
+            self._still.wait()
+
+    def _is_still(self) -> bool:
+        return all(vcpu.parked for vcpu in self._vcpus) and all(
+            thread.quiet for thread in self._threads
+        )
+
+    def _go_on(self) -> None:
+        if not self._may_run():
+            return
+        self._clock.start()
+        if self._serial is not None:
+            self._serial.resume()
+        for thread in self._threads:
+            thread.resume()
+        for vcpu in self._vcpus:
+            vcpu.resume()
+        if self._alarm is not None:
+            self._alarm.look()

@@ -1,0 +1,263 @@
+"""One vCPU: its thread, and the loop that runs the guest, delivers interrupts, halts and parks.
+
+All decisions are made with the board lock held; the guest runs without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from unicorn.unicorn_py3 import UcError
+
+from stillframe.errors import MachineError
+from stillframe.machine.board.address_space import AddressSpace
+from stillframe.machine.board.delivery import EXCEPTIONS, CannotDeliver, GuestMemory, deliver
+from stillframe.machine.board.engine import Engine
+from stillframe.machine.board.interrupts import FIRST_VECTOR, InterruptLines
+from stillframe.machine.board.ports import PortMap
+from stillframe.machine.board.registers import (
+    CS,
+    FLAG_INTERRUPTS,
+    NO_EXCEPTION,
+    Registers,
+)
+
+
+class Vcpu:
+    """A vCPU. Methods are called with the board lock held, unless said.
+
+    ``parked``: it runs nothing, and will not until ``resume``; its thread may not have started.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        lock: threading.RLock,
+        ports: PortMap,
+        space: AddressSpace,
+        *,
+        on_parked: Callable[[], None],
+        on_masked: Callable[[], None],
+        on_panic: Callable[[str], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            on_parked: called each time it has parked.
+            on_masked: called when it has an interrupt to take and may not know: it must be nudged.
+            on_panic: the guest cannot go on; takes the reason, one line.
+            on_failure: the engine failed; takes the reason.
+        """
+        self.index = index
+        self.parked = True
+        self.registers = Registers()
+        self.registers.before_save = self._fetch_registers
+        self.registers.after_load = self._use_loaded
+        self.lines = InterruptLines(self._interrupt_wanted)
+        self._lock = lock
+        self._ports = ports
+        self._engine = Engine(self)
+        space.on_add(self._engine.map)
+        self._memory = GuestMemory(self._engine, space)
+        self._on_parked = on_parked
+        self._on_masked = on_masked
+        self._on_panic = on_panic
+        self._on_failure = on_failure
+        self._wake = threading.Condition(lock)
+        self._park_wanted = True
+        self._quit = False
+        self._running = False
+        self._stopped = False
+        self._engine_is_newer = False
+        self._thread: threading.Thread | None = None
+
+    # For the board
+
+    def start_thread(self) -> None:
+        """Start the thread, parked."""
+        self._thread = threading.Thread(
+            target=self._loop, name=f"stillframe-vcpu{self.index}", daemon=True
+        )
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Let it run."""
+        self._park_wanted = False
+        self.parked = False
+        self._wake.notify()
+
+    def park(self) -> None:
+        """Make it park soon."""
+        self._park_wanted = True
+        self._interrupt_run()
+        self._wake.notify()
+
+    def nudge(self) -> bool:
+        """Make it look for interrupts.
+
+        Returns:
+            Whether it runs on with one that it cannot take yet, and must be nudged again.
+        """
+        if self._running and self.lines.deliverable:
+            self._interrupt_run()
+            return True
+        return False
+
+    @property
+    def thread_id(self) -> int:
+        """The kernel's number of its thread; 0 before it was started."""
+        return 0 if self._thread is None else self._thread.native_id or 0
+
+    def quit(self) -> None:
+        """End the thread; then ``join``."""
+        self._quit = True
+        self.park()
+
+    def join(self) -> None:
+        """Wait for the thread's end, without the board lock."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def reset(self) -> None:
+        """Registers as the boot protocol has them before the guest is placed. It must be parked."""
+        self.registers.reset()
+        self.lines.reset()
+        self._engine_is_newer = False
+        self._engine.forget_code()
+
+    def close(self) -> None:
+        """Give the engine back, after the thread's end."""
+        self._engine.close()
+
+    def _fetch_registers(self) -> None:
+        if not self.parked:
+            raise MachineError(
+                f"vCPU {self.index} runs",
+                why="its registers cannot be saved",
+                guest_state="running",
+            )
+        if self._engine_is_newer:
+            self._engine.bank.read(self.registers)
+        level = self.registers.selectors[CS] & 3
+        if level:
+            raise MachineError(
+                f"vCPU {self.index} cannot be saved",
+                why=f"it is at privilege level {level}, and the board has level 0 only",
+                guest_state="paused",
+            )
+
+    def _use_loaded(self) -> None:
+        self._engine_is_newer = False
+        self._engine.forget_code()
+
+    # For devices, through ``lines``
+
+    def _interrupt_wanted(self) -> None:
+        self._wake.notify()
+        if self._running:
+            self._interrupt_run()
+            self._on_masked()
+
+    def _interrupt_run(self) -> None:
+        if self._running:
+            self._stopped = True
+            self._engine.stop()
+
+    # The engine's ports, in this vCPU's thread, without the lock
+
+    def port_in(self, port: int, size_bytes: int) -> int:
+        with self._lock:
+            return self._ports.read(port, size_bytes, self.index)
+
+    def port_out(self, port: int, size_bytes: int, value: int) -> None:
+        with self._lock:
+            self._ports.write(port, size_bytes, value, self.index)
+
+    # The thread
+
+    def _loop(self) -> None:
+        with self._lock:
+            while not self._quit:
+                if self._park_wanted:
+                    self._park()
+                elif self._must_wait():
+                    self._wake.wait()
+                else:
+                    self._go_on()
+
+    def _park(self) -> None:
+        if not self.parked:
+            self.parked = True
+            self._on_parked()
+        self._wake.wait()
+
+    def _must_wait(self) -> bool:
+        registers = self.registers
+        if not registers.halted:
+            return False
+        if self.lines.deliverable and self._flags() & FLAG_INTERRUPTS:
+            registers.halted = 0
+        return bool(registers.halted)
+
+    def _flags(self) -> int:
+        return self._engine.flags if self._engine_is_newer else self.registers.eflags
+
+    def _go_on(self) -> None:
+        if not self._engine_is_newer:
+            self._engine.bank.write(self.registers)
+            self._engine_is_newer = True
+        registers = self.registers
+        vector = registers.exception
+        if vector == NO_EXCEPTION and self._engine.flags & FLAG_INTERRUPTS:
+            line = self.lines.take()
+            vector = NO_EXCEPTION if line is None else FIRST_VECTOR + line
+        if vector != NO_EXCEPTION:
+            registers.exception = NO_EXCEPTION
+            self._deliver(vector, registers.error_code)
+            return
+        self._run()
+
+    def _deliver(self, vector: int, error_code: int) -> None:
+        # Without the lock: it writes to guest RAM, which may have to be saved first.
+        try:
+            with _released(self._lock):
+                deliver(self._engine, self._memory, vector, error_code)
+        except CannotDeliver as error:
+            kind = "exception" if vector < EXCEPTIONS else "interrupt"
+            self._park_wanted = True
+            self._on_panic(
+                f"vCPU {self.index}: {kind} {vector}, error code {error_code:#x}, "
+                f"RIP {self._engine.rip:#x}: {error}"
+            )
+
+    def _run(self) -> None:
+        self._running = True
+        self._stopped = False
+        self._engine.clear_stop()
+        try:
+            with _released(self._lock):
+                ended = self._engine.run()
+        except Exception as error:  # noqa: BLE001 - whatever it is, only this board must stop
+            self._park_wanted = True
+            what = str(error) if isinstance(error, UcError) else repr(error)
+            self._on_failure(f"vCPU {self.index}: {what}, RIP {self._engine.rip:#x}")
+            return
+        finally:
+            self._running = False
+        if ended.exception is not None:
+            self.registers.exception = ended.exception
+            self.registers.error_code = ended.error_code
+        elif not self._stopped:
+            self.registers.halted = 1
+
+
+@contextlib.contextmanager
+def _released(lock: threading.RLock) -> Iterator[None]:
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()
