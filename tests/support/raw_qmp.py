@@ -19,6 +19,7 @@ class RawQmp:
         self.socket = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
         self.socket.settimeout(TIMEOUT_S)
         self.socket.connect(str(address) if unix else address)
+        self.events: list[dict[str, Any]] = []
         self._rest = b""
         self._ids = (f"raw-{number}" for number in itertools.count())
         self.greeting = self.receive()
@@ -54,7 +55,7 @@ class RawQmp:
     def command(
         self, name: str, arguments: object = None, fds: tuple[int, ...] = ()
     ) -> dict[str, Any]:
-        """Send a command, and take its reply; events in between are passed over."""
+        """Send a command, and take its reply; events in between go to ``events``."""
         command_id = next(self._ids)
         message = {"execute": name, "id": command_id}
         if arguments is not None:
@@ -62,6 +63,7 @@ class RawQmp:
         self.send(json.dumps(message).encode(), fds)
         while (reply := self.receive()).get("id") != command_id:
             assert "event" in reply, reply
+            self.events.append(reply)
         del reply["id"]
         return reply
 
@@ -85,6 +87,16 @@ class RawQmp:
         while (reply := self.receive()).get("id") != end:
             replies.append(reply)
         return replies
+
+    def heard(self, count: int = 0) -> list[tuple[str, Any]]:
+        """Names and data of all events since the last call; waits for ``count`` of them."""
+        self.execute("query-version")
+        while len(self.events) < count:
+            event = self.receive()
+            assert "event" in event, event
+            self.events.append(event)
+        events, self.events = self.events, []
+        return [(event["event"], event.get("data")) for event in events]
 
     def close(self) -> None:
         self.socket.close()

@@ -54,7 +54,7 @@ class Served:
         self.table = CommandTable(threading.RLock())
         self.table.add("echo", lambda _context, given: msgspec.to_builtins(given), arguments=Echo)
         self.table.add("count", lambda context, _given: self.ran.append(context))
-        self.table.add("large", lambda _context, _given: "x" * (1 << 16))
+        self.table.add("large", self._large)
         self.table.add("gate", self.gate.wait, locked=False)
         self.table.add("locked-gate", self.gate.wait)
         self.table.add("unlocked", lambda _context, _given: None, locked=False)
@@ -68,6 +68,10 @@ class Served:
         self.server = QmpServer(self.table, version=(1, 2, 3), package="test")
         self.address = address
         self.server.listen(address)
+
+    def _large(self, context: CommandContext, _given: object) -> str:
+        self.ran.append(context)
+        return "x" * (1 << 16)
 
     def _take(self, context: CommandContext, _given: object) -> None:
         self.taken.append(context.take_fd())

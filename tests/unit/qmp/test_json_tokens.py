@@ -77,8 +77,9 @@ def test_any_cut_of_garbage_gives_the_same_errors(garbage: bytes, cuts: list[int
     b'{"execute": "stop"', b'{"execute": "st', b'{"execute": "st\\', b"[[[[", b"12", b"tr", b"'",
     b'{"a": "\\u00', b"-", b"1.5e", b"",
 ])  # fmt: skip
-def test_the_byte_ff_ends_whatever_was_half_said(half: bytes) -> None:
-    out = fed(half + b'\xff\n{"execute": "cont"}\n')
+@pytest.mark.parametrize("between", [b"\xff", b"\xff\n"])
+def test_the_byte_ff_ends_whatever_was_half_said(half: bytes, between: bytes) -> None:
+    out = fed(half + between + b'{"execute": "cont"}\n')
     assert out[-1] == {"execute": "cont"}
     assert {"execute": "stop"} not in out
     assert isinstance(out[-2], str)

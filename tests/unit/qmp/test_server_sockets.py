@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -88,10 +89,19 @@ def test_another_file_is_not(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_of_two_that_start_at_once_one_gets_it(tmp_path: Path) -> None:
-    """A stale file, and both find nobody there."""
+def test_of_several_that_start_at_once_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale file, and all find nobody there; a socket that is bound does not listen yet."""
+
+    class Socket(socket.socket):
+        def listen(self, backlog: int = 0) -> None:  # type: ignore[override]
+            time.sleep(0.02)
+            super().listen(backlog)
+
+    monkeypatch.setattr("socket.socket", Socket)
     path = str(tmp_path / "qmp")
-    for _ in range(20):
+    for _ in range(3):
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(path)
         got: list[Listener] = []
