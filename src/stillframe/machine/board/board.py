@@ -252,8 +252,8 @@ class Board:
     def reset(self) -> None:
         """Start the guest anew; RAM outside of it keeps what it has.
 
-        One that does not run is ``paused`` afterwards. Without a guest to start, as on a
-        board that only took a stream, the board shuts down.
+        One that does not run is in ``prelaunch`` afterwards, as in QEMU. Without a guest to start,
+        as on a board that only took a stream, the board shuts down.
 
         Raises:
             MachineError: the board was quit.
@@ -375,8 +375,8 @@ class Board:
             self._end("shutdown", FAILURE_STATUS)
             return
         self.hardware.boot(self._guest, fresh=False)
-        if self.run_state not in ("running", "inmigrate"):
-            self._control.set_state("paused")
+        if self.run_state not in ("running", "inmigrate", "finish-migrate"):
+            self._control.set_state("prelaunch")
         self.exit_status = None
         self._ended.clear()
         self._events.tell("RESET", guest=guest_asked, reason=reason)
