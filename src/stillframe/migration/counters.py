@@ -1,0 +1,95 @@
+"""What a migration counts: bytes, pages, rounds, and how fast it is.
+
+Only the migration's thread writes; whoever asks reads numbers that may be a moment old.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+TARGET_PAGE_BYTES = 4096
+_WINDOW_S = 0.1
+"""QEMU measures over as long (``migration/migration.c``: BUFFER_DELAY)."""
+
+Stage = Literal["precopy", "downtime", "postcopy"]
+
+
+class Counters:
+    """Counts of one outgoing migration; times of ``time.monotonic``, in seconds."""
+
+    def __init__(self) -> None:
+        self.stage: Stage = "precopy"
+        self.bytes_by_stage: dict[Stage, int] = {"precopy": 0, "downtime": 0, "postcopy": 0}
+        self.zero_pages = 0
+        self.data_pages = 0
+        self.ram_bytes = 0
+        self.remaining_bytes = 0
+        self.dirty_syncs = 0
+        self.dirty_pages_per_s = 0
+        self.postcopy_requests = 0
+        self.setup_ms = 0.0
+        self.downtime_ms = 0.0
+        self.expected_downtime_ms = 0.0
+        self.mbps = 0.0
+        self.pages_per_s = 0.0
+        self.began_s = time.monotonic()
+        self.ended_s: float | None = None
+        self._transfer_began_s = self.began_s
+        self._window_began_s = self.began_s
+        self._window_bytes = 0
+        self._window_pages = 0
+        self._bytes_per_s: float | None = None
+
+    @property
+    def transferred_bytes(self) -> int:
+        return sum(self.bytes_by_stage.values())
+
+    @property
+    def pages(self) -> int:
+        return self.zero_pages + self.data_pages
+
+    @property
+    def total_ms(self) -> float:
+        return ((self.ended_s or time.monotonic()) - self.began_s) * 1e3
+
+    def took(self, length_bytes: int) -> None:
+        """Bytes went to the channel."""
+        self.bytes_by_stage[self.stage] += length_bytes
+
+    def begin_transfer(self) -> None:
+        """Setup is over."""
+        now = time.monotonic()
+        self.setup_ms = (now - self.began_s) * 1e3
+        self._transfer_began_s = now
+        self._begin_window(now)
+
+    def _begin_window(self, now: float) -> None:
+        self._window_began_s = now
+        self._window_bytes = self.transferred_bytes
+        self._window_pages = self.pages
+
+    def measure(self) -> None:
+        """Between batches: take the speed of the last tenth of a second, once it is over."""
+        now = time.monotonic()
+        passed = now - self._window_began_s
+        if passed < _WINDOW_S:
+            return
+        self._bytes_per_s = (self.transferred_bytes - self._window_bytes) / passed
+        self.mbps = self._bytes_per_s * 8 / 1e6
+        self.pages_per_s = (self.pages - self._window_pages) / passed
+        self._begin_window(now)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How fast the channel has lately been; never 0."""
+        if self._bytes_per_s:
+            return self._bytes_per_s
+        passed = max(1e-3, time.monotonic() - self._transfer_began_s)
+        return max(1.0, self.transferred_bytes / passed)
+
+    def end(self) -> None:
+        """The last byte went out; speeds are from now on those of the whole transfer."""
+        self.ended_s = time.monotonic()
+        passed = max(1e-3, self.ended_s - self._transfer_began_s)
+        self.mbps = self.transferred_bytes * 8 / passed / 1e6

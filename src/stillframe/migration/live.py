@@ -1,0 +1,152 @@
+"""What precopy and postcopy share: the way out, what is dirty, and the destination's word."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack
+
+from stillframe.errors import HostError, SnapshotFailed
+from stillframe.memory.own_protection import open_own_protection
+from stillframe.memory.ram_capture import RamCapture
+from stillframe.migration.capabilities import POSTCOPY_RAM, RETURN_PATH
+from stillframe.migration.counters import TARGET_PAGE_BYTES
+from stillframe.migration.outgoing import Outgoing
+from stillframe.migration.outgoing_channel import OutgoingChannel
+from stillframe.migration.output import Buffer, GatheredOutput
+from stillframe.migration.source_link import SourceLink
+from stillframe.migration.stream_commands import ping
+from stillframe.migration.tracked_ram import TrackedRam
+from stillframe.model import StoppedWrite
+from stillframe.snapshot import faultpoints
+from stillframe.snapshot.arming import open_capture
+from stillframe.snapshot.bandwidth import BandwidthLimit
+
+
+class LiveTransfer:
+    """A live migration under way. For its own thread."""
+
+    def __init__(self, task: Outgoing, channel: OutgoingChannel, cleanup: ExitStack) -> None:
+        """Prepare; the guest is not touched.
+
+        Raises:
+            HostError: writes cannot be tracked here, or the channel has no way back.
+        """
+        self.task = task
+        self.channel = channel
+        self.board = task.board
+        self.saver = task.board.saver
+        self.counters = task.counters
+        self.out = GatheredOutput(channel, task.counters)
+        rams = tuple(task.board.rams)
+        blocks = tuple(ram.block() for ram in rams)
+        task.control.enter("setup", "attaching")
+        self.capture: RamCapture = open_capture(
+            task.control,
+            cleanup,
+            open_own_protection(task.protection),
+            os.getpid(),
+            blocks,
+            spill_bytes=0,  # nothing is copied before a write passes
+        )
+        self.ram = TrackedRam(rams, self.capture, task.counters, self._told_sync)
+        cleanup.callback(self.ram.close)
+        self.link: SourceLink | None = None
+        if channel.return_path is not None:
+            self.link = SourceLink(channel.return_path, self.ram.request)
+            cleanup.callback(self.link.end)
+            cleanup.callback(task.interrupt.set)  # before that, so that it ends
+        elif task.capabilities[POSTCOPY_RAM] or task.capabilities[RETURN_PATH]:
+            raise HostError("Unable to open return-path for postcopy", guest_state="running")
+        self._limit = BandwidthLimit(None)
+        task.handler.blocks = [(ram.idstr, ram.length_bytes) for ram in rams]
+        task.handler.sender = self.ram
+
+    def _told_sync(self, count: int) -> None:
+        self.task.tell("MIGRATION_PASS", {"pass": count})
+
+    def check(self) -> None:
+        """Raise what stands in the way of going on.
+
+        Raises:
+            SnapshotCancelled: it was cancelled. SinkError, DataError: the destination failed.
+            SnapshotFailed: RAM was dropped. MachineError: RAM cannot be protected.
+        """
+        self.task.control.check_cancelled()
+        self.capture.check()
+        if self.link is not None:
+            self.link.check()
+
+    def iterate(self, bytes_per_s: int) -> None:
+        """Send one batch, at most so fast; 0 is unlimited. A requested page need not wait."""
+        before = self.counters.transferred_bytes
+        self.ram.limit_batch(bytes_per_s)
+        self.saver.iterate(self.out, in_postcopy=self.ram.in_postcopy)
+        self.out.flush()
+        self.counters.measure()
+        self._limit.bytes_per_s = bytes_per_s or None
+        self._limit.wait(
+            self.counters.transferred_bytes - before,
+            self.link.requested if self.ram.in_postcopy and self.link else self._cancelled,
+        )
+
+    @property
+    def _cancelled(self) -> threading.Event:
+        return self.task.control.cancelled
+
+    def note_downtime(self, downtime_ms: float) -> None:
+        """The guest has stood still for so long."""
+        self.counters.downtime_ms = downtime_ms
+        self.task.control.progress.downtime_ms = downtime_ms
+
+    def ask_how_far(self, number: int) -> None:
+        """Wait until the destination has loaded all that was sent so far.
+
+        Raises:
+            SinkError, DataError: it could not, or is gone.
+        """
+        if self.link is not None:
+            self.out.write(ping(number))
+            self.out.flush()
+            self.link.wait_pong(number)
+
+    def wait_done(self) -> None:
+        """Wait until the destination says that it has everything, where it can say so."""
+        if self.link is not None:
+            self.link.wait_done()
+
+
+def save_devices(live: LiveTransfer, out: Buffer, *, send_eof: bool) -> None:
+    """Save all device states of the guest, which stands still; what they write to RAM is dirty,
+    and reported."""
+    live.ram.sync()
+    with live.board.lock:
+        live.saver.save_all_device_states(out, inactivate_disks=True, send_eof=send_eof)
+    faultpoints.reach("devices")
+    live.task.control.progress.writes_while_stopped = tuple(
+        StoppedWrite(
+            idstr=idstr,
+            offset_bytes=first_page * TARGET_PAGE_BYTES,
+            length_bytes=pages * TARGET_PAGE_BYTES,
+        )
+        for idstr, first_page, pages in live.ram.written_since()
+    )
+
+
+def check_still(live: LiveTransfer) -> None:
+    """Refuse to hand over RAM that is not what it was when the devices were saved.
+
+    Raises:
+        SnapshotFailed: something wrote to it since.
+    """
+    written = live.ram.written_since()
+    if written:
+        idstr, first_page, _ = written[0]
+        raise SnapshotFailed(
+            "guest RAM was written while the guest stood still",
+            why=f"{idstr} at offset {first_page * TARGET_PAGE_BYTES:#x}",
+            guest_state="running",
+        )
+    rams = [(ram.idstr, ram.length_bytes) for ram in live.board.rams]
+    if rams != list(live.task.handler.blocks):
+        raise SnapshotFailed("the RAM blocks changed while they were sent", guest_state="running")

@@ -1,0 +1,232 @@
+"""Channels that a migration is written to.
+
+A file has no name before the migration is complete (``store.backends.local``); a socket also
+has a return path.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import stat
+from typing import Protocol
+
+from stillframe.errors import SinkError, UsageError
+from stillframe.migration.addresses import (
+    Address,
+    FdAddress,
+    FdsetAddress,
+    FileAddress,
+    TcpAddress,
+    UnixAddress,
+)
+from stillframe.migration.descriptors import Descriptors
+from stillframe.migration.interruptible import Interrupt, InterruptibleFd, wait_for
+from stillframe.qmp.connection import socket_name
+from stillframe.store.backends.local import LocalSink
+from stillframe.store.frames import BytesLike
+from stillframe.vmstate.source import Source
+
+_RETRY_S = 0.02
+
+
+class OutgoingChannel(Protocol):
+    """Takes a stream. One thread writes; another one may read the return path."""
+
+    @property
+    def return_path(self) -> Source | None:
+        """What the destination says, or None if it cannot say anything."""
+
+    def write(self, data: BytesLike, /) -> None:
+        """Take all of ``data``.
+
+        Raises:
+            SinkError: the destination failed, or the channel was interrupted.
+        """
+
+    def commit(self) -> None:
+        """All was written: make it durable where that has a meaning.
+
+        Raises:
+            SinkError: it failed, and nothing was left behind.
+        """
+
+    def close(self) -> None:
+        """Let go of it; what was not committed leaves nothing behind. Never raises."""
+
+
+class _FileChannel:
+    return_path: Source | None = None
+
+    def __init__(self, path: str, interrupt: Interrupt) -> None:
+        self._sink = LocalSink(path, overwrite=True)
+        self._interrupt = interrupt
+
+    def write(self, data: BytesLike, /) -> None:
+        if self._interrupt.is_set:
+            raise SinkError(f"Unable to write to {self._sink.description}", why="it was cancelled")
+        self._sink.write(data)
+
+    def commit(self) -> None:
+        self._sink.commit()
+
+    def close(self) -> None:
+        self._sink.abort()
+
+
+class _FdChannel:
+    def __init__(
+        self, fd: int, interrupt: Interrupt, *, description: str, bidirectional: bool
+    ) -> None:
+        self._fd = InterruptibleFd(fd, interrupt, description=description)
+        self._description = description
+        self.return_path: Source | None = self._fd if bidirectional else None
+
+    def write(self, data: BytesLike, /) -> None:
+        self._fd.write(data)
+
+    def commit(self) -> None:
+        fd = self._fd.fileno()
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                raise SinkError(
+                    f"Unable to write to {self._description}", why=error.strerror
+                ) from error
+
+    def close(self) -> None:
+        self._fd.close()
+
+
+class Departure(Protocol):
+    """A destination that was found, and is not connected to yet."""
+
+    def open(self) -> OutgoingChannel:
+        """Connect to it; the interrupt ends that.
+
+        Raises:
+            SinkError: it is not there.
+        """
+
+    def close(self) -> None:
+        """Let go of it, if it was not opened. Never raises."""
+
+
+class _Ready:
+    """A channel that is open already."""
+
+    def __init__(self, channel: OutgoingChannel) -> None:
+        self._channel = channel
+
+    def open(self) -> OutgoingChannel:
+        return self._channel
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class _Distant:
+    """A socket that is to be connected to."""
+
+    def __init__(self, address: TcpAddress | UnixAddress, interrupt: Interrupt) -> None:
+        self._address = address
+        self._interrupt = interrupt
+
+    def open(self) -> OutgoingChannel:
+        return _socket_channel(_connect(self._address, self._interrupt), self._interrupt)
+
+    def close(self) -> None:
+        pass
+
+
+def find_destination(address: Address, descriptors: Descriptors, interrupt: Interrupt) -> Departure:
+    """Take the descriptor, or make the nameless file, or note whom to connect to.
+
+    Raises:
+        SinkError: the file cannot be made.
+        NotFoundError: no such descriptor. UsageError: the file name cannot be used.
+    """
+    match address:
+        case TcpAddress() | UnixAddress():
+            return _Distant(address, interrupt)
+        case FdAddress(name):
+            return _Ready(_channel_on(descriptors.take(name), interrupt))
+        case FdsetAddress(fdset_id, offset_bytes):
+            fd = descriptors.open_fdset(fdset_id, os.O_WRONLY)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                os.ftruncate(fd, offset_bytes)
+                os.lseek(fd, offset_bytes, os.SEEK_SET)
+            return _Ready(_channel_on(fd, interrupt))
+        case FileAddress(path, offset_bytes):
+            if offset_bytes:
+                raise UsageError(
+                    f"cannot write into {path} from offset {offset_bytes} on",
+                    why="a migration makes a new file",
+                    remedy="hand over a descriptor (add-fd) and use file:/dev/fdset/N,offset=",
+                )
+            return _Ready(_FileChannel(path, interrupt))
+
+
+def _channel_on(fd: int, interrupt: Interrupt) -> OutgoingChannel:
+    """A channel on an open descriptor, which it owns from here on."""
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return _socket_channel(fd, interrupt)
+    return _FdChannel(fd, interrupt, description="file descriptor", bidirectional=False)
+
+
+def _socket_channel(fd: int, interrupt: Interrupt) -> OutgoingChannel:
+    return _FdChannel(fd, interrupt, description="socket", bidirectional=True)
+
+
+def _connect(address: TcpAddress | UnixAddress, interrupt: Interrupt) -> int:
+    what = f"Failed to connect to '{address}'"
+    try:
+        if isinstance(address, UnixAddress):
+            with socket_name(address.path) as name:
+                sock = _connected(socket.AF_UNIX, name, interrupt)
+        else:
+            sock = _connect_tcp(address, interrupt)
+    except OSError as error:
+        raise SinkError(what, why=error.strerror or str(error)) from error
+    if interrupt.is_set:
+        sock.close()
+        raise SinkError(what, why="it was cancelled")
+    return sock.detach()
+
+
+def _connect_tcp(address: TcpAddress, interrupt: Interrupt) -> socket.socket:
+    failure = OSError(errno.EADDRNOTAVAIL, "it has no address")
+    for family, _, _, _, target in socket.getaddrinfo(
+        address.host or "localhost", address.port, type=socket.SOCK_STREAM
+    ):
+        try:
+            sock = _connected(family, target, interrupt)
+        except OSError as error:
+            failure = error
+            continue
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    raise failure
+
+
+def _connected(family: int, target: object, interrupt: Interrupt) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        number = sock.connect_ex(target)  # type: ignore[arg-type]  # as getaddrinfo gave it
+        while number == errno.EAGAIN and not interrupt.is_set:
+            # The listener's queue is full; nothing tells when it is not any more.
+            select.select([interrupt], [], [], _RETRY_S)
+            number = sock.connect_ex(target)  # type: ignore[arg-type]
+        if number == errno.EINPROGRESS:
+            wait_for(sock.fileno(), select.POLLOUT, interrupt)
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise OSError(number, os.strerror(number))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

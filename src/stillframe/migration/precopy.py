@@ -1,0 +1,98 @@
+"""Live migration: RAM in rounds while the guest runs, then the rest while it stands still.
+
+Source: QEMU ``migration/migration.c``: migration_thread, migration_iteration_run,
+migration_completion_precopy.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from stillframe.migration.capabilities import POSTCOPY_RAM
+from stillframe.migration.live import LiveTransfer, check_still, save_devices
+from stillframe.migration.outgoing import Outgoing
+from stillframe.migration.outgoing_channel import OutgoingChannel
+from stillframe.migration.output import Buffer
+from stillframe.migration.postcopy import finish_in_postcopy
+from stillframe.migration.standing import GuestStandsStill
+from stillframe.migration.stream_commands import command, ping, postcopy_advise
+from stillframe.snapshot import faultpoints
+from stillframe.snapshot.arming import arm_capture
+from stillframe.vmstate.wire import CommandCode
+
+_PING_SETUP = 1
+_PING_RAM_SENT = 5
+"""QEMU uses 1 to 4."""
+
+
+def migrate_live(task: Outgoing, channel: OutgoingChannel, cleanup: ExitStack) -> None:
+    """Bring the guest to the destination; it stands still here afterwards.
+
+    Raises:
+        StillframeError: it failed or was cancelled; the guest goes on here (after a switch-over
+            to postcopy it stands still).
+    """
+    live = LiveTransfer(task, channel, cleanup)
+    _set_up(live, cleanup)
+    parameters = task.parameters
+    while True:
+        live.check()
+        if task.postcopy_wanted.is_set() and task.capabilities[POSTCOPY_RAM]:
+            finish_in_postcopy(live)
+            return
+        if _may_stop(live):
+            _finish(live)
+            return
+        live.iterate(parameters.now.max_bandwidth)
+        faultpoints.reach("first-batch")
+
+
+def _set_up(live: LiveTransfer, cleanup: ExitStack) -> None:
+    task, out, saver = live.task, live.out, live.saver
+    saver.header(out)
+    if live.link is not None:
+        out.write(command(CommandCode.OPEN_RETURN_PATH))
+        out.write(ping(_PING_SETUP))
+    if task.capabilities[POSTCOPY_RAM]:
+        out.write(postcopy_advise())
+    saver.setup(out)
+    out.flush()
+    arm_capture(task.control, cleanup, live.capture)
+    live.ram.begin()
+    task.enter("active", only_from=("setup",))
+    task.control.enter("active", "saving")
+    task.counters.begin_transfer()
+
+
+def _may_stop(live: LiveTransfer) -> bool:
+    """Whether what is left can be sent within the downtime limit."""
+    parameters = live.task.parameters.now
+    speed = parameters.avail_switchover_bandwidth or live.counters.bytes_per_s
+    threshold_bytes = speed * parameters.downtime_limit / 1e3
+    if live.ram.remaining_bytes > threshold_bytes:
+        return False
+    live.ram.sync()
+    live.counters.expected_downtime_ms = live.ram.remaining_bytes / speed * 1e3
+    return live.ram.remaining_bytes <= threshold_bytes
+
+
+def _finish(live: LiveTransfer) -> None:
+    task, counters = live.task, live.counters
+    task.enter("device", only_from=("active",))
+    with GuestStandsStill(live.board) as still:
+        counters.stage = "downtime"
+        faultpoints.reach("stopped")
+        devices = Buffer()
+        save_devices(live, devices, send_eof=True)
+        live.saver.complete_precopy(live.out, iterable_only=True, inactivate_disks=False)
+        live.ask_how_far(_PING_RAM_SENT)
+        check_still(live)
+        faultpoints.reach("sent")
+        # The destination starts the guest when it has read the end of the stream.
+        task.commit()
+        live.out.write(devices.content)
+        live.out.flush()
+        live.wait_done()
+        live.channel.commit()
+        live.note_downtime(still.passed_ms)
+    counters.end()

@@ -1,0 +1,366 @@
+"""Migration of a toy board to another one: completed, cancelled, failed; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from stillframe.errors import BusyError, RefusedError, SinkError, StillframeError, UsageError
+from stillframe.migration.engine import Migration
+from tests.unit.migration.toy_board import PAGE, ToyBoard
+
+PROTECTIONS = ["userfaultfd", "mprotect"]
+
+
+class Machines:
+    """Toy boards with their migrations; all closed after the test."""
+
+    def __init__(self, stack: ExitStack, prefer: str) -> None:
+        self._stack = stack
+        self._prefer = prefer
+
+    def _migration(self, board: ToyBoard) -> Migration:
+        self._stack.callback(board.close)
+        migration = Migration(board, protection_prefer=self._prefer)  # type: ignore[arg-type]
+        self._stack.callback(migration.close)
+        return migration
+
+    def source(self, **options: int) -> tuple[ToyBoard, Migration]:
+        board = ToyBoard(**options)
+        migration = self._migration(board)
+        board.power_on()
+        return board, migration
+
+    def destination(self, **options: int) -> tuple[ToyBoard, Migration]:
+        board = ToyBoard(**options)
+        board.start_incoming()
+        return board, self._migration(board)
+
+
+@pytest.fixture(params=PROTECTIONS)
+def machines(request: pytest.FixtureRequest) -> Iterator[Machines]:
+    with ExitStack() as stack:
+        yield Machines(stack, request.param)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_to_another_board(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    other, destination = machines.destination()
+    events: list[str] = []
+    source.add_listener(lambda event, data: events.append(f"{event} {[*data.values()][-1]}"))
+    source.set_capabilities({"events": True})
+    destination.incoming(f"unix:{tmp_path}/s")
+    assert destination.query()["socket-address"] == [{"type": "unix", "path": f"{tmp_path}/s"}]
+    assert board.is_progressing()
+    source.migrate(f"unix:{tmp_path}/s")
+    assert source.wait(20)
+    assert destination.wait(20)
+    assert board.run_state == "postmigrate"
+    assert not board.disks_active
+    assert other.run_state == "running"
+    assert other.disks_active
+    assert other.is_progressing()
+    other.stop()
+    assert other.consistent()
+    assert other.number >= board.number > 0
+    info = source.query()
+    assert info["status"] == "completed"
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    assert ram["total"] == 4 << 20 | 16 * PAGE
+    assert ram["remaining"] == 0
+    assert ram["duplicate"] + ram["normal"] >= ram["total"] // PAGE
+    assert ram["dirty-sync-count"] >= 2
+    assert ram["transferred"] == sum(
+        ram[f"{stage}-bytes"] for stage in ("precopy", "downtime", "postcopy")
+    )
+    passes = [event for event in events if event.startswith("MIGRATION_PASS")]
+    assert passes[:2] == ["MIGRATION_PASS 1", "MIGRATION_PASS 2"]
+    assert [event for event in events if event not in passes] == [
+        "MIGRATION setup",
+        "MIGRATION active",
+        "MIGRATION device",
+        "MIGRATION completed",
+    ]
+    assert destination.query()["status"] == "completed"
+    with pytest.raises(RefusedError) as caught:
+        source.migrate(f"unix:{tmp_path}/s")
+    assert "previous migration" in str(caught.value)
+    with pytest.raises(RefusedError):
+        destination.incoming(f"unix:{tmp_path}/s")
+
+
+def test_a_paused_guest_stays_paused(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    other, destination = machines.destination()
+    board.stop()
+    destination.incoming(f"unix:{tmp_path}/s")
+    source.migrate(f"unix:{tmp_path}/s")
+    assert source.wait(20)
+    assert destination.wait(20)
+    assert other.run_state == "paused"
+    assert other.consistent()
+
+
+def test_into_a_file_and_out_of_it(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    other, destination = machines.destination()
+    source.migrate(f"file:{tmp_path}/a")
+    assert source.wait(20)
+    assert board.run_state == "postmigrate"
+    destination.incoming(f"file:{tmp_path}/a")
+    assert destination.wait(20)
+    other.stop()
+    assert other.consistent()
+
+
+def test_a_device_that_writes_ram_while_it_is_saved(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    other, destination = machines.destination()
+    board.on_save = lambda: board.rams[1].write(3 * PAGE + 5, b"written while stopped")
+    source.migrate(f"file:{tmp_path}/a")
+    assert source.wait(20)
+    destination.incoming(f"file:{tmp_path}/a")
+    assert destination.wait(20)
+    assert other.rams[1].read(3 * PAGE + 5, 21) == b"written while stopped"
+    statistics = source.query()["x-stillframe"]
+    assert isinstance(statistics, dict)
+    (write,) = statistics["writes_while_stopped"]
+    assert write["idstr"] == "board.vram"
+    assert write["offset_bytes"] <= 3 * PAGE < write["offset_bytes"] + write["length_bytes"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cancelled_at_a_random_moment(machines: Machines, tmp_path: Path, seed: int) -> None:
+    board, source = machines.source()
+    other, destination = machines.destination()
+    source.parameters.set({"max-bandwidth": 8 << 20})
+    destination.incoming(f"unix:{tmp_path}/s")
+    source.migrate(f"unix:{tmp_path}/s")
+    time.sleep(Random(seed).random() * 0.6)
+    source.cancel()
+    assert source.wait(20)
+    if source.query()["status"] == "completed":
+        assert other.is_progressing()
+        return
+    assert source.query()["status"] == "cancelled"
+    assert board.run_state == "running"
+    assert board.disks_active
+    assert board.is_progressing()
+    with pytest.raises(StillframeError):
+        destination.wait(20)
+    assert other.run_state == "inmigrate"
+    assert destination.query()["status"] == "failed"
+    assert destination.query()["error-desc"]
+    # Nothing is left of it.
+    source.parameters.set({"max-bandwidth": 0})
+    source.migrate(f"file:{tmp_path}/a")
+    assert source.wait(20)
+
+
+def test_a_destination_that_vanishes(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    _, destination = machines.destination()
+    source.parameters.set({"max-bandwidth": 4 << 20, "downtime-limit": 0})
+    destination.incoming(f"unix:{tmp_path}/s")
+    source.migrate(f"unix:{tmp_path}/s")
+    wait_for(lambda: destination.query().get("status") == "active")
+    time.sleep(0.1)
+    destination.close()
+    with pytest.raises(SinkError):
+        source.wait(20)
+    info = source.query()
+    assert info["status"] == "failed"
+    assert info["error-desc"]
+    assert "ram" not in info
+    assert board.run_state == "running"
+    assert board.is_progressing()
+
+
+def test_a_destination_of_another_machine(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    other, destination = machines.destination(ram_bytes=8 << 20)
+    destination.incoming(f"unix:{tmp_path}/s")
+    source.migrate(f"unix:{tmp_path}/s")
+    with pytest.raises(SinkError):
+        source.wait(20)
+    with pytest.raises(StillframeError) as caught:
+        destination.wait(20)
+    assert "Size mismatch" in str(caught.value)
+    assert board.is_progressing()
+    assert other.run_state == "inmigrate"
+
+
+def test_nobody_is_there(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    source.migrate(f"unix:{tmp_path}/s")
+    with pytest.raises(SinkError):
+        source.wait(20)
+    assert source.query()["error-desc"] == (
+        f"Failed to connect to '{tmp_path}/s': No such file or directory"
+    )
+    assert board.run_state == "running"
+    assert board.history == ["running"], "it was never stopped"
+
+
+def test_refusals(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    with pytest.raises(UsageError):
+        source.migrate("bla:x")
+    assert source.query() == {}
+    with pytest.raises(StillframeError):
+        source.migrate("fd:nope")
+    assert source.query()["status"] == "failed"
+    with pytest.raises(RefusedError) as caught:
+        source.incoming(f"unix:{tmp_path}/s")
+    assert str(caught.value) == "'-incoming' was not specified on the command line"
+    with pytest.raises(RefusedError):
+        source.start_postcopy()
+    board.blockers.append("a device cannot be migrated")
+    assert source.query()["blocked-reasons"] == ["a device cannot be migrated"]
+    with pytest.raises(RefusedError) as caught:
+        source.migrate(f"file:{tmp_path}/a")
+    assert str(caught.value) == "a device cannot be migrated"
+    board.blockers.clear()
+    source.cancel()
+    source.parameters.set({"max-bandwidth": 1 << 20, "downtime-limit": 0})
+    source.migrate(f"file:{tmp_path}/a")
+    with pytest.raises(BusyError) as busy:
+        source.migrate(f"file:{tmp_path}/b")
+    assert str(busy.value) == "There's a migration process in progress"
+    with pytest.raises(BusyError):
+        source.set_capabilities({"events": True})
+    source.cancel()
+    assert source.wait(20)
+    assert os.listdir(tmp_path) == []
+    _, destination = machines.destination()
+    with pytest.raises(RefusedError) as caught:
+        destination.migrate(f"file:{tmp_path}/a")
+    assert str(caught.value) == "Guest is waiting for an incoming migration"
+
+
+def test_switched_over_to_postcopy(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        machines = Machines(stack, "auto")
+        board, source = machines.source(pages_per_s=20000)
+        other, destination = machines.destination()
+        for migration in (source, destination):
+            migration.set_capabilities({"postcopy-ram": True, "events": True})
+        events: list[object] = []
+        source.add_listener(lambda event, data: events.append(data.get("status")))
+        arrivals: list[object] = []
+        destination.add_listener(lambda event, data: arrivals.append(data.get("status")))
+        # So slow that it never converges, and that most of RAM is still to come.
+        source.parameters.set({"max-bandwidth": 1 << 20, "downtime-limit": 0})
+        source.parameters.set({"max-postcopy-bandwidth": 8 << 20})
+        destination.incoming(f"unix:{tmp_path}/s")
+        source.migrate(f"unix:{tmp_path}/s")
+        wait_for(lambda: source.query().get("status") == "active")
+        time.sleep(0.2)
+        source.start_postcopy()
+        wait_for(lambda: source.query()["status"] == "postcopy-active")
+        with pytest.raises(RefusedError):
+            source.cancel()
+        assert other.is_progressing(), "while its RAM still comes"
+        assert source.wait(20)
+        assert destination.wait(20)
+        assert other.is_progressing()
+        other.stop()
+        assert other.consistent()
+        assert board.run_state == "postmigrate"
+        assert not board.disks_active
+        ram = source.query()["ram"]
+        assert isinstance(ram, dict)
+        assert ram["postcopy-requests"] > 0
+        assert ram["postcopy-bytes"] > 0
+        assert [state for state in events if state] == [
+            "setup",
+            "active",
+            "device",
+            "postcopy-active",
+            "completed",
+        ]
+        assert arrivals == ["setup", "active", "postcopy-active", "completed"]
+
+
+def test_postcopy_of_pages_that_never_held_anything(tmp_path: Path) -> None:
+    """They come as zeroes in precopy, and are holes at the destination: nobody may ask for them."""
+    with ExitStack() as stack:
+        machines = Machines(stack, "auto")
+        board = ToyBoard()
+        stack.callback(board.close)
+        source = Migration(board)  # type: ignore[arg-type]
+        stack.callback(source.close)
+        board.rams[0].write(7 * PAGE, b"content")
+        other, destination = machines.destination(pages_per_s=0)
+        for migration in (source, destination):
+            migration.set_capabilities({"postcopy-ram": True})
+        source.parameters.set({"downtime-limit": 0})
+        destination.incoming(f"unix:{tmp_path}/s")
+        source.migrate(f"unix:{tmp_path}/s")
+        source.start_postcopy()
+        assert source.wait(20)
+        assert destination.wait(20)
+        assert other.rams[0].read(7 * PAGE, 7) == b"content"
+        assert other.rams[0].read(9 * PAGE, PAGE) == bytes(PAGE)
+
+
+def test_postcopy_is_refused_with_mprotect(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        machines = Machines(stack, "mprotect")
+        _, destination = machines.destination()
+        with pytest.raises(RefusedError) as caught:
+            destination.set_capabilities({"postcopy-ram": True})
+        assert str(caught.value).startswith("Postcopy is not supported: ")
+        assert "mprotect" in str(caught.value)
+        # A source tracks writes with it all the same.
+        _, source = machines.source()
+        source.set_capabilities({"postcopy-ram": True})
+
+
+def test_a_destination_without_the_capability(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    _, destination = machines.destination()
+    source.set_capabilities({"postcopy-ram": True})
+    destination.incoming(f"unix:{tmp_path}/s")
+    source.migrate(f"unix:{tmp_path}/s")
+    with pytest.raises(SinkError):
+        source.wait(20)
+    with pytest.raises(StillframeError) as caught:
+        destination.wait(20)
+    assert "RAM postcopy is disabled but have 16 byte advise" in str(caught.value)
+    assert board.is_progressing()
+
+
+def test_no_way_back(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    source.set_capabilities({"return-path": True})
+    source.migrate(f"file:{tmp_path}/a")
+    with pytest.raises(StillframeError) as caught:
+        source.wait(20)
+    assert str(caught.value) == "Unable to open return-path for postcopy"
+    assert os.listdir(tmp_path) == []
+    assert board.is_progressing()
+
+
+def test_it_ends_with_its_machine(machines: Machines, tmp_path: Path) -> None:
+    _, destination = machines.destination()
+    destination.incoming(f"unix:{tmp_path}/s")
+    began = threading.active_count()
+    destination.close()
+    assert threading.active_count() < began
+    assert not (tmp_path / "s").exists()

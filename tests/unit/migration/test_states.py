@@ -1,0 +1,33 @@
+"""Changes of state: atomic, told in order, and not to be cancelled past the point of no return."""
+
+from __future__ import annotations
+
+from stillframe.migration.states import StatusCell
+
+
+def test_changes_are_told_in_order() -> None:
+    told: list[str] = []
+    cell = StatusCell(told.append)
+    assert cell.change("setup", only_from=("none",))
+    assert not cell.change("active", only_from=("none",))
+    assert cell.change("active", only_from=("setup",))
+    assert cell.under_way
+    assert cell.change("completed", only_from=("active",))
+    assert not cell.under_way
+    assert told == ["setup", "active", "completed"]
+
+
+def test_too_late_to_cancel() -> None:
+    cell = StatusCell(lambda state: None)
+    cell.change("active", only_from=("none",))
+    assert cell.make_final()
+    assert not cell.change("cancelling", only_from=("active",))
+    assert cell.change("failed", only_from=("active",))
+
+
+def test_too_late_to_go_on() -> None:
+    cell = StatusCell(lambda state: None)
+    cell.change("active", only_from=("none",))
+    assert cell.change("cancelling", only_from=("active",))
+    assert not cell.make_final()
+    assert cell.change("cancelled", only_from=("cancelling",))
