@@ -173,6 +173,17 @@ class SerialConsole:
         self.wait_line(r"^tick .*seconds=\d+$", timeout_s=timeout_s, since=start)
         return self.ticks(start)[0]
 
+    def send(self, text: str) -> None:
+        """Type a line.
+
+        Raises:
+            MachineError: the line is closed.
+        """
+        try:
+            self._socket.sendall(text.encode("ascii") + b"\n")
+        except OSError as error:
+            raise MachineError(f"cannot send '{text}' to the guest", why=error.strerror) from error
+
     def command(self, text: str, *, timeout_s: float = 60.0) -> str:
         """Give ``audit``, ``reset`` or ``quit``; the guest's one line of answer.
 
@@ -180,10 +191,7 @@ class SerialConsole:
             MachineError: no answer in time, or the line is closed.
         """
         start = self.mark()
-        try:
-            self._socket.sendall(text.encode("ascii") + b"\n")
-        except OSError as error:
-            raise MachineError(f"cannot send '{text}' to the guest", why=error.strerror) from error
+        self.send(text)
         return self.wait_line(
             rf"^({re.escape(text)} |unknown command)", timeout_s=timeout_s, since=start
         )

@@ -361,6 +361,9 @@ class _Check:
         dma = Dma.read(self.image, self.header.dma_gpa)
         if dma.magic != _DMA_MAGIC:
             self.problem("the DMA record is not itself")
+        # the count outside of the record is written after it
+        if dma.steps - dma.steps_counted not in (0, 1):
+            self.problem(f"the DMA record has {dma.steps} steps, {dma.steps_counted} are counted")
         if dma.failures:
             self.problem(f"the guest found {dma.failures} failures of DMA")
         for device in (dma.entropy, dma.disk):

@@ -23,7 +23,7 @@ _SEQUENCE_FIRST, _SEQUENCE_MIDDLE, _SEQUENCE_LAST = 3, 256, 511
 _FIRST_ACCOUNT, _ACCOUNT_WORDS = 32, 64
 _RING_HEADER_WORDS, _SLOT_WORDS = 16, 4
 _JOURNAL_HEADER_WORDS, _REGION_WORDS = 16, 4
-_DMA_HEADER_WORDS = 10
+_DMA_HEADER_WORDS = 12
 
 
 class LedgerNotReadyError(ValueError):
@@ -211,6 +211,8 @@ class Dma(msgspec.Struct, frozen=True):
 
     magic: int
     failures: int
+    steps: int
+    steps_counted: int
     entropy: DmaBuffers
     disk: DmaBuffers
 
@@ -218,9 +220,10 @@ class Dma(msgspec.Struct, frozen=True):
     def read(cls, image: Image, gpa: int) -> Dma:
         words = image.words(gpa, PAGE_WORDS)
         magic, entropy_done, disk_done, entropy_busy, disk_busy, failures = words[:6]
-        entropy_gpa, disk_gpa = words[8:_DMA_HEADER_WORDS]
+        entropy_gpa, disk_gpa, steps, counter_gpa = words[8:_DMA_HEADER_WORDS]
+        (counted,) = image.words(counter_gpa, 1)
         entropy = DmaBuffers(
             "entropy", entropy_gpa, 1024, entropy_busy, entropy_done, words[65:192:2]
         )
         disk = DmaBuffers("disk", disk_gpa, 512, disk_busy, disk_done, words[193:224:2])
-        return cls(magic, failures, entropy, disk)
+        return cls(magic, failures, steps, counted, entropy, disk)

@@ -108,6 +108,9 @@ static int audit_dma(volatile struct dma *dma)
     static const char *const kinds[] = { "", "an entropy buffer lost its content",
         "a disk buffer lost its content", "the disk failed", "the disk holds something else" };
     if (dma->magic != DMA_MAGIC) FAIL("the DMA record is not itself\n");
+    if (dma->steps != *(volatile u64 *)dma->counter_at)
+        FAIL("dma: %llu steps recorded, %llu counted\n", dma->steps,
+             *(volatile u64 *)dma->counter_at);
     if (dma->failures)
         FAIL("dma: %s (buffer %llu, %llu failures)\n", kinds[dma->failed_kind], dma->failed_buffer,
              dma->failures);

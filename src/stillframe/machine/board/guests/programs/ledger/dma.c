@@ -7,6 +7,7 @@
 static int entropy_on, disk_on;
 static u64 period_ns, next_ns;
 static u64 entropy_next, disk_number, disk_slot;
+static volatile struct { u64 steps, unused[7]; } counter;
 
 static volatile struct dma *dma(void)
 {
@@ -39,11 +40,23 @@ static void failed(u64 kind, u64 buffer)
     dma()->failed_buffer = buffer;
 }
 
+/* Around whatever changes the record, so that an older record is told from its age alone. */
+static void step(void)
+{
+    dma()->steps++;
+}
+
+static void stepped(void)
+{
+    counter.steps = dma()->steps;
+}
+
 void dma_setup(int entropy, int disk, u64 period)
 {
     entropy_on = entropy;
     disk_on = disk;
     period_ns = period;
+    dma()->counter_at = (u64)&counter.steps;
 }
 
 /* A buffer is looked at before it is used again, so that nothing that was lost is ever hidden. */
@@ -52,16 +65,20 @@ static void entropy_begin(void)
     u64 buffer = entropy_next++ % ENTROPY_BUFFERS;
     if (buffer_sum(entropy_buffer(buffer), ENTROPY_BYTES) != dma()->entropy[buffer].sum)
         failed(1, buffer);
+    step();
     dma()->entropy_busy = buffer + 1;
+    stepped();
     entropy_start((void *)entropy_buffer(buffer), ENTROPY_BYTES);
 }
 
 static void entropy_end(void)
 {
     u64 buffer = dma()->entropy_busy - 1;
+    step();
     dma()->entropy[buffer].sum = buffer_sum(entropy_buffer(buffer), ENTROPY_BYTES);
     dma()->entropy[buffer].number = ++dma()->entropy_done;
     dma()->entropy_busy = 0;
+    stepped();
 }
 
 static u64 slot_word(u64 slot, u64 number, u64 word)
@@ -79,6 +96,7 @@ static void disk_begin(void)
     if (buffer_sum(disk_buffer(buffer), DISK_BYTES) != dma()->disk[buffer].sum) failed(2, buffer);
     /* what is read back was written 16 turns ago, or just now in the first turns */
     disk_slot = (reads && turn >= 16 ? turn - 16 : turn) % DISK_SLOTS;
+    step();
     dma()->disk_busy = buffer + 1;
     if (!reads) {
         for (u64 word = 0; word < DISK_BYTES / 8; word++)
@@ -86,6 +104,7 @@ static void disk_begin(void)
         dma()->disk[buffer].sum = buffer_sum(disk_buffer(buffer), DISK_BYTES);
         dma()->slot_number[disk_slot] = turn + 1;
     }
+    stepped();
     disk_start(reads ? DISK_READ : DISK_WRITE, disk_slot * SECTORS_PER_SLOT, (const void *)words,
                SECTORS_PER_SLOT);
 }
@@ -94,6 +113,7 @@ static void disk_end(u32 status)
 {
     u64 buffer = dma()->disk_busy - 1;
     const volatile u64 *words = (const volatile u64 *)disk_buffer(buffer);
+    step();
     if (status != DISK_DONE) failed(3, buffer);
     if (buffer >= WRITE_BUFFERS) {
         u64 number = dma()->slot_number[disk_slot];
@@ -106,6 +126,7 @@ static void disk_end(u32 status)
     }
     dma()->disk[buffer].number = ++dma()->disk_done;
     dma()->disk_busy = 0;
+    stepped();
 }
 
 static void complete(void)

@@ -101,7 +101,8 @@ struct dma {
     u64 magic, entropy_done, disk_done, entropy_busy, disk_busy;
     u64 failures, failed_buffer, failed_kind;
     u64 entropy_at, disk_at;       /* the buffers' addresses */
-    u64 unused[54];
+    u64 steps, counter_at;         /* beginnings and ends; there a second count, written after */
+    u64 unused[52];
     struct { u64 number, sum; } entropy[ENTROPY_BUFFERS], disk[DISK_BUFFERS];
     u64 slot_number[DISK_SLOTS];   /* what was last written there */
 };
