@@ -19,7 +19,9 @@ from stillframe.version import __version__
 if TYPE_CHECKING:
     from stillframe.doctor.checks import Check, CheckStatus
     from stillframe.doctor.survey import SurveyedVm
+    from stillframe.hosting.running_board import RunningBoard
     from stillframe.machine import Hindrance, Machine
+    from stillframe.machine.board.board_command import Protection
     from stillframe.machine.outside.machine import OutsideMachine
     from stillframe.machine.outside.vm_info import VmInfo
     from stillframe.model import Statistics
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from stillframe.vmstate.source import Source
 
 __all__ = [
+    "BOARD_GUESTS",
     "COMPRESSIONS",
     "DEFAULT_SPILL_BYTES",
     "EXPORT_FORMATS",
@@ -45,8 +48,10 @@ __all__ = [
     "Machine",
     "Mode",
     "OutsideMachine",
+    "Protection",
     "RestorePlan",
     "RestoredVm",
+    "RunningBoard",
     "Sink",
     "Snapshot",
     "SnapshotJob",
@@ -57,6 +62,8 @@ __all__ = [
     "TakenSnapshot",
     "VerifyReport",
     "VmInfo",
+    "build_guest",
+    "check_board",
     "connect",
     "doctor",
     "export",
@@ -67,6 +74,7 @@ __all__ = [
     "plan_restore",
     "restore",
     "standard_output",
+    "start_board",
     "survey",
     "take",
     "verify",
@@ -78,8 +86,10 @@ _TYPES: Final = {
     "Hindrance": "stillframe.machine",
     "Machine": "stillframe.machine",
     "OutsideMachine": "stillframe.machine.outside.machine",
+    "Protection": "stillframe.machine.board.board_command",
     "RestorePlan": "stillframe.restore.records",
     "RestoredVm": "stillframe.restore.start",
+    "RunningBoard": "stillframe.hosting.running_board",
     "Sink": "stillframe.store.backends",
     "Snapshot": "stillframe.store.snapshot",
     "SnapshotJob": "stillframe.snapshot.job",
@@ -94,6 +104,8 @@ _TYPES: Final = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "BOARD_GUESTS":
+        return importlib.import_module("stillframe.machine.board.guests").GUEST_NAMES
     if name in _TYPES:
         return getattr(importlib.import_module(_TYPES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -108,10 +120,12 @@ COMPRESSIONS: Final[tuple[Compression, ...]] = ("zstd", "none")
 EXPORT_FORMATS: Final[tuple[ExportFormat, ...]] = ("qemu", "raw", "elf")
 MODES: Final[tuple[Mode, ...]] = ("background", "stop")
 DEFAULT_SPILL_BYTES: Final = 256 << 20
+BOARD_GUESTS: tuple[str, ...]
+"""The guests that come with the package."""
 
 
 def list_vms() -> list[VmInfo]:
-    """The QEMU system emulators that run on this host, by pid. The guests are not touched."""
+    """The QEMUs and boards that run on this host, by pid. The guests are not touched."""
     from stillframe.machine.running import list_vms as listed
 
     return listed()
@@ -412,6 +426,93 @@ def restore(
         program=program,
         paused=paused,
         on_progress=on_progress,
+    )
+
+
+def check_board() -> None:
+    """Find out whether a board can be run here.
+
+    Raises:
+        HostError: the extra ``board`` is not installed.
+    """
+    from stillframe.hosting.running_board import check_engine
+
+    check_engine()
+
+
+def build_guest(source: StrPath, output: StrPath) -> str:
+    """Compile a guest for the board: a C file, or a directory of them, with the guest library.
+
+    Returns:
+        The compiler's warnings.
+
+    Raises:
+        NotFoundError: no such source. UsageError: the compiler refuses it, in its words.
+        HostError: there is no C compiler, or the output cannot be written.
+    """
+    from stillframe.machine.board.guests import build_guest as built
+
+    return built(Path(source), Path(output))
+
+
+def start_board(
+    guest: StrPath | None = None,
+    *,
+    ram_bytes: int = 64 << 20,
+    vcpus: int = 1,
+    name: str = "",
+    qmp: StrPath | None = None,
+    disk: StrPath | None = None,
+    incoming: StrPath | None = None,
+    display: StrPath | None = None,
+    resolution: str | None = None,
+    serial: str = "none",
+    append: str = "",
+    paused: bool = False,
+    protection: Protection = "auto",
+) -> RunningBoard:
+    """Start a board, our own VM, in this process; it has threads of its own.
+
+    Args:
+        guest: an ELF file (docs/design/board.md), or one of ``BOARD_GUESTS``; may be left out with
+            ``incoming``, and is needed for a reset only then.
+        name: in ``ps``; else as its guest.
+        qmp: where its monitor listens; else in a private place, see ``RunningBoard.qmp``.
+        disk: a raw file, which the guest may write to.
+        incoming: a snapshot file, a file with a stream, or a migration URI, in place of a start.
+        display: recorded only: whoever wants the picture asks ``save_picture``.
+        resolution: of the display, such as ``640x480``.
+        serial: ``stdio``, ``none``, a file, or ``unix:PATH``.
+        append: the guest's command line.
+        paused: the guest waits for ``cont``.
+        protection: how it write-protects its RAM for snapshots that it takes of itself.
+
+    Raises:
+        UsageError: options that make no sense, or nothing to run.
+        HostError: the extra ``board`` is not installed, or the host does not give what is needed.
+        NotFoundError, DataError: the guest, or what is to come in, cannot be read.
+    """
+    from stillframe.hosting.running_board import RunningBoard as Running
+    from stillframe.machine.board.board_command import parse_options
+
+    given = {
+        "--ram": ram_bytes,
+        "--cpus": vcpus,
+        "--name": name or None,
+        "--disk": disk,
+        "--display": display,
+        "--resolution": resolution,
+        "--serial": serial,
+        "--append": append or None,
+        "--protection": protection,
+    }
+    words = [] if guest is None else [os.fspath(guest)]
+    words += [f"{option}={value}" for option, value in given.items() if value is not None]
+    return Running(
+        parse_options(words, cwd=str(Path.cwd())).board,
+        qmp=None if qmp is None else os.fspath(qmp),
+        incoming=None if incoming is None else os.fspath(incoming),
+        paused=paused,
     )
 
 

@@ -6,7 +6,6 @@ Each command is a module of its own, imported when it is named; what a command n
 
 from __future__ import annotations
 
-import importlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from stillframe.cli.failures import ReaderGone, report
+from stillframe.cli.lazy import LazyGroup
 from stillframe.cli.output import prepare_streams, write_result
 from stillframe.errors import SnapshotCancelled
 from stillframe.version import __version__
@@ -29,22 +29,14 @@ COMMANDS = {
     "export": "export",
     "import": "import_",
     "restore": "restore",
+    "board": "board",
+    "demo": "demo",
 }
 """Each command and its module, in the order of the help."""
 
 
-class _Commands(click.Group):
-    """The commands, loaded lazily."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"stillframe.cli.{COMMANDS[cmd_name]}")
-        command = module.command
-        return command if isinstance(command, click.Command) else None
+class _Commands(LazyGroup):
+    """The commands of the program."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -56,6 +48,7 @@ class _Commands(click.Group):
 @click.group(
     PROGRAM,
     cls=_Commands,
+    modules=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: docs/reference/errors.md. Shell completion: docs/reference/completion.md.",
 )

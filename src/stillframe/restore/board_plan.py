@@ -35,14 +35,13 @@ from stillframe.restore.show import shown_words
 from stillframe.store.snapshot import Snapshot
 
 MACHINE_PREFIX = "stillframe-board-"
-_RAM, _DIMM = "board.ram", "board.dimm0"
+_RAM = "board.ram"
 _DISKS_NOTE = "disks are as they are now, not as they were at the snapshot's instant"
 _DISK_REASON = "a private copy, so that the first board's disk is not written"
 _NOT_HERE = {
     "--incoming": "the snapshot comes in",
     "--qmp": "say --qmp before the --",
     "--ram": "the snapshot tells how much RAM there is",
-    "--dimm": "the snapshot tells how much RAM there is",
 }
 
 
@@ -117,7 +116,7 @@ def plan_board(
 def imported_board(snapshot: Snapshot, machine_type: str) -> MachineRecord:
     """A record for a stream of a board without a recorded command line."""
     lengths = {block.idstr: block.used_length_bytes for block in snapshot.blocks}
-    command = BoardCommand(ram_bytes=lengths.get(_RAM, 0), dimm_bytes=lengths.get(_DIMM, 0))
+    command = BoardCommand(ram_bytes=lengths.get(_RAM, 0))
     return MachineRecord(
         name="",
         pid=0,
@@ -155,7 +154,6 @@ class _Work:
         board = msgspec.structs.replace(
             recorded,
             ram_bytes=lengths.get(_RAM, recorded.ram_bytes),
-            dimm_bytes=lengths.get(_DIMM, 0),
             guest=self._guest(recorded.guest),
             serial=self._serial(own),
             display=self._display(own),

@@ -13,8 +13,20 @@ import pytest
 import stillframe
 import stillframe.cli
 
-HEAVY = ("rich", "asyncio", "qemu", "msgspec", "blake3", "backports", "ctypes")
-ROOMS = ("memory", "vmstate", "qmp", "machine", "snapshot", "store", "restore", "doctor", "api")
+HEAVY = ("rich", "asyncio", "qemu", "msgspec", "blake3", "backports", "ctypes", "unicorn")
+ROOMS = (
+    "memory",
+    "vmstate",
+    "qmp",
+    "machine",
+    "snapshot",
+    "store",
+    "restore",
+    "doctor",
+    "migration",
+    "hosting",
+    "api",
+)
 
 
 def _modules_after(code: str) -> set[str]:
@@ -33,6 +45,9 @@ def _modules_after(code: str) -> set[str]:
         "from stillframe.cli.main import main; main(['--version'])",
         "from stillframe.cli.main import main; main(['--help'])",
         "from stillframe.cli.main import main; main(['take', '--help'])",
+        "from stillframe.cli.main import main; main(['board', '--help'])",
+        "from stillframe.cli.main import main; main(['board', 'run', '--help'])",
+        "from stillframe.cli.main import main; main(['demo', '--help'])",
     ],
 )
 def test_light(code: str) -> None:
@@ -44,6 +59,12 @@ def test_light(code: str) -> None:
 def test_bare_package_imports_next_to_nothing() -> None:
     # While the package is imported, Ctrl-C would still show a traceback: see __main__.
     assert not {"click", "typing", "signal"} & _modules_after("import stillframe.__main__")
+
+
+@pytest.mark.parametrize("words", [["ps"], ["doctor"], ["take", "/nonexistent", "-o", "/tmp/x"]])
+def test_the_engine_is_for_those_who_run_boards(words: list[str]) -> None:
+    code = f"from stillframe.cli.main import main; main({words})"
+    assert "unicorn" not in _modules_after(code)
 
 
 def test_rich_is_for_terminals() -> None:

@@ -21,8 +21,8 @@ _PATHS = st.from_regex(r"/[a-z ]{1,8}(/[a-z.]{1,8})?", fullmatch=True).filter(
 )
 COMMANDS = st.builds(
     BoardCommand,
-    guest=st.none() | st.sampled_from(["ledger", "/g/own.elf"]) | _PATHS,
-    ram_bytes=st.integers(1 << 10, (3 << 30) >> 12).map(lambda pages: pages << 12),
+    guest=st.none() | st.sampled_from(["ledger", "life", "/g/own.elf"]) | _PATHS,
+    ram_bytes=st.integers(257, (3 << 30) >> 12).map(lambda pages: pages << 12),
     vcpus=st.integers(1, 8),
     name=_TEXT,
     disk=st.none() | _PATHS,
@@ -30,7 +30,6 @@ COMMANDS = st.builds(
     resolution=st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
     serial=st.sampled_from(["stdio", "none", "/s/log", "unix:/s/sock"]),
     append=_TEXT,
-    dimm_bytes=st.sampled_from([0, 64 << 20]),
     protection=st.sampled_from(["auto", "userfaultfd", "mprotect"]),
 )
 

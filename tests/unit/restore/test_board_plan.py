@@ -145,7 +145,8 @@ def test_ones_own_options(planner: Planner, tmp_path: Path) -> None:
     assert made.overlays == ()
     assert {rewrite.reason for rewrite in made.rewrites} == {"your own"}
     check_plan(made, trust=False)
-    assert started(plan(planner, extra=("other",))).guest == "other"
+    assert started(plan(planner, extra=("life",))).guest == "life"
+    assert started(plan(planner, extra=("other",))).guest == f"{cwd}/other"
 
 
 @pytest.mark.parametrize(

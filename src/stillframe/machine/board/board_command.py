@@ -15,6 +15,13 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from stillframe.errors import StillframeError, UsageError
+from stillframe.machine.board.guests import GUEST_NAMES
+from stillframe.machine.board.layout import (
+    GUEST_GPA,
+    PAGE_BYTES,
+    RAM_LIMIT_BYTES,
+    VCPUS_LIMIT,
+)
 
 Protection = Literal["auto", "userfaultfd", "mprotect"]
 """How the board write-protects its own RAM; ``auto`` takes what the host allows."""
@@ -22,8 +29,6 @@ Protection = Literal["auto", "userfaultfd", "mprotect"]
 PROGRAM_WORDS = ("stillframe", "board", "run")
 DEFAULT_RAM_BYTES = 64 << 20
 DEFAULT_RESOLUTION = (640, 480)
-LEAST_RAM_BYTES, MOST_RAM_BYTES = 4 << 20, 3 << 30
-MOST_VCPUS = 8
 
 _SIZE = re.compile(r"([0-9]{1,15})([KMG]?)(?:iB)?")
 _RESOLUTION = re.compile(r"([0-9]{1,4})x([0-9]{1,4})")
@@ -36,7 +41,7 @@ class BoardCommand(msgspec.Struct, frozen=True, kw_only=True):
     ``guest``: absolute path of an ELF file, or the name of a guest that comes with the package;
     None for a board that only takes something in. ``disk``, ``display``: absolute paths;
     ``display`` may be ``terminal``. ``serial``: ``stdio``, ``none``, an absolute path, or
-    ``unix:`` and one. ``append``: the guest's command line. ``dimm_bytes``: hot-plugged RAM.
+    ``unix:`` and one. ``append``: the guest's command line.
     """
 
     guest: str | None = None
@@ -48,7 +53,6 @@ class BoardCommand(msgspec.Struct, frozen=True, kw_only=True):
     resolution: tuple[int, int] = DEFAULT_RESOLUTION
     serial: str = "stdio"
     append: str = ""
-    dimm_bytes: int = 0
     protection: Protection = "auto"
 
     def words(self) -> tuple[str, ...]:
@@ -135,8 +139,8 @@ def words_of_process(argv: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _guest(word: str, cwd: str) -> str:
-    """A path, absolute; or the name of a packaged guest, which has no slash and no dot."""
-    return _path(word, cwd) if "/" in word or "." in word else word
+    """The name of a packaged guest, or a path, absolute."""
+    return word if word in GUEST_NAMES else _path(word, cwd)
 
 
 def _path(text: str, cwd: str) -> str:
@@ -145,29 +149,22 @@ def _path(text: str, cwd: str) -> str:
     return os.path.normpath(Path(cwd, text))
 
 
-def _size(text: str, least: int, most: int) -> int:
+def _ram(text: str, _cwd: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError("no size; write 256M or a number of bytes")
     size = int(match[1]) * _UNIT_BYTES[match[2]]
-    if not least <= size <= most or size % 4096:
+    if not GUEST_GPA < size <= RAM_LIMIT_BYTES or size % PAGE_BYTES:
         raise ValueError(
-            f"it must be {least >> 20} MiB to {most >> 20} MiB, in whole pages of 4096 bytes"
+            f"it must be more than {GUEST_GPA >> 20} MiB, up to {RAM_LIMIT_BYTES >> 20} MiB, in"
+            f" whole pages of {PAGE_BYTES} bytes"
         )
     return size
 
 
-def _ram(text: str, _cwd: str) -> int:
-    return _size(text, LEAST_RAM_BYTES, MOST_RAM_BYTES)
-
-
-def _dimm(text: str, _cwd: str) -> int:
-    return _size(text, 0, MOST_RAM_BYTES)
-
-
 def _vcpus(text: str, _cwd: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:4]) <= MOST_VCPUS:
-        raise ValueError(f"a board has 1 to {MOST_VCPUS} vCPUs")
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:4]) <= VCPUS_LIMIT:
+        raise ValueError(f"a board has 1 to {VCPUS_LIMIT} vCPUs")
     return int(text)
 
 
@@ -209,7 +206,6 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], object], Callable[[Any], str
     "--resolution": ("resolution", _resolution, lambda size: f"{size[0]}x{size[1]}"),
     "--serial": ("serial", _serial, str),
     "--append": ("append", _text, str),
-    "--dimm": ("dimm_bytes", _dimm, str),
     "--protection": ("protection", _protection, str),
 }
 """Each option: the field, how it is read, how it is written."""

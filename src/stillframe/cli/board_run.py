@@ -1,0 +1,178 @@
+"""``stillframe board run``: run a guest on our own VM, in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from stillframe.cli.board_display import Display, choose_display
+from stillframe.cli.options import FILE, Size
+from stillframe.cli.output import say
+from stillframe.errors import SnapshotCancelled
+
+if TYPE_CHECKING:
+    from stillframe.api import Protection, RunningBoard
+
+_POLL_S = 0.1
+_RAM = Size(least=1 << 20, most=3 << 30)
+_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class GuestType(click.ParamType):  # type: ignore[type-arg]
+    """An ELF file, or the name of a guest that comes with the package."""
+
+    name = "guest"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from stillframe import api
+
+        names = [name for name in api.BOARD_GUESTS if name.startswith(incomplete)]
+        files = [CompletionItem(incomplete, type="file")]
+        return [CompletionItem(name) for name in names] or files
+
+
+@click.command("run")
+@click.argument("guest", required=False, type=GuestType())
+@click.option("--ram", type=_RAM, default="64M", show_default=True, help="The guest's RAM.")
+@click.option(
+    "--cpus", type=click.IntRange(1, 8), default=1, show_default=True, help="Its processors."
+)
+@click.option("--name", default="", help="What the board is called; else as its guest.")
+@click.option(
+    "--qmp", type=FILE, metavar="SOCKET", help="Where its monitor listens; else a private place."
+)
+@click.option("--disk", type=FILE, metavar="FILE", help="A raw disk, which the guest may write to.")
+@click.option(
+    "--incoming",
+    metavar="FILE|URI",
+    help="Begin with what comes from a snapshot, a stream in a file, or tcp:, unix:, fd:.",
+)
+@click.option(
+    "--display",
+    type=FILE,
+    metavar="FILE.png|terminal",
+    help="Where its picture goes: a file, at the end and on SIGUSR1; or this terminal.",
+)
+@click.option("--resolution", metavar="WxH", help="Of the picture; 640x480 without it.")
+@click.option(
+    "--serial",
+    default="stdio",
+    show_default=True,
+    metavar="stdio|FILE|none|unix:PATH",
+    help="The guest's serial line.",
+)
+@click.option("--append", default="", metavar="TEXT", help="The guest's command line.")
+@click.option("--paused", is_flag=True, help="Do not let the guest run yet.")
+@click.option(
+    "--protection",
+    type=click.Choice(["auto", "userfaultfd", "mprotect"]),
+    default="auto",
+    show_default=True,
+    help="How it write-protects its own RAM when it takes a snapshot of itself.",
+)
+@click.pass_context
+def command(
+    context: click.Context,
+    guest: str | None,
+    ram: int,
+    cpus: int,
+    name: str,
+    qmp: str | None,
+    disk: str | None,
+    incoming: str | None,
+    display: str | None,
+    resolution: str | None,
+    serial: str,
+    append: str,
+    paused: bool,
+    protection: Protection,
+) -> None:
+    """Run GUEST, a static x86-64 ELF file or one of ledger, life and writer.
+
+    Ends with the status that the guest powers off with, 0 after 'quit', 134 if the guest panics,
+    and 130 after Ctrl-C. Drive it over QMP as a QEMU; 'stillframe take' snapshots it.
+    """
+    import logging
+
+    from stillframe import api
+
+    logging.basicConfig(format="stillframe: %(message)s", level=logging.WARNING)
+    screen = choose_display(display, serial=serial)
+    with _Requests() as requests:
+        board = api.start_board(
+            guest,
+            ram_bytes=ram,
+            vcpus=cpus,
+            name=name,
+            qmp=qmp,
+            disk=disk,
+            incoming=incoming,
+            display=display,
+            resolution=resolution,
+            serial=serial,
+            append=append,
+            paused=paused,
+            protection=protection,
+        )
+        try:
+            say(f"stillframe: board {board.name} (process {os.getpid()}), QMP at {board.qmp}")
+            status = _follow(board, screen, requests)
+        finally:
+            screen.close(board)
+            board.close()
+    context.exit(status)
+
+
+class _Requests:
+    """Signals that ask for an end or for a picture, as a context manager."""
+
+    def __init__(self) -> None:
+        self.end: int | None = None
+        self.pictures = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Requests:
+        for number in (*_END, signal.SIGUSR1):
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:
+                self._before[number] = before
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.pictures += 1
+        else:
+            self.end = number
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+
+def _follow(board: RunningBoard, screen: Display, requests: _Requests) -> int:
+    """Wait for the board's end; its exit status.
+
+    Raises:
+        SnapshotCancelled: a signal asked for the end.
+        StillframeError: what was to come in could not be loaded.
+    """
+    shown = 0
+    while not board.wait(_POLL_S):
+        if requests.end is not None:
+            raise SnapshotCancelled(f"ended by {signal.Signals(requests.end).name}")
+        screen.refresh(board, now=requests.pictures > shown)
+        shown = requests.pictures
+    return board.exit_status
