@@ -14,6 +14,11 @@ Backing = Literal["anonymous", "memfd", "shmem", "hugetlbfs", "file"]
 hugetlbfs, or a file on a disk file system (which cannot be write-protected)."""
 
 
+ProtectionKind = Literal["userfaultfd", "userfaultfd-user", "mprotect"]
+"""What RAM is write-protected with: a userfaultfd, one that serves faults in user mode only, or
+mprotect(2) and a SIGSEGV handler."""
+
+
 class RamBlock(msgspec.Struct, frozen=True, kw_only=True):
     """One contiguous piece of guest RAM (QEMU ``include/exec/ramblock.h``).
 
@@ -102,6 +107,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     Sizes in bytes, times in milliseconds or microseconds as named, all monotonic.
     ``stall_ms``: the sum of the times that faults waited because the spill was full.
     ``rate_bytes_per_s``: written to the destination over the last seconds, 0.0 in the first second.
+    ``protection``: what RAM is write-protected with; None without (``--mode stop``).
     ``eta_s``: until RAM is through at the present pace; None if it cannot be told.
     """
 
@@ -125,6 +131,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     spill_peak_bytes: int = 0
     rate_bytes_per_s: float = 0.0
     eta_s: float | None = None
+    protection: ProtectionKind | None = None
     writes_while_stopped: tuple[StoppedWrite, ...] = ()
 
 

@@ -314,6 +314,7 @@ def test_a_process_without_privileges_that_serves_its_own_system_calls() -> None
         for _ in range(20):
             uffd = attach(victim.pid, user_mode_will_do=True)
             assert uffd.features
+            assert uffd.kind == "userfaultfd-user"
             uffd.close()
         victim.assert_unharmed()
         assert victim.open_userfaultfds() == 0

@@ -82,7 +82,7 @@ def run_ledger(directory: Path, say: Say) -> LedgerResult:
             raise SnapshotFailed(f"the audit of the {name} board failed", why=audit)
     numbers = dict(info["x-stillframe"])
     return LedgerResult(
-        protection=str(info.get("x-stillframe-protection", "")),
+        protection=str(numbers["protection"]),
         numbers=numbers,
         file_bytes=file.stat().st_size,
         progress=during / free if free else 0.0,

@@ -46,6 +46,7 @@ def statistics_object(numbers: Statistics) -> dict[str, object]:
         "fault_max_us": numbers.fault_max_us,
         "stall_ms": numbers.stall_ms,
         "spill_peak_bytes": numbers.spill_peak_bytes,
+        "protection": numbers.protection,
         "writes_while_stopped": [_write(write) for write in numbers.writes_while_stopped],
     }
 

@@ -13,8 +13,8 @@ from typing import Literal, Protocol
 from stillframe.errors import HostError
 from stillframe.memory.signal_protection import SignalProtection
 from stillframe.memory.userfaultfd import WRITE_PROTECTION, Use, Userfaultfd
+from stillframe.model import ProtectionKind
 
-ProtectionKind = Literal["userfaultfd", "userfaultfd-user", "mprotect"]
 Preference = Literal["auto", "userfaultfd", "mprotect"]
 
 

@@ -77,9 +77,11 @@ def _make(pid: int, lend_device: LendDevice | None) -> Userfaultfd:
 def _make_for_user_mode(pid: int) -> Userfaultfd:
     flags = _FLAGS | UFFD_USER_MODE_ONLY
     try:
-        return _on_own_thread(lambda: _create(pid, arch.SYS_USERFAULTFD, (flags,)))
+        uffd = _on_own_thread(lambda: _create(pid, arch.SYS_USERFAULTFD, (flags,)))
     except _NotPermitted as refused:
         raise refused.error from None
+    uffd.kind = "userfaultfd-user"
+    return uffd
 
 
 def _through_device(pid: int, lend_device: LendDevice, first: _NotPermitted) -> Userfaultfd:

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from stillframe.errors import HostError, StillframeError
 from stillframe.machine.board.board import Board
+from stillframe.machine.board.board_command import command_of
 from stillframe.machine.board.commands import add_board_commands
 from stillframe.machine.board.config import BoardConfig
 from stillframe.machine.board.outside_nameplate import Nameplate, PutUp
@@ -49,7 +50,7 @@ class BoardHost:
         plate = Nameplate(
             pid=os.getpid(),
             name=self.board.name,
-            command=self.board.config.argv,
+            command=self.board.config.argv or command_of(self.board.config).words(),
             ram_bytes=self.board.config.ram_bytes,
             qmp=address if isinstance(address, str) else None,
         )

@@ -31,6 +31,7 @@ def open_capture(
     """
     if protection is not None:
         cleanup.callback(protection.close)
+        control.progress.protection = protection.kind
     ram = RamCapture(protection, pid, blocks, spill_bytes=spill_bytes)
     cleanup.callback(ram.close)
     cleanup.callback(control.progress.keep)

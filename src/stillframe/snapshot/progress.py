@@ -6,7 +6,14 @@ import time
 from typing import Any
 
 from stillframe.memory.ram_capture import RamCapture
-from stillframe.model import Downtime, JobState, PageCounts, Statistics, StoppedWrite
+from stillframe.model import (
+    Downtime,
+    JobState,
+    PageCounts,
+    ProtectionKind,
+    Statistics,
+    StoppedWrite,
+)
 from stillframe.snapshot.pace import Pace
 from stillframe.store.writer import SnapshotWriter
 
@@ -25,6 +32,7 @@ class Progress:
         self.total_ms = 0.0
         self.ram_bytes = 0
         self.file_bytes = 0
+        self.protection: ProtectionKind | None = None
         self.writes_while_stopped: tuple[StoppedWrite, ...] = ()
         self.ram: RamCapture | None = None
         self.writer: SnapshotWriter | None = None
@@ -87,6 +95,7 @@ class Progress:
             spill_peak_bytes=int(numbers.get("spill_peak_bytes", 0)),
             rate_bytes_per_s=rate,
             eta_s=eta_s,
+            protection=self.protection,
             writes_while_stopped=self.writes_while_stopped,
         )
 

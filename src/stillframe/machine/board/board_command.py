@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from stillframe.errors import StillframeError, UsageError
+from stillframe.machine.board.config import BoardConfig
 from stillframe.machine.board.guests import GUEST_NAMES
 from stillframe.machine.board.layout import (
     GUEST_GPA,
@@ -64,6 +65,21 @@ class BoardCommand(msgspec.Struct, frozen=True, kw_only=True):
             if field in _ALWAYS or value != getattr(default, field):
                 words += [option, write(value)]
         return tuple(words)
+
+
+def command_of(config: BoardConfig) -> BoardCommand:
+    """The command for a board that a program made; relative paths are of this process."""
+    cwd = str(Path.cwd())
+    return BoardCommand(
+        guest=_optional_path(config.guest_path, cwd),
+        ram_bytes=config.ram_bytes,
+        vcpus=config.vcpus,
+        name=config.name,
+        disk=_optional_path(config.disk_path, cwd),
+        resolution=(config.display_width, config.display_height),
+        serial=_serial(config.serial, cwd),
+        append=config.command_line,
+    )
 
 
 class ParsedCommand(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +163,10 @@ def _path(text: str, cwd: str) -> str:
     if not text or "\0" in text:
         raise ValueError("no path")
     return os.path.normpath(Path(cwd, text))
+
+
+def _optional_path(path: str | None, cwd: str) -> str | None:
+    return None if path is None else _path(path, cwd)
 
 
 def _ram(text: str, _cwd: str) -> int:

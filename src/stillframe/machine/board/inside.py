@@ -108,7 +108,7 @@ class InsideMachine:
             name=board.name,
             pid=os.getpid(),
             uid=os.getuid(),
-            vmm="stillframe-board",
+            vmm="board",
             vmm_version=__version__,
             machine_type=board.machine_type,
             accelerator="unicorn",
