@@ -199,7 +199,7 @@ def load(made: Made, payload: bytes, version: int = NEWEST) -> tuple[Any, Stream
     return loaded, source
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 @given(devices(), BYTES)
 def test_round_trip_and_described_size(made: Made, behind: bytes) -> None:
     payload = saved(made)
@@ -212,7 +212,7 @@ def test_round_trip_and_described_size(made: Made, behind: bytes) -> None:
     assert described_sizes(text, text_offset=0) == {("dev", 0): len(payload)}
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 @given(devices(depth=1), st.integers(0, NEWEST))
 def test_older_versions_load(made: Made, version: int) -> None:
     """What an older version of the device would have written."""
@@ -227,7 +227,7 @@ def test_older_versions_load(made: Made, version: int) -> None:
     check_loaded(made, loaded, version)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(devices(), st.data())
 def test_truncation_gives_only_a_data_error(made: Made, data: st.DataObject) -> None:
     payload = saved(made)
@@ -237,7 +237,7 @@ def test_truncation_gives_only_a_data_error(made: Made, data: st.DataObject) -> 
     assert error is None or "'dev'" in error.what
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(devices(), st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(1, 255)), min_size=1))
 def test_flipped_bits_give_only_a_data_error(made: Made, flips: list[tuple[int, int]]) -> None:
     payload = bytearray(saved(made))
@@ -318,7 +318,7 @@ def test_three_readers_agree(parts: tuple[list[Made], bytes]) -> None:
     assert len(analysis.state) == len(made) + 1
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 @given(MACHINES, st.data())
 def test_damaged_streams_give_only_a_data_error(
     parts: tuple[list[Made], bytes], data: st.DataObject

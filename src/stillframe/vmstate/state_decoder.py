@@ -5,7 +5,7 @@ Source: QEMU ``migration/vmstate.c``: ``vmstate_load_state``, ``vmstate_subsecti
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from stillframe.errors import DataError, InternalError
 from stillframe.vmstate.source import StreamSource
@@ -45,22 +45,68 @@ def load_state(
         DataError: another version, truncated, malformed, or with an unknown subsection; names
             the device and the field.
     """
-    _Decoder(source, idstr or description.name).state(description, device, version_id, "")
+    decoder = _Decoder(source, idstr or description.name)
+    try:
+        decoder.state(description, device, version_id, "")
+    except DataError as error:
+        if decoder.suspect is None:
+            raise
+        raise decoder.suspect.error(str(error)) from error
+    if decoder.suspect is not None and source.peek() not in (SectionType.FOOTER, None):
+        raise decoder.suspect.error("the state does not end where it must")
+
+
+class _Suspect(NamedTuple):
+    """What looks like a subsection, and may as well be bytes of the guest's.
+
+    It only counts when what was read turns out not to be the state.
+    """
+
+    idstr: str
+    name: str
+    where: str
+    offset_bytes: int
+
+    def error(self, why: str) -> DataError:
+        return DataError(
+            f"device '{self.idstr}' seems to have an unknown subsection {self.name!r} in field "
+            f"'{self.where}'",
+            why=why,
+            offset_bytes=self.offset_bytes,
+        )
 
 
 class _Decoder:
+    """Reads states one after the other.
+
+    ``suspect``: the first that looked like a subsection of a structure that has none.
+    """
+
     def __init__(self, source: StreamSource, idstr: str) -> None:
         self._source = source
         self._idstr = idstr
+        self.suspect: _Suspect | None = None
 
-    def state(self, description: StateDescription, device: Any, version_id: int, path: str) -> None:
+    def state(
+        self,
+        description: StateDescription,
+        device: Any,
+        version_id: int,
+        path: str,
+        *,
+        embedded: bool = False,
+    ) -> None:
+        """Fill the device; ``path`` leads to it from the section's own one."""
         self._check_version(description, version_id)
         if description.pre_load is not None:
             description.pre_load(device)
         for field in description.fields:
             if field.present(device, version_id):
                 self._field(field, device, f"{path}{field.name}")
-        self._subsections(description, device, path)
+        if description.subsections or not embedded:
+            self._subsections(description, device, path)
+        elif self.suspect is None and self._is_own_subsection(description.name):
+            self._note_suspect(path)
         if description.post_load is not None:
             start = self._source.offset
             try:
@@ -71,6 +117,15 @@ class _Decoder:
                     why=str(error),
                     offset_bytes=start,
                 ) from error
+
+    def _note_suspect(self, path: str) -> None:
+        source = self._source
+        start = source.position + 2
+        # What is at hand does for an error: nothing more may be waited for.
+        name = source.buffer[start : start + source.buffer[start - 1]]
+        self.suspect = _Suspect(
+            self._idstr, name.decode("ascii", "replace"), path.removesuffix("."), source.offset
+        )
 
     def _who(self, description: StateDescription) -> str:
         if description.name == self._idstr:
@@ -147,6 +202,7 @@ class _Decoder:
                     getattr(device, field.name),
                     kind.description.version_id,
                     f"{where}.",
+                    embedded=True,
                 )
                 return
             case EmbeddedArray():
@@ -155,7 +211,11 @@ class _Decoder:
                     raise InternalError(f"{what} has {len(inners)} structures, not {kind.count}")
                 for index, inner in enumerate(inners):
                     self.state(
-                        kind.description, inner, kind.description.version_id, f"{where}[{index}]."
+                        kind.description,
+                        inner,
+                        kind.description.version_id,
+                        f"{where}[{index}].",
+                        embedded=True,
                     )
                 return
             case Scalar():

@@ -67,8 +67,8 @@ def encode_state(
 
     Raises:
         InternalError: as :func:`save_state`.
-        DataError: what follows an embedded structure looks like a subsection of it, and
-            would be read as one; a guest may have put it there.
+        DataError: what follows an embedded structure with subsections looks like one of them,
+            and would be read as one; a guest may have put it there.
     """
     encoder = _Encoder(idstr or description.name)
     entry = encoder.state(description, device, "")
@@ -221,7 +221,8 @@ class _Encoder:
     ) -> JsonObject:
         start = self._size
         inner = self.state(description, device, f"{where}.")
-        self._struct_ends.append((self._size, description.name))
+        if description.subsections:
+            self._struct_ends.append((self._size, description.name))
         return {
             "name": name,
             **place,

@@ -11,6 +11,7 @@ import pytest
 from stillframe.errors import DataError
 from stillframe.vmstate.fields import (
     StateDescription,
+    boolean,
     buffer,
     describe_state,
     load_state,
@@ -205,3 +206,41 @@ def test_state_that_reads_in_two_ways_is_not_saved() -> None:
         data = save_state(description, device)
         into, _ = loaded(description, data, s=SimpleNamespace(y=0))
         assert into == device
+
+
+BARE = StateDescription("bare", 1, 1, (u8("x"),))
+GUESTS = StateDescription(
+    "outer", 1, 1, (struct_array("s", BARE, 2), buffer("guests", 9), boolean("n"))
+)
+FOOTER = b"\x7e\0\0\0\2"
+
+
+def bare() -> list[SimpleNamespace]:
+    return [SimpleNamespace(x=1), SimpleNamespace(x=2)]
+
+
+def test_a_guest_cannot_plant_a_subsection() -> None:
+    """A structure without subsections is read without any, whatever follows it."""
+    device = SimpleNamespace(s=bare(), guests=b"\x05\x06bare/y!", n=True)
+    data = save_state(GUESTS, device)
+    for behind in (b"", FOOTER):
+        into, source = loaded(GUESTS, data + behind, s=bare())
+        assert into == device
+        assert source.offset == len(data)
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (b"\x05\x06bare/y\0\0\0\1" + bytes(10) + FOOTER, "the state does not end where it must"),
+        (b"\x05\x06bare/", "the stream is truncated in field 'guests' of device 'outer'"),
+        (b"\x05\x06bare/y\0\7", "field 'n' of device 'outer' is neither false nor true"),
+    ],
+)
+def test_unknown_subsection_of_a_structure_without_any(found: bytes, why: str) -> None:
+    with pytest.raises(DataError) as caught:
+        loaded(GUESTS, b"\1\2" + found, s=bare())
+    assert "'outer' seems to have an unknown subsection 'bare/" in caught.value.what
+    assert "in field 's[1]' (at byte 2)" in caught.value.what
+    assert caught.value.why is not None
+    assert caught.value.why.startswith(why)
