@@ -36,7 +36,7 @@ break-invariants: $(VENV)/test.installed
 bench: $(VENV)/demo-qemu.installed
 	$(BIN)/python -m bench.compare $(BENCH_ARGUMENTS)
 
-SOURCES = pyproject.toml CMakeLists.txt $(shell find src -name '*.py' -o -name '*.pyx' -o -name '*.[chS]' -o -name '*.ld')
+SOURCES = pyproject.toml CMakeLists.txt $(shell find src -name '*.py' -o -name '*.pyx' -o -name '*.[chS]' -o -name 'board.*')
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

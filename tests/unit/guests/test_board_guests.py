@@ -151,18 +151,12 @@ def test_the_guide(tmp_path: Path) -> None:
     assert match
     (tmp_path / "visitors.c").write_text(match.group(1))
     assert len(match.group(1).splitlines()) <= 12
-    command = re.search(r"^python (-m stillframe.machine.board.guests .*)$", guide, re.MULTILINE)
+    command = re.search(r"^stillframe (board build .*)$", guide, re.MULTILINE)
     assert command
-    done = run_command(command.group(1).split(), tmp_path)
+    words = ["-m", "stillframe.cli.main", *command.group(1).split()]
+    done = run_command(words, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "visitors.elf").exists()
-
-
-@needs_compiler
-def test_the_command_tells_errors(tmp_path: Path) -> None:
-    done = run_command(["-m", "stillframe.machine.board.guests", "none.c"], tmp_path)
-    assert done.returncode == NotFoundError.exit_code
-    assert done.stderr == "error: there is no C source none.c\n"
 
 
 def test_what_a_user_needs_is_in_the_package() -> None:

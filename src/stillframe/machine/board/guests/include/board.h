@@ -1,8 +1,8 @@
 /* The guest library of the board: everything that a guest may call.
  *
  * A guest defines board_main(), which every vCPU calls once, and is built by
- * `python -m stillframe.machine.board.guests NAME.c -o NAME.elf`. There is no C library; memcpy,
- * memmove, memset and memcmp exist, since compilers call them. Machine: docs/design/board.md.
+ * `stillframe board build NAME.c`. There is no C library; memcpy, memmove, memset and memcmp exist,
+ * since compilers call them. The machine: docs/design/board.md.
  *
  * Atomic instructions (lock prefix, __atomic_*, __sync_*) are NOT atomic between vCPUs, and fences
  * do nothing. Plain loads and stores of up to eight bytes, aligned, are seen in program order (use

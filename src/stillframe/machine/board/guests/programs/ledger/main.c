@@ -94,18 +94,18 @@ static void run_at_full_speed(struct teller *teller)
 
 static void run_at_rate(struct teller *teller)
 {
-    u64 last = clock_ns(), credit = 0; /* pages, times NS_PER_S */
-    u64 most_credit = pages_per_s * BURST_NS;
+    u64 last = clock_ns();
+    s64 credit = 0; /* pages, times NS_PER_S; below 0: a transfer wrote more than there was */
+    s64 most_credit = pages_per_s * BURST_NS;
+    if (most_credit < (s64)NS_PER_S) most_credit = NS_PER_S;
     for (;;) {
         u64 now = clock_ns();
         credit += (now - last) * pages_per_s;
-        if (credit > most_credit && credit > NS_PER_S)
-            credit = most_credit > NS_PER_S ? most_credit : NS_PER_S;
+        if (credit > most_credit) credit = most_credit;
         last = now;
-        while (credit >= NS_PER_S) {
+        while (credit >= (s64)NS_PER_S) {
             if (hold_request != teller->held && teller->cpu) hold(teller);
-            u64 written = transfer(teller) * NS_PER_S;
-            credit = written < credit ? credit - written : 0;
+            credit -= transfer(teller) * NS_PER_S;
         }
         u64 flags = interrupts_off();
         if (teller->cpu == 0 || hold_request == teller->held) idle();
