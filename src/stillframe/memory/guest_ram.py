@@ -7,6 +7,7 @@ the fault thread, which may wait for workers that need the GIL (docs/design/boar
 from __future__ import annotations
 
 import os
+import threading
 
 from stillframe.errors import HostError, UsageError
 from stillframe.memory import _guest_memory
@@ -15,6 +16,7 @@ from stillframe.model import RamBlock
 TARGET_PAGE_BYTES = 4096
 _LEAST_CHUNK_BYTES = 64 << 10
 _CHUNKS = 1024
+_LEAVE_S = 5.0
 
 
 class GuestRam:
@@ -44,6 +46,9 @@ class GuestRam:
         self.idstr = idstr
         self.length_bytes = length_bytes
         self._mapped_bytes = _mapped_bytes(length_bytes)
+        self._users = 0
+        self._users_lock = threading.Lock()
+        self._no_users = threading.Condition(self._users_lock)
         self.hva = 0
         try:
             self.fd = os.memfd_create(idstr, os.MFD_CLOEXEC)
@@ -83,13 +88,30 @@ class GuestRam:
             )
         return self.hva + offset_bytes
 
+    def _enter(self, offset_bytes: int, length_bytes: int) -> int:
+        """Where the bytes are mapped; they stay mapped until ``_leave``."""
+        with self._users_lock:
+            at = self._at(offset_bytes, length_bytes)
+            self._users += 1
+            return at
+
+    def _leave(self) -> None:
+        with self._users_lock:
+            self._users -= 1
+            if not self._users:
+                self._no_users.notify_all()
+
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         """Copy out, without the GIL; waits for pages that are still to come (postcopy).
 
         Raises:
             UsageError: outside the block. The guest is not disturbed.
         """
-        return _guest_memory.copy_out(self._at(offset_bytes, length_bytes), length_bytes)
+        at = self._enter(offset_bytes, length_bytes)
+        try:
+            return _guest_memory.copy_out(at, length_bytes)
+        finally:
+            self._leave()
 
     def write(self, offset_bytes: int, data: bytes | bytearray | memoryview) -> None:
         """Copy in, without the GIL; waits while a protected page is being saved.
@@ -98,7 +120,11 @@ class GuestRam:
             UsageError: outside the block; nothing was written.
         """
         view = memoryview(data).cast("B")
-        _guest_memory.copy_in(self._at(offset_bytes, len(view)), view)
+        at = self._enter(offset_bytes, len(view))
+        try:
+            _guest_memory.copy_in(at, view)
+        finally:
+            self._leave()
 
     def read_from(
         self, fd: int, offset_bytes: int, length_bytes: int, file_offset: int | None = None
@@ -115,10 +141,13 @@ class GuestRam:
             UsageError: outside the block; nothing was written.
             OSError: as read(2) has it.
         """
-        at = self._at(offset_bytes, length_bytes)
-        got = _guest_memory.read_into(
-            fd, at, length_bytes, -1 if file_offset is None else file_offset
-        )
+        at = self._enter(offset_bytes, length_bytes)
+        try:
+            got = _guest_memory.read_into(
+                fd, at, length_bytes, -1 if file_offset is None else file_offset
+            )
+        finally:
+            self._leave()
         if got < 0:
             raise OSError(-got, os.strerror(-got))
         return got
@@ -129,7 +158,11 @@ class GuestRam:
         Raises:
             UsageError: outside the block.
         """
-        _guest_memory.touch(self._at(offset_bytes, length_bytes), length_bytes)
+        at = self._enter(offset_bytes, length_bytes)
+        try:
+            _guest_memory.touch(at, length_bytes)
+        finally:
+            self._leave()
 
     def clear(self, offset_bytes: int, length_bytes: int) -> None:
         """Give pages up: they are zero, and missing (postcopy waits for them again).
@@ -141,18 +174,25 @@ class GuestRam:
             UsageError: outside the block.
             HostError: the kernel cannot.
         """
-        self._at(offset_bytes, length_bytes)
-        if not length_bytes:
-            return
-        result = _guest_memory.punch(self.fd, offset_bytes, length_bytes)
+        self._enter(offset_bytes, length_bytes)
+        try:
+            result = _guest_memory.punch(self.fd, offset_bytes, length_bytes) if length_bytes else 0
+        finally:
+            self._leave()
         if result < 0:
             raise HostError(f"cannot clear RAM block {self.idstr}", why=os.strerror(-result))
 
     def close(self) -> None:
-        """Unmap and close. Nobody may use the block any more, no vCPU and no thread."""
-        if self.hva:
-            _guest_memory.unmap(self.hva, self._mapped_bytes)
-            self.hva = 0
+        """Unmap and close. No vCPU may use the block any more.
+
+        Whoever copies to or from it just now is waited for; one who does not end, since it waits
+        for a page that never comes, keeps the mapping until the process ends.
+        """
+        with self._users_lock:
+            hva, self.hva = self.hva, 0
+            unused = self._no_users.wait_for(lambda: not self._users, _LEAVE_S)
+        if hva and unused:
+            _guest_memory.unmap(hva, self._mapped_bytes)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

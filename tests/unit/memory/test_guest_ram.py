@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -130,3 +132,34 @@ def test_closed_is_closed(ram: GuestRam) -> None:
 def test_more_than_the_address_space_is_an_error_of_the_host() -> None:
     with pytest.raises(HostError, match="no room"):
         GuestRam("huge", 1 << 50)
+
+
+CLOSING = """
+import threading
+from stillframe.errors import UsageError
+from stillframe.memory.guest_ram import GuestRam
+
+def read(ram, began):
+    try:
+        while True:
+            began.set()
+            ram.read(0, ram.length_bytes)
+    except UsageError:
+        pass
+
+for _ in range(10):
+    ram, began = GuestRam("board.ram", 64 << 20), threading.Event()
+    threads = [threading.Thread(target=read, args=(ram, began)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    began.wait()
+    ram.close()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_closing_waits_for_who_copies() -> None:
+    """In a process of its own: it would die of SIGSEGV."""
+    done = subprocess.run([sys.executable, "-c", CLOSING], timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr
