@@ -1069,6 +1069,17 @@ cdef class Capture:
             pending[0] = -1
             self._capture_range(i, first, pages, slab, False)
 
+    cdef uint64_t _populated(self) noexcept nogil:
+        """Target pages that were populated when that was looked at last."""
+        cdef uint64_t pages = 0, word
+        cdef uint32_t i
+        cdef Block *b
+        for i in range(self.block_count):
+            b = &self.blocks[i]
+            for word in range((b.pages + 63) >> 6):
+                pages += (<uint64_t>sf_popcount(b.populated[word])) << (b.shift - 12)
+        return pages
+
     def statistics(self):
         cdef uint64_t total = 0, seen = 0, value
         cdef uint32_t i
@@ -1098,6 +1109,7 @@ cdef class Capture:
             "pages_zero": self.pages_zero,
             "pages_data": self.pages_data,
             "pages_never_populated": self.pages_absent,
+            "pages_populated": self._populated(),
             "error": self.error,
             "lost": (self.lost_kind, self.lost_hva, self.lost_length) if self.lost_kind else None,
         }
