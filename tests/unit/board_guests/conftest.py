@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def own_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Builds a guest of the package, once."""
-    pytest.importorskip("unicorn")
+    pytest.importorskip("unicorn", reason="missing unicorn: pip install 'stillframe[board]'")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("missing x86-64: guests are built on such hosts only")
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("missing compiler: no cc, gcc or clang")
     directory = tmp_path_factory.mktemp("board-guests")
