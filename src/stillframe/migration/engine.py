@@ -234,4 +234,5 @@ class Migration:
         for one in (self._incoming, self._outgoing):
             if one is not None:
                 one.cancel()
+                one.interrupt.set()  # also past the point of no return
                 one.ended.wait(_END_S)

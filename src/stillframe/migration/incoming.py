@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from stillframe.machine.board.board import Board
 
 _DIMM_IDSTR = "board.dimm0"
+_STOP_S = 0.2
+"""How long vCPUs that do not wait for a page may take to stop."""
 
 
 class Incoming:
@@ -156,9 +158,29 @@ class Incoming:
             if commands.reply is not None:
                 with suppress(SinkError):
                     commands.reply.shut(1)
+            if self._postcopy.started:
+                self._stop_lost_guest()
             raise
         self.status.change("completed", only_from=("active", "postcopy-active"))
         if commands.reply is not None:
             # A source that is gone by now can do nothing about it, and nor can we.
             with suppress(SinkError):
                 commands.reply.shut(0)
+
+    def _stop_lost_guest(self) -> None:
+        """It runs already, and pages of it will never come."""
+        # Who waits for such a page, a vCPU or a device's thread, cannot be stopped before it is let
+        # go, and is to be stopped as soon as it is: so the stop is asked for first.
+        stopper = threading.Thread(
+            target=self._stop_and_give_up_disks, name="stillframe-lost-guest", daemon=True
+        )
+        stopper.start()
+        stopper.join(_STOP_S)
+        self.interrupt.set()
+        self._postcopy.close()
+        stopper.join()
+
+    def _stop_and_give_up_disks(self) -> None:
+        with suppress(StillframeError), self._board.lock:
+            self._board.stop("internal-error")
+            self._board.inactivate_disks()

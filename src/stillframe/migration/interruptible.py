@@ -55,10 +55,11 @@ class InterruptibleFd:
         return self._fd
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes as soon as there are any; none at the end, or when interrupted.
+        """Up to ``size`` bytes as soon as there are any; none at the end, when the other side is
+        gone, or when interrupted.
 
         Raises:
-            OSError: the connection broke.
+            OSError: the medium cannot be read.
         """
         while True:
             if self._interrupt.is_set:
@@ -67,6 +68,8 @@ class InterruptibleFd:
                 return os.read(self._fd, size)
             except BlockingIOError:
                 self._wait(select.POLLIN)
+            except ConnectionResetError:
+                return b""
 
     def write(self, data: BytesLike) -> None:
         """All of ``data``, waiting for the other side as long as it takes.
