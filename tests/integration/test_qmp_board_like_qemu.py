@@ -1,12 +1,12 @@
-"""Each QMP command of a board and of a real QEMU: the same names, types, errors and events.
+"""Each QMP command of a board and of a real QEMU: the same names, types and errors.
 
-What differs is listed here, and in docs/reference/board-qmp.md.
+What differs is listed here, and in docs/reference/board-qmp.md. What the commands bring about is in
+tests/contract/test_qmp_contract.py.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,20 +14,13 @@ from typing import Any
 
 import pytest
 
-from stillframe.machine.board.config import BoardConfig
-from stillframe.migration.host import start_host
-from stillframe.vmstate.devices import split_device_state
-from tests.support.bare_vm import BareVm
+from tests.support.qmp_machines import board_monitor, make_disk, qemu_monitor
 from tests.support.raw_qmp import RawQmp
 from tests.support.reply_shape import differences
-from tests.support.tiny_guest import IDLE, write_guest
 
 pytestmark = pytest.mark.qemu
 
 Pair = tuple[RawQmp, RawQmp]
-
-RAM_MIB = 64
-DISK_BYTES = 1 << 20
 
 NOT_THERE = """
 announce-initial announce-max announce-rounds announce-step block-incremental compress-level
@@ -58,31 +51,16 @@ DIFFERENT = {
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("disk") / "disk.img"
-    path.write_bytes(bytes(DISK_BYTES))
-    return path
+    return make_disk(tmp_path_factory.mktemp("disk"))
 
 
 def start_pair(disk: Path, directory: Path) -> Iterator[Pair]:
     """A QEMU and a board alike, both not started yet."""
-    config = BoardConfig(
-        name="vm",
-        guest_path=write_guest(directory / "guest.elf"),
-        ram_bytes=RAM_MIB << 20,
-        vcpus=2,
-        disk_path=str(disk),
-    )
     with (
-        start_host(config, qmp=str(directory / "qmp"), paused=True),
-        BareVm(
-            *("-machine", "q35", "-nodefaults", "-S", "-smp", "2"),
-            *("-m", f"size={RAM_MIB}M,slots=1,maxmem=1G", "-device", "VGA"),
-            *("-drive", f"file={disk},format=raw,if=none,id=disk0,file.locking=off"),
-            *("-device", "virtio-blk-pci,drive=disk0"),
-            name="vm",
-        ) as vm,
-        RawQmp(vm.qmp) as theirs,
-        RawQmp(directory / "qmp") as ours,
+        board_monitor(directory, disk) as our_path,
+        qemu_monitor(disk) as their_path,
+        RawQmp(their_path) as theirs,
+        RawQmp(our_path) as ours,
     ):
         yield theirs, ours
 
@@ -266,138 +244,6 @@ def test_wording_of_newer_qemus(unstarted: Pair) -> None:
     assert ours["error"]["desc"] == "unknown migration protocol: nosuch:x"
 
 
-STOPPED = ("STOP", None)
-RESUMED = ("RESUME", None)
-WAS_RESET = ("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
-POWERED_DOWN = ("POWERDOWN", None)
-WAS_SHUT_DOWN = ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
-
-LIFE: list[tuple[str, list[tuple[str, Any]], str]] = [
-    ("stop", [], "prelaunch"),
-    ("system_reset", [WAS_RESET], "prelaunch"),
-    ("cont", [RESUMED], "running"),
-    ("cont", [], "running"),
-    ("stop", [STOPPED], "paused"),
-    ("stop", [], "paused"),
-    ("system_reset", [WAS_RESET], "prelaunch"),
-    ("cont", [RESUMED], "running"),
-    ("system_reset", [WAS_RESET], "running"),
-    ("system_powerdown", [POWERED_DOWN], "running"),
-]
-
-
-def test_run_states_and_events_through_a_life(pair: Pair) -> None:
-    for number, (command, events, state) in enumerate(LIFE):
-        for one in pair:
-            where = (number, command, one is pair[1])
-            assert one.command(command) == {"return": {}}, where
-            assert one.heard(len(events)) == events, where
-            assert one.execute("query-status")["status"] == state, where
-    for one in pair:
-        one.send(b'{"execute": "quit", "id": 1}')
-        # In some order.
-        said = [one.receive(), one.receive()]
-        said.sort(key=lambda message: "event" in message)
-        assert said[0] == {"return": {}, "id": 1}
-        assert (said[1]["event"], said[1]["data"]) == WAS_SHUT_DOWN
-
-
-def test_saving_device_state(pair: Pair, tmp_path: Path) -> None:
-    """Running and stopped, into a file and into a descriptor; the run state stays."""
-    for one in pair:
-        one.execute("cont")
-        one.heard(1)
-        one.execute("xen-save-devices-state", {"filename": str(tmp_path / "state")})
-        assert one.heard(2) == [STOPPED, RESUMED]
-        one.execute("stop")
-        one.heard(1)
-        memfd = os.memfd_create("state")
-        write_only = os.open(f"/proc/self/fd/{memfd}", os.O_WRONLY)
-        path = f"/dev/fdset/{one.execute('add-fd', None, (write_only,))['fdset-id']}"
-        os.close(write_only)
-        one.execute("xen-save-devices-state", {"filename": path, "live": False})
-        assert one.heard() == []
-        assert one.execute("query-status")["status"] == "paused"
-        for state in ((tmp_path / "state").read_bytes(), os.pread(memfd, 1 << 24, 0)):
-            sections = split_device_state(state)
-            assert "globalstate" in [section.idstr for section in sections]
-            assert state[-1] == 0
-        os.close(memfd)
-        one.execute("cont")
-        assert one.heard(1) == [RESUMED]
-
-
-def test_migrating_into_a_descriptor(pair: Pair) -> None:
-    """Events, the numbers told afterwards, the run state; and it runs again."""
-    capabilities = {"capabilities": [{"capability": "events", "state": True}]}
-    told: list[Any] = []
-    for one in pair:
-        one.execute("migrate-set-capabilities", capabilities)
-        assert {"capability": "events", "state": True} in one.execute("query-migrate-capabilities")
-        one.execute("cont")
-        one.heard(1)
-        memfd = os.memfd_create("stream")
-        one.execute("getfd", {"fdname": "stream"}, (memfd,))
-        one.execute("migrate", {"uri": "fd:stream"})
-        events: list[tuple[str, Any]] = []
-        while ("MIGRATION", {"status": "completed"}) not in events:
-            events += one.heard(1)
-        # QEMU tells "device" each time only from 9.2 on; and of passes when the guest is slow.
-        kept = [
-            event
-            for event in events
-            if event[0] != "MIGRATION_PASS" and event != ("MIGRATION", {"status": "device"})
-        ]
-        assert kept == [
-            ("MIGRATION", {"status": "setup"}),
-            ("MIGRATION", {"status": "active"}),
-            STOPPED,
-            ("MIGRATION", {"status": "completed"}),
-        ]
-        # QEMU tells the end a little before it is.
-        deadline_s = time.monotonic() + 10
-        while (state := one.execute("query-status")["status"]) != "postmigrate":
-            assert state == "finish-migrate"
-            assert time.monotonic() < deadline_s
-        assert os.pread(memfd, 4, 0) == b"QEVM"
-        os.close(memfd)
-        told.append(one.execute("query-migrate"))
-        assert one.error("migrate", {"uri": "fd:stream"})[0] == "GenericError"
-        one.execute("cont")
-        assert one.heard(1) == [RESUMED]
-    assert differences(told[0], told[1], "query-migrate") == {"more query-migrate.x-stillframe"}
-
-
-def test_saving_guest_memory_by_address(pair: Pair, tmp_path: Path) -> None:
-    """All of RAM, its end and what comes behind it, and nothing."""
-    for one in pair:
-        for start, size in ((0, RAM_MIB << 20), ((RAM_MIB << 20) - 5, 9), (1 << 40, 4096), (-1, 1)):
-            path = tmp_path / "memory"
-            path.unlink(missing_ok=True)
-            one.execute("pmemsave", {"val": start, "size": size, "filename": str(path)})
-            assert path.stat().st_size == size
-            if start > 0:
-                assert path.read_bytes() == bytes(size)
-    # The guest's code, at the address that it was linked for.
-    _, ours = pair
-    ours.execute("pmemsave", {"val": 0x100000, "size": 3, "filename": str(path)})
-    assert path.read_bytes() == IDLE
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize("format_name", [None, "ppm", "png"])
-def test_screendumps(pair: Pair, tmp_path: Path, format_name: str | None) -> None:
-    for one in pair:
-        arguments = {"filename": str(tmp_path / "picture")}
-        if format_name:
-            arguments["format"] = format_name
-        one.execute("screendump", arguments)
-        magic = (tmp_path / "picture").read_bytes()[:4]
-        assert magic == (b"\x89PNG" if format_name == "png" else magic[:2] + b"\n" + magic[3:])
-        if format_name != "png":
-            assert magic[:2] == b"P6"
-
-
 def test_hot_plugging_ram(pair: Pair) -> None:
     size = 64 << 20
     backend = {"qom-type": "memory-backend-ram", "id": "m0", "size": size}
@@ -422,28 +268,15 @@ def test_hot_plugging_ram(pair: Pair) -> None:
     assert f"0000000100000000-{(1 << 32) + size - 1:016x} (prio 0, ram): board.dimm0" in text
 
 
-def test_several_clients_of_a_board_while_one_stops_it(pair: Pair, tmp_path: Path) -> None:
-    """QEMU serves one client a monitor; a board's others go on asking."""
-    _, ours = pair
-    address = ours.socket.getpeername()
-    failures: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            with RawQmp(address) as other:
-                for _ in range(50):
-                    assert other.execute("query-status")["status"] in ("running", "paused")
-        except BaseException as error:
-            failures.append(error)
-            raise
-
-    ours.execute("cont")
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for _ in range(20):
-        ours.execute("stop")
-        ours.execute("cont")
-    for thread in threads:
-        thread.join(30)
-    assert failures == []
+def test_what_is_told_of_a_migration(pair: Pair) -> None:
+    told = []
+    for one in pair:
+        memfd = os.memfd_create("stream")
+        one.execute("getfd", {"fdname": "stream"}, (memfd,))
+        os.close(memfd)
+        one.execute("migrate", {"uri": "fd:stream"})
+        deadline_s = time.monotonic() + 20
+        while (info := one.execute("query-migrate"))["status"] != "completed":
+            assert time.monotonic() < deadline_s
+        told.append(info)
+    assert differences(told[0], told[1], "query-migrate") == {"more query-migrate.x-stillframe"}
