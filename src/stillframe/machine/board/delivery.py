@@ -6,6 +6,7 @@ Unicorn reports exceptions and knows no interrupt controller, so this is done he
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 from unicorn import x86_const as x86
@@ -25,6 +26,7 @@ _WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21})  # Intel SDM 3A, t
 _GATE_BYTES = 16
 _INTERRUPT_GATE, _TRAP_GATE = 0xE, 0xF
 _PRESENT = 1 << 47
+_HALT = 0xF4
 _STACK_TABLE_OFFSET = 0x24
 """Where the task state segment holds IST 1 (Intel SDM 3A, 8.7)."""
 _WORD = struct.Struct("<Q")
@@ -102,6 +104,17 @@ def deliver(engine: Engine, memory: GuestMemory, vector: int, error_code: int) -
     if selector != code:
         engine.set(x86.UC_X86_REG_CS, selector)
     engine.rip = handler
+
+
+def pass_over_halt(engine: Engine, memory: GuestMemory) -> None:
+    """If the guest is about to halt, let it have halted: for an interrupt that would wake it.
+
+    Between ``sti`` and ``hlt`` a processor takes no interrupt (Intel SDM 2B, STI), so that none is
+    slept through; the engine may be stopped there.
+    """
+    with contextlib.suppress(CannotDeliver):
+        if _unaligned_word(memory, engine.rip) & 0xFF == _HALT:
+            engine.rip += 1
 
 
 def _gate(engine: Engine, memory: GuestMemory, vector: int) -> tuple[int, int, int, int]:

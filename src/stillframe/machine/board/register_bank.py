@@ -180,9 +180,8 @@ class RegisterBank:
         registers.fs_base, registers.gs_base = values.bases
         for name, value in zip(_FPU, values.fpu, strict=True):
             setattr(registers, name, value)
-        for cell, register in zip(values.floating, registers.fpregs, strict=True):
-            register.mantissa = cell.mantissa
-            register.exponent = cell.exponent
+        registers.fp_mantissas[:] = [cell.mantissa for cell in values.floating]
+        registers.fp_exponents[:] = [cell.exponent for cell in values.floating]
         registers.mxcsr = values.mxcsr
         registers.xmm[:] = values.xmm
         for name, cell in zip(_MODEL_SPECIFIC, values.model_specific, strict=True):
@@ -210,9 +209,9 @@ class RegisterBank:
         values.selectors[:] = registers.selectors
         values.bases[:] = (registers.fs_base, registers.gs_base)
         values.fpu[:] = [getattr(registers, name) for name in _FPU]
-        for cell, register in zip(values.floating, registers.fpregs, strict=True):
-            cell.mantissa = register.mantissa
-            cell.exponent = register.exponent
+        for place, cell in enumerate(values.floating):
+            cell.mantissa = registers.fp_mantissas[place]
+            cell.exponent = registers.fp_exponents[place]
         values.mxcsr = registers.mxcsr
         values.xmm[:] = registers.xmm
         for name, cell in zip(_MODEL_SPECIFIC, values.model_specific, strict=True):

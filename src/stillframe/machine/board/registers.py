@@ -16,7 +16,6 @@ from stillframe.vmstate.fields import (
     array,
     i32,
     struct,
-    struct_array,
     u8,
     u16,
     u32,
@@ -60,14 +59,6 @@ class Segment:
         self.base = 0
 
 
-class FloatingRegister:
-    """One physical register of the x87 stack."""
-
-    def __init__(self) -> None:
-        self.mantissa = 0
-        self.exponent = 0
-
-
 class Registers:
     """All registers of one vCPU; at first, and after ``reset``, as the boot protocol says, but
     for those that ``start_at`` sets.
@@ -82,7 +73,8 @@ class Registers:
         self.after_load: Callable[[], None] = _nothing
         self.regs = [0] * GENERAL
         self.selectors = [0] * 6
-        self.fpregs = tuple(FloatingRegister() for _ in range(FLOATING))
+        self.fp_mantissas = [0] * FLOATING
+        self.fp_exponents = [0] * FLOATING
         self.ldt, self.tr, self.gdt, self.idt = (Segment() for _ in range(4))
         self.dr = [0] * 6
         self.xmm = [0] * (2 * XMM)
@@ -105,8 +97,7 @@ class Registers:
         self.fpuc, self.fpus, self.fptag = _FPUC_RESET, 0, _FPTAG_EMPTY
         self.fpip = self.fpdp = 0
         self.fpcs = self.fpds = self.fpop = 0
-        for register in self.fpregs:
-            register.mantissa = register.exponent = 0
+        self.fp_mantissas[:] = self.fp_exponents[:] = [0] * FLOATING
         self.mxcsr = _MXCSR_RESET
         self.xmm[:] = [0] * (2 * XMM)
         self.efer = _EFER_LONG
@@ -154,13 +145,6 @@ _SEGMENT = StateDescription(
     fields=(u32("selector"), u64("base"), u32("limit"), u32("flags")),
 )
 
-_FLOATING_REGISTER = StateDescription(
-    name="fpu_reg",
-    version_id=1,
-    minimum_version_id=1,
-    fields=(u64("mantissa"), u16("exponent")),
-)
-
 REGISTERS = StateDescription(
     name="cpu",
     version_id=1,
@@ -177,7 +161,8 @@ REGISTERS = StateDescription(
         u16("fpcs"),
         u16("fpds"),
         u16("fpop"),
-        struct_array("fpregs", _FLOATING_REGISTER, FLOATING),
+        array("fp_mantissas", u64, FLOATING),
+        array("fp_exponents", u16, FLOATING),
         array("selectors", u16, 6),
         u64("fs_base"),
         u64("gs_base"),

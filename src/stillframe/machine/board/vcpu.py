@@ -13,7 +13,13 @@ from unicorn.unicorn_py3 import UcError
 
 from stillframe.errors import MachineError
 from stillframe.machine.board.address_space import AddressSpace
-from stillframe.machine.board.delivery import EXCEPTIONS, CannotDeliver, GuestMemory, deliver
+from stillframe.machine.board.delivery import (
+    EXCEPTIONS,
+    CannotDeliver,
+    GuestMemory,
+    deliver,
+    pass_over_halt,
+)
 from stillframe.machine.board.engine import Engine
 from stillframe.machine.board.interrupts import FIRST_VECTOR, InterruptLines
 from stillframe.machine.board.ports import PortMap
@@ -224,6 +230,8 @@ class Vcpu:
         # Without the lock: it writes to guest RAM, which may have to be saved first.
         try:
             with _released(self._lock):
+                if vector >= EXCEPTIONS:
+                    pass_over_halt(self._engine, self._memory)
                 deliver(self._engine, self._memory, vector, error_code)
         except CannotDeliver as error:
             kind = "exception" if vector < EXCEPTIONS else "interrupt"
