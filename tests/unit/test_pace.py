@@ -53,13 +53,18 @@ class _Ram:
 
 def test_pages_that_were_never_populated_are_no_progress(clock: list[float]) -> None:
     """As with --max-bandwidth: a gigabyte without content went by, one mebibyte was written."""
-    ram: Any = _Ram({"pages_done": 0, "pages_never_populated": 0, "pages_populated": 5 * 256})
+    ram: Any = _Ram({"pages_done": 0, "pages_populated": 5 * 256})
     progress = Progress()
     progress.ram, progress.ram_bytes = ram, 1029 * MIB
     progress.begin("active", "saving")
     progress.statistics()
     clock[0] += 2
-    ram.numbers |= {"pages_done": 1025 * 256, "pages_never_populated": 1024 * 256}
+    ram.numbers |= {
+        "pages_done": 1027 * 256,  # two mebibytes wait in the spill
+        "pages_never_populated": 1024 * 256,
+        "pages_zero": 1024 * 256,
+        "pages_data": 256,
+    }
     assert progress.statistics().eta_s == pytest.approx(8)
     progress.begin("active", "syncing")
     progress.begin("completed", "completed")

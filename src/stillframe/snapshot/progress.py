@@ -103,8 +103,9 @@ class Progress:
         """Bytes per second to the destination, and the seconds left, if that can be told."""
         if self._pace is None or self.state != "active":
             return 0.0, None
-        absent = int(numbers.get("pages_never_populated", 0))
-        done = int(numbers.get("pages_done", 0)) - absent
+        # Of what has left: pages that were saved first may wait in the spill for long.
+        done = int(numbers.get("pages_data", 0)) + int(numbers.get("pages_zero", 0))
+        done -= int(numbers.get("pages_never_populated", 0))
         rate, written = self._pace.note(done * _TARGET_PAGE_BYTES, file_bytes)
         populated = numbers.get("pages_populated")
         if rate <= 0 or populated is None:
