@@ -63,6 +63,11 @@ class Migration:
         """Which capabilities are on now."""
         return self._capabilities.as_dict()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether the machine is being migrated or saved; RAM must not be added meanwhile."""
+        return self._under_way()
+
     def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
         """Switch capabilities, all or none.
 

@@ -130,7 +130,7 @@ def start_host(
     board = Board(config)
     commands = CommandTable(board.lock)
     migration = Migration(board, protection_prefer=protection_prefer)
-    add_board_commands(commands, board)
+    add_board_commands(commands, board, migrating=lambda: migration.under_way)
     add_migration_commands(commands, migration)
     major, minor, micro = (int(part) for part in __version__.split(".")[:3])
     server = QmpServer(commands, version=(major, minor, micro), package=f"stillframe {__version__}")

@@ -5,6 +5,8 @@ They answer as QEMU's do; docs/reference/board-qmp.md lists them, and where they
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from stillframe.machine.board.board import Board
 from stillframe.machine.board.commands_files import add_file_commands
 from stillframe.machine.board.commands_hotplug import Hotplug, add_hotplug_commands
@@ -15,9 +17,15 @@ from stillframe.machine.board.commands_text import add_text_commands
 from stillframe.qmp.commands import CommandTable
 
 
-def add_board_commands(commands: CommandTable, board: Board) -> None:
-    """Add them to a table, whose lock must be the board's."""
-    hotplug = Hotplug(board)
+def add_board_commands(
+    commands: CommandTable, board: Board, *, migrating: Callable[[], bool] = lambda: False
+) -> None:
+    """Add them to a table, whose lock must be the board's.
+
+    Args:
+        migrating: whether the board is being saved or loaded, so that no RAM may come.
+    """
+    hotplug = Hotplug(board, migrating)
     add_run_commands(commands, board)
     add_query_commands(commands, board)
     add_hotplug_commands(commands, hotplug)

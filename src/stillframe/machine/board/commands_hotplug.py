@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -54,10 +54,15 @@ class MemoryBackend(msgspec.Struct, frozen=True):
 
 
 class Hotplug:
-    """The backends and the DIMM by the names that they were given. Guarded by the board lock."""
+    """The backends and the DIMM by the names that they were given. Guarded by the board lock.
 
-    def __init__(self, board: Board) -> None:
+    Args:
+        migrating: whether the board is being saved or loaded.
+    """
+
+    def __init__(self, board: Board, migrating: Callable[[], bool]) -> None:
         self._board = board
+        self._migrating = migrating
         self._waiting: dict[str, MemoryBackend] = {}
         self._dimm_names = ("dimm0", DIMM_IDSTR)  # of one that nobody gave names
 
@@ -102,6 +107,8 @@ class Hotplug:
 
     def device_add(self, _context: CommandContext, arguments: DeviceAdd) -> None:
         name, memdev = arguments.id or "dimm0", arguments.memdev
+        if self._migrating():
+            raise QmpError("device_add not allowed while migrating")
         if arguments.driver != _DIMM:
             raise QmpError(f"'{arguments.driver}' is not a valid device model name")
         if not _IDENTIFIER.fullmatch(name):
