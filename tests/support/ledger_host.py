@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -42,7 +43,11 @@ class Console:
     def send(self, line: str) -> None:
         self._socket.sendall(line.encode() + b"\n")
 
-    def wait(self, start: str) -> str:
+    def wait_ready(self) -> None:
+        """Until the ledger is at work; what it said before we connected is lost."""
+        self.wait("ledger ready", "tick")
+
+    def wait(self, *starts: str) -> str:
         """The next line that starts so; those before it are forgotten.
 
         Raises:
@@ -56,7 +61,7 @@ class Console:
                 self._rest += data
             line, _, self._rest = self._rest.partition(b"\n")
             text = line.decode(errors="replace").strip()
-            if text.startswith(start):
+            if text.startswith(starts):
                 return text
 
     def close(self) -> None:
@@ -154,7 +159,7 @@ class LedgerHosts:
     def source(self, **options: Any) -> LedgerHost:
         """One whose guest is at work."""
         ledger = self._start(**options)
-        ledger.console.wait("ledger ready")
+        ledger.console.wait_ready()
         return ledger
 
     def destination(self, uri: str = "defer", **options: Any) -> LedgerHost:
@@ -163,12 +168,34 @@ class LedgerHosts:
 
     def destination_process(self, uri: str) -> subprocess.Popen[str]:
         """As ``destination``, in a process of its own; it listens already."""
+        process = self._process("destination", uri, {})
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listening\n"
+        return process
+
+    def source_process(self, uri: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+        """As ``source``, in a process of its own, and migrating to ``uri``."""
+        process = self._process("source", uri, environment)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        console = Console(self.directory / f"serial{self._count}")
+        console.wait_ready()
+        console.close()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        return process
+
+    def _process(self, role: str, uri: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+        self._count += 1
         process = subprocess.Popen(
             [
                 sys.executable,
                 "-m",
                 "tests.support.ledger_process",
+                role,
                 uri,
+                str(self.directory / f"serial{self._count}"),
                 str(self._ram_bytes),
                 str(self._vcpus),
                 self._options,
@@ -177,9 +204,8 @@ class LedgerHosts:
             stdout=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
+            env={**os.environ, **environment},
         )
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "listening\n"
         return process

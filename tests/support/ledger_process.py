@@ -1,6 +1,7 @@
-"""A board of a process of its own that waits for a migration; for tests that kill it.
+"""A board of a process of its own, to or from which one migrates; for tests that kill it.
 
-Prints ``listening``, then what became of the load; ends with its standard input.
+As a destination it prints ``listening``, as a source ``ready``; then what became of the
+migration. It ends with its standard input.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ from stillframe.migration.host import start_host
 
 
 def main() -> None:
-    uri, ram_bytes, vcpus, options = sys.argv[1:]
+    role, uri, serial, ram_bytes, vcpus, options = sys.argv[1:]
     config = BoardConfig(
         guest_path=str(guest_path("ledger")),
         command_line=options,
         ram_bytes=int(ram_bytes),
         vcpus=int(vcpus),
+        serial=f"unix:{serial}",
         display_width=64,
         display_height=64,
     )
-    with start_host(config, incoming="defer") as host:
-        host.migration.set_capabilities({"postcopy-ram": True})
-        host.migration.incoming(uri)
-        print("listening", flush=True)
+    with start_host(config, incoming="defer" if role == "destination" else None) as host:
+        if role == "destination":
+            host.migration.set_capabilities({"postcopy-ram": True})
+            host.migration.incoming(uri)
+            print("listening", flush=True)
+        else:
+            print("ready", flush=True)
+            sys.stdin.readline()
+            host.migration.migrate(uri)
         try:
             host.migration.wait()
             print(host.board.run_state, flush=True)

@@ -2,7 +2,7 @@
 
 At the ``n``-th time (default 1) that ``point`` is reached, ``action`` happens: ``raise``
 (default) raises an InternalError, ``kill`` sends this process SIGKILL, ``hang`` sleeps for a
-minute. The tests drive every point; see ``POINTS``.
+minute. The tests drive every point; see ``POINTS``, ``LIVE_POINTS``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ POINTS = (
     "unprotected",
     "manifest",
 )
+
+LIVE_POINTS = ("sent", "switched-over")
+"""Reached in live migration only (``stillframe.migration``), besides most of the others."""
 
 _seen: dict[str, int] = {}
 
