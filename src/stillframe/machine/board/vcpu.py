@@ -212,9 +212,8 @@ class Vcpu:
         return self._engine.flags if self._engine_is_newer else self.registers.eflags
 
     def _go_on(self) -> None:
-        if not self._engine_is_newer:
-            self._engine.bank.write(self.registers)
-            self._engine_is_newer = True
+        if not self._engine_is_newer and not self._hand_over():
+            return
         registers = self.registers
         vector = registers.exception
         if vector == NO_EXCEPTION and self._engine.flags & FLAG_INTERRUPTS:
@@ -225,6 +224,17 @@ class Vcpu:
             self._deliver(vector, registers.error_code)
             return
         self._run()
+
+    def _hand_over(self) -> bool:
+        """The engine gets the registers; False if it cannot have them."""
+        try:
+            self._engine.bank.write(self.registers)
+        except UcError as error:
+            self._park_wanted = True
+            self._on_failure(f"vCPU {self.index}: its registers make no sense: {error}")
+            return False
+        self._engine_is_newer = True
+        return True
 
     def _deliver(self, vector: int, error_code: int) -> None:
         # Without the lock: it writes to guest RAM, which may have to be saved first.
