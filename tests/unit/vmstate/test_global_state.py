@@ -52,7 +52,6 @@ def test_what_was_loaded_is_not_saved_again() -> None:
     [
         b"\0\0\0\0",
         b"\0\0\0\1",
-        b"\0\0\0\x08runninx",
         b"\0\0\0\x07running",
         b"\0\0\0\x09running",
         b"\0\0\0\x08run\0ing",
@@ -62,8 +61,13 @@ def test_what_was_loaded_is_not_saved_again() -> None:
     ],
 )
 def test_malformed_states_are_refused(payload: bytes) -> None:
-    with pytest.raises(DataError, match="globalstate"):
+    with pytest.raises(DataError, match="globalstate.* malformed"):
         load(payload.ljust(104, b"\0"))
+
+
+def test_unknown_states_are_refused() -> None:
+    with pytest.raises(DataError, match="globalstate .* unknown run state 'runninx'"):
+        load(b"\0\0\0\x08runninx".ljust(104, b"\0"))
 
 
 def test_impossible_states_are_not_saved() -> None:
