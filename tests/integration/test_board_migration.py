@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from stillframe.errors import DataError, RefusedError, SinkError, StillframeError
+from stillframe.errors import BusyError, DataError, RefusedError, SinkError, StillframeError
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.store.backends.local import LocalSink
 from stillframe.store.import_stream import import_stream
 from stillframe.vmstate.fields import StateDescription, u64
 from stillframe.vmstate.reader import verify_stream
+from tests.support.analyze_reader import Analysis
 from tests.support.ledger_check import check_ledger
 from tests.support.ledger_host import LedgerHost, LedgerHosts, wait_for
 from tests.support.raw_qmp import RawQmp
@@ -182,6 +183,8 @@ def test_postcopy(hosts: Factory, tmp_path: Path) -> None:
         source.migration.cancel()
     wait_for(lambda: other.board.run_state == "running")
     assert source.query()["status"] == "postcopy-active", "its RAM still comes"
+    with pytest.raises(BusyError):
+        other.migration.migrate(f"file:{tmp_path}/a")
     assert source.migration.wait(60)
     assert other.migration.wait(60)
     assert source.board.run_state == "postmigrate"
@@ -227,6 +230,9 @@ def test_background_snapshot(hosts: Factory, tmp_path: Path, protection: str) ->
     assert summary.machine_type == source.board.machine_type
     assert all(block.missing_pages == 0 for block in summary.blocks)
     assert summary.description_sizes_agree
+    analysis = Analysis((tmp_path / "a").read_bytes())  # a second, independent parser
+    assert analysis.ram == {ram.idstr: ram.length_bytes for ram in source.board.rams}
+    assert len(analysis.state) == len(summary.devices)
     other = made.destination(f"file:{tmp_path}/a")
     assert other.migration.wait(60)
     assert_at_work(other)

@@ -46,7 +46,7 @@ class IncomingUri(msgspec.Struct, frozen=True):
 
 
 def add_migration_commands(table: CommandTable, migration: Migration) -> None:
-    """Add them to the server's table. None waits for the board's lock for long."""
+    """Add them to the server's table. They take what locks they need themselves."""
 
     def query_capabilities(context: CommandContext, arguments: NoArguments) -> object:
         return [
@@ -73,6 +73,7 @@ def add_migration_commands(table: CommandTable, migration: Migration) -> None:
         "migrate",
         lambda context, arguments: migration.migrate(arguments.uri, fds=context.fds),
         arguments=Uri,
+        locked=False,
     )
     add("migrate_cancel", lambda context, arguments: migration.cancel(), locked=False)
     add(
@@ -84,4 +85,5 @@ def add_migration_commands(table: CommandTable, migration: Migration) -> None:
         "migrate-incoming",
         lambda context, arguments: migration.incoming(arguments.uri, fds=context.fds),
         arguments=IncomingUri,
+        locked=False,
     )

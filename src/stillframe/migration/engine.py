@@ -108,7 +108,8 @@ class Migration:
                 destination cannot be opened; ``query`` tells it too.
         """
         address = parse_uri(uri)
-        with self._lock:
+        # The board's lock first, as everywhere: a QMP client's thread may hold it already.
+        with self._board.lock, self._lock:
             self._check_may_leave()
             outgoing = Outgoing(
                 self._board,
@@ -119,11 +120,11 @@ class Migration:
                 tell=self._tell,
             )
             self._outgoing = outgoing
-            try:
-                departure = find_destination(address, fds or NoDescriptors(), outgoing.interrupt)
-            except StillframeError as error:
-                outgoing.fail_early(error)
-                raise
+        try:
+            departure = find_destination(address, fds or NoDescriptors(), outgoing.interrupt)
+        except StillframeError as error:
+            outgoing.fail_early(error)
+            raise
         outgoing.start(departure, save_in_background if outgoing.background else migrate_live)
 
     def _check_may_leave(self) -> None:
@@ -137,6 +138,8 @@ class Migration:
                 "Can't migrate the vm that was paused due to previous migration",
                 guest_state="paused",
             )
+        if self._incoming is not None and not self._incoming.ended.is_set():
+            raise BusyError("Guest RAM is still coming in by postcopy", guest_state="running")
         for reason in self._board.blocked_reasons():
             raise RefusedError(reason)
 
@@ -191,7 +194,7 @@ class Migration:
                 or it was started already. HostError, BusyError, NotFoundError: it cannot be
                 listened on or opened.
         """
-        with self._lock:
+        with self._board.lock, self._lock:
             if self._incoming is not None:
                 raise RefusedError("The incoming migration has already been started")
             if self._board.run_state != "inmigrate":

@@ -124,6 +124,7 @@ class Incoming:
                 self._load(channel, cleanup)
         except BaseException as error:  # noqa: BLE001 - kept for whoever asks
             failure = error
+        self.interrupt.close()
         self._handler.loader = None
         if failure is not None:
             self.error = (

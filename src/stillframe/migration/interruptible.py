@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 from contextlib import suppress
 
 from stillframe.errors import SinkError
@@ -16,6 +17,7 @@ class Interrupt:
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._set = False
+        self._lock = threading.Lock()
 
     @property
     def is_set(self) -> bool:
@@ -23,18 +25,20 @@ class Interrupt:
 
     def set(self) -> None:
         """From any thread, any number of times, also after ``close``."""
-        self._set = True
-        with suppress(OSError):
-            os.eventfd_write(self._fd, 1)
+        with self._lock:  # else a late call could write to whatever has the number by then
+            self._set = True
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
 
     def fileno(self) -> int:
         return self._fd
 
     def close(self) -> None:
         """When nobody waits any more."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 class InterruptibleFd:

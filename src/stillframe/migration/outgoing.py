@@ -98,6 +98,7 @@ class Outgoing:
 
     def _end(self, failure: BaseException | None) -> None:
         """The last change of state: everything is cleaned up, the guest is where it belongs."""
+        self.interrupt.close()
         if self.counters.ended_s is None:
             self.counters.end()
         if failure is None:

@@ -9,6 +9,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from stillframe.errors import StillframeError
+
 if TYPE_CHECKING:
     from stillframe.machine.board.board import Board
 
@@ -47,12 +49,20 @@ class GuestStandsStill:
             if kind is None or self._handed_over:
                 self._board.stop("postmigrate")
                 return False
-            self._board.activate_disks()
-            if self._state_before == "running":
-                self._board.cont()
-            else:
-                self._board.stop(self._state_before)
+            self._go_back()
         return False
+
+    def _go_back(self) -> None:
+        if self._state_before != "running":
+            self._board.stop(self._state_before)
+            self._board.activate_disks()
+            return
+        try:
+            self._board.cont()  # takes the disks back first
+        except StillframeError:
+            # Without its disks it cannot run; somebody may try ``cont`` again.
+            self._board.stop("paused")
+            raise
 
     @property
     def passed_ms(self) -> float:
