@@ -52,8 +52,12 @@ def can_become_nobody() -> Probe:
 def _interpreter() -> str | None:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for candidate in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
+        # By way of env: setpriv itself still has root's rights when it runs a program.
         done = subprocess.run(
-            [*AS_NOBODY, candidate, "-I", "-c", ""], capture_output=True, cwd="/", check=False
+            [*AS_NOBODY, "env", candidate, "-I", "-c", ""],
+            capture_output=True,
+            cwd="/",
+            check=False,
         )
         if done.returncode == 0:
             return candidate

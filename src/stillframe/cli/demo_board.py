@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from stillframe.errors import MachineError, StillframeError
+from stillframe.errors import MachineError, NotFoundError, StillframeError
 
 if TYPE_CHECKING:
     from stillframe.api import OutsideMachine
@@ -70,11 +70,13 @@ class DemoBoard:
 
         deadline_s = time.monotonic() + _START_S
         while True:
-            if self._process.poll() is not None or time.monotonic() > deadline_s:
+            if self._process.poll() is not None:
                 raise self._failure("did not start")
-            with contextlib.suppress(OSError):
-                if self._qmp_path.is_socket():
-                    return api.connect(str(self._qmp_path))
+            try:
+                return api.connect(str(self._qmp_path))
+            except (NotFoundError, MachineError):  # not there yet, or not listening yet
+                if time.monotonic() > deadline_s:
+                    raise
             time.sleep(0.01)
 
     def _failure(self, what: str) -> StillframeError:

@@ -18,6 +18,8 @@ from stillframe.restore.show import printable
 _KILL_TIMEOUT_S = 10.0
 _LOG_TAIL_BYTES = 16 << 10
 _SHOWN_LINES = 4
+_SPEAKER = re.compile(r"^(?:\S*qemu\S*|stillframe): ")
+_NO_ERROR = re.compile(r"warning:|board .* \(process \d+\), QMP at ")
 
 
 class Emulator:
@@ -43,6 +45,7 @@ class Emulator:
                     stdout=log,
                     stderr=log,
                     cwd=plan.cwd,
+                    env=_own_environment() if plan.vmm == "board" else None,
                     pass_fds=(read_end,),
                     start_new_session=True,
                 )
@@ -65,14 +68,18 @@ class Emulator:
             self._process.wait(timeout_s)
         return self.has_ended()
 
-    def failure(self, doing: str) -> MachineError:
-        """What to say when it ended or failed: its own words."""
+    def failure(self, doing: str, why: str | None = None) -> MachineError:
+        """What to say when it ended or failed: its own words.
+
+        Args:
+            why: what it said over its monitor.
+        """
         code = self._process.poll()
         what = f"{self.vmm_name} failed while {doing}"
         if code is not None:
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             what = f"{self.vmm_name} ended {how} while {doing}"
-        return MachineError(what, why=self.last_words() or None, guest_state="none")
+        return MachineError(what, why=why or self.last_words() or None, guest_state="none")
 
     def last_words(self) -> str:
         """The last lines of its log, on one line."""
@@ -83,8 +90,8 @@ class Emulator:
                 text = log.read().decode(errors="replace")
         except OSError:
             return ""
-        lines = [re.sub(r"^\S*qemu\S*: ", "", line) for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if not line.startswith("warning:")]
+        lines = [_SPEAKER.sub("", line) for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if not _NO_ERROR.match(line)]
         return printable(" / ".join((errors or lines)[-_SHOWN_LINES:]))
 
     def close_stream(self) -> None:
@@ -117,6 +124,14 @@ class Emulator:
         finally:
             os.close(pidfd)
         self._process.wait()
+
+
+def _own_environment() -> dict[str, str]:
+    """In which ``python -m stillframe`` is this very Stillframe, whatever the directory."""
+    own = str(Path(__file__).parents[2])
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [own, *(str(Path(path).absolute()) for path in given if path)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def _private(path: str, flags: int) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 
 from stillframe.errors import BusyError, MachineError, NotFoundError
+from stillframe.machine.outside.evidence import as_map
 from stillframe.qmp.client import QmpClient
 from stillframe.restore.disk_copies import copy_disk
 from stillframe.restore.emulator import Emulator
@@ -154,14 +155,15 @@ def _wait_loaded(qmp: QmpClient, emulator: Emulator) -> str:
     state = "inmigrate"
     while state == "inmigrate":
         try:
-            state = _run_state(qmp.execute("query-status"))
-            failed = _run_state(qmp.execute("query-migrate")) == "failed"
+            state = str(as_map(qmp.execute("query-status")).get("status") or "")
+            migration = as_map(qmp.execute("query-migrate"))
         except MachineError:
             if emulator.wait_end(1.0):
                 raise emulator.failure("loading the snapshot") from None
             raise
-        if failed:
-            raise emulator.failure("loading the snapshot")
+        if migration.get("status") == "failed":
+            why = migration.get("error-desc")
+            raise emulator.failure("loading the snapshot", str(why) if why else None)
         if time.monotonic() > deadline_s:
             raise MachineError(
                 f"{emulator.vmm_name} has not taken the snapshot in after {_LOAD_TIMEOUT_S:g} s",
@@ -171,7 +173,3 @@ def _wait_loaded(qmp: QmpClient, emulator: Emulator) -> str:
         if state == "inmigrate":
             time.sleep(_POLL_S)
     return state
-
-
-def _run_state(reply: object) -> str:
-    return str(reply.get("status")) if isinstance(reply, Mapping) else ""

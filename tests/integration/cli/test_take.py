@@ -44,6 +44,7 @@ TAKE_KEYS: dict[str, Any] = {
     "fault_max_us": float,
     "stall_ms": float,
     "writes_while_stopped": list,
+    "protection": str,
 }
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from stillframe.errors import HostError, MachineError
+from stillframe.errors import HostError, MachineError, RefusedError, StillframeError
 from stillframe.machine.outside.proc_maps import proc_error
 from stillframe.machine.outside.vm_info import may_trace_anybody
 from stillframe.memory.remote_attach import attach
@@ -51,7 +51,7 @@ def open_userfaultfd(
             lend_device=lend if qmp.passes_fds else None,
             user_mode_will_do=user_mode_will_do,
         )
-    except HostError as error:
+    except (HostError, RefusedError) as error:
         _add_remedy(error, remedy)
         raise
 
@@ -81,7 +81,7 @@ def check_right(
         raise refusal
 
 
-def _add_remedy(error: HostError, remedy: str | None) -> None:
+def _add_remedy(error: StillframeError, remedy: str | None) -> None:
     if remedy is not None and error.remedy is not None:
         error.remedy = f"{error.remedy}; or {remedy}"
 

@@ -1,0 +1,329 @@
+"""``stillframe board run`` and ``board build``: as a process, on pipes and on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import stat
+import struct
+import subprocess
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stillframe.qmp.client import QmpClient
+from tests.integration.cli.program import PROGRAM, run
+from tests.support.board_process import BoardProcess, ledger, transfers
+from tests.support.ledger_host import wait_for
+from tests.support.tiny_guest import IDLE, PANIC, RESET, write_guest
+
+TEN_LINES = """
+#include "board.h"
+
+void board_main(unsigned cpu)
+{
+    if (cpu) return;
+    print("hello from %llu MiB\\n", board_info()->ram_bytes >> 20);
+    power_off(7);
+}
+"""
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where private sockets go."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    return tmp_path / "stillframe"
+
+
+def start(*words: object, **options: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*PROGRAM, "board", "run", *map(str, words)],
+        **({"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+           | options),  # type: ignore[call-overload]
+    )  # fmt: skip
+
+
+def test_a_guest_of_ones_own(tmp_path: Path) -> None:
+    source = tmp_path / "hello.c"
+    source.write_text(TEN_LINES)
+    guest = tmp_path / "hello.elf"
+    built = run("board", "build", source, "-o", guest, "--json")
+    assert built.returncode == 0, built.stderr
+    assert json.loads(built.stdout) == {"file": str(guest)}
+    done = run("board", "run", guest, "--ram", "32M", "--cpus", "2")
+    assert done.stdout == b"hello from 32 MiB\r\n" or done.stdout == b"hello from 32 MiB\n"
+    assert done.returncode == 7
+    (line,) = done.stderr.decode().splitlines()
+    assert re.fullmatch(r"stillframe: board hello \(process \d+\), QMP at /.*/qmp\.sock", line)
+
+
+def test_what_a_compiler_refuses(tmp_path: Path) -> None:
+    source = tmp_path / "bad.c"
+    source.write_text('#include "board.h"\nvoid board_main(unsigned cpu) { nonsense; }\n')
+    done = run("board", "build", source, "-o", tmp_path / "bad.elf")
+    assert done.returncode == 2
+    assert b"nonsense" in done.stderr
+    assert not (tmp_path / "bad.elf").exists()
+
+
+def test_standard_input_and_output_are_the_serial_line(runtime: Path) -> None:
+    words = ("ledger", "--ram", "16M", "--append", "rate=5")
+    with start(*words, stdin=subprocess.PIPE) as process:
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(b"ledger ready")
+            process.stdin.write(b"a\nq\n")
+            process.stdin.flush()
+            out, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert b"AUDIT ok" in out
+    assert b"ledger off" in out
+    assert list(runtime.iterdir()) == []
+
+
+def test_a_guest_that_panics(tmp_path: Path) -> None:
+    done = run("board", "run", write_guest(tmp_path / "g.elf", PANIC), "--serial", "none")
+    assert done.returncode == 134
+    assert b"panicked" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_guest_that_resets_goes_on(tmp_path: Path) -> None:
+    guest = write_guest(tmp_path / "g.elf", RESET)
+    process = start(guest, "--serial", "none")
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.0)  # it starts again and again
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_is_ended_by_a_signal(number: signal.Signals, runtime: Path, tmp_path: Path) -> None:
+    process = start(write_guest(tmp_path / "g.elf", IDLE), "--serial", "none")
+    assert process.stderr is not None
+    assert b"QMP at" in process.stderr.readline()
+    assert len(list(runtime.iterdir())) == 1
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err == f"stillframe: ended by {number.name}\n".encode()
+    assert list(runtime.iterdir()) == []
+
+
+def test_its_monitor(tmp_path: Path) -> None:
+    socket = tmp_path / "qmp"
+    process = start("writer", "--qmp", socket, "--name", "w", "--cpus", 2, "--paused",
+                    "--serial", tmp_path / "log")  # fmt: skip
+    try:
+        assert process.stderr is not None
+        assert f"QMP at {socket}".encode() in process.stderr.readline()
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+        with QmpClient.connect(str(socket)) as qmp:
+            assert qmp.execute("query-status") == {"status": "prelaunch", "running": False}
+            assert qmp.execute("query-name") == {"name": "w"}
+            qmp.execute("cont")
+            wait_for(lambda: b"writer ready" in (tmp_path / "log").read_bytes())
+            qmp.execute("quit")
+        assert process.wait(10) == 0
+        assert not socket.exists()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_socket_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "qmp").touch()
+    done = run("board", "run", "writer", "--qmp", tmp_path / "qmp")
+    assert done.returncode == 2
+    assert b"exists already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ((), 2, b"a board needs a guest; name an ELF file, or one of ledger, life, writer"),
+        (("nothing.elf",), 9, b"nothing.elf"),
+        (("ledger", "--ram", "16"), 2, b"--ram"),
+        (("ledger", "--cpus", "9"), 2, b"--cpus"),
+        (("ledger", "--serial", "/nonexistent/x"), 5, b"/nonexistent/x"),
+        (("ledger", "--disk", "/nonexistent/x"), 5, b"/nonexistent/x"),
+        (("ledger", "--qmp", "/nonexistent/x"), 2, b"/nonexistent/x"),
+        (("ledger", "--incoming", "/nonexistent/x"), 9, b"/nonexistent/x"),
+        (("ledger", "--resolution", "big"), 2, b"640x480"),
+        (("ledger", "--display", "terminal"), 2, b"standard output is no terminal"),
+        (("ledger", "--append", "speed=1"), 2, b""),
+    ],
+)
+def test_what_cannot_be_run(words: tuple[str, ...], code: int, told: bytes, runtime: Path) -> None:
+    done = run("board", "run", *words)
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert not runtime.exists() or list(runtime.iterdir()) == []
+
+
+def test_a_file_that_is_no_guest(tmp_path: Path) -> None:
+    (tmp_path / "x.elf").write_bytes(b"no ELF at all")
+    done = run("board", "run", tmp_path / "x.elf")
+    assert done.returncode == 8
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_without_the_engine(tmp_path: Path) -> None:
+    """The extra ``board`` is not installed."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['unicorn'] = None\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path}
+    for words in (("board", "run", "ledger"), ("demo",)):
+        done = run(*words, env=env)
+        assert done.returncode == 5
+        assert done.stderr.count(b"\n") == 1
+        assert b"pip install 'stillframe[board]'" in done.stderr
+    assert run("ps", env=env).returncode == 0
+
+
+# Pictures
+
+
+def _picture(path: Path) -> tuple[int, int, bytes]:
+    """Width, height and rows of a PNG without interlacing."""
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack_from(">II", data, 16)
+    at, content = 8, b""
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"IDAT":
+            content += data[at + 8 : at + 8 + length]
+        at += 12 + length
+    return width, height, zlib.decompress(content)
+
+
+def test_the_picture_goes_into_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "life.png"
+    process = start("life", "--display", path, "--resolution", "160x120", "--serial", "none")
+    try:
+        assert process.stderr is not None
+        assert b"QMP at" in process.stderr.readline()
+        process.send_signal(signal.SIGUSR1)
+        wait_for(path.exists)
+        first = _picture(path)
+        assert first[:2] == (160, 120)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert _picture(path)[2] != first[2]  # it was written at the end, too
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_picture_of_a_board_that_is_told_to_quit(tmp_path: Path) -> None:
+    path, socket = tmp_path / "life.png", tmp_path / "qmp"
+    process = start("life", "--display", path, "--qmp", socket, "--serial", "none")
+    try:
+        assert process.stderr is not None
+        assert b"QMP at" in process.stderr.readline()
+        with QmpClient.connect(str(socket)) as qmp:
+            qmp.execute("quit")
+        assert process.wait(10) == 0
+        assert _picture(path)[:2] == (640, 480)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_picture_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "60", "LINES": "20"}
+    env.pop("NO_COLOR", None)
+    process = start("life", "--display", "terminal", "--append", "tick_ms=100",
+                    stdin=theirs, stdout=theirs, env=env)  # fmt: skip
+    try:
+        seen = _read(ours, lambda seen: seen.count("▀".encode()) >= 500 and b"tick" in seen)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        seen += _read(ours, lambda seen: b"\x1b[r" in seen)  # the scrolling region is given back
+        assert b"life ready" in seen
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(theirs)
+        os.close(ours)
+
+
+def _read(fd: int, enough: Callable[[bytes], bool]) -> bytes:
+    """Read a terminal until there is enough."""
+    seen = b""
+    deadline = time.monotonic() + 20
+    while not enough(seen):
+        assert time.monotonic() < deadline, seen
+        if select.select([fd], [], [], 1)[0]:
+            seen += os.read(fd, 65536)
+    return seen
+
+
+# What comes in
+
+
+def test_incoming_from_a_snapshot_a_stream_and_a_socket(tmp_path: Path) -> None:
+    with ledger("--cpus", 2, "--ram", "24M", directory=tmp_path, name="source") as source:
+        taken = run("take", source.pid, "-o", tmp_path / "a.still", "-q", "--json")
+        assert taken.returncode == 0, taken.stderr
+        out = tmp_path / "a.stream"
+        assert run("export", tmp_path / "a.still", "--format", "qemu", "-o", out).returncode == 0
+        for count, incoming in enumerate((tmp_path / "a.still", out, f"file:{out}")):
+            words = ("ledger", "--cpus", 2, "--ram", "24M", "--incoming", incoming)
+            with BoardProcess(*words, directory=tmp_path, name=f"copy{count}") as copy:
+                assert copy.audit().startswith("AUDIT ok")
+        words = ("ledger", "--cpus", 2, "--ram", "24M", "--incoming", f"unix:{tmp_path}/m")
+        with BoardProcess(*words, directory=tmp_path, name="moved") as moved:
+            console = moved.console
+            with QmpClient.connect(str(source.qmp)) as qmp:
+                qmp.execute("migrate", {"uri": f"unix:{tmp_path}/m"})
+                wait_for(lambda: qmp.execute("query-status")["status"] == "postmigrate")  # type: ignore[index]
+            console.wait("tick")
+            assert moved.audit().startswith("AUDIT ok")
+
+
+def test_incoming_that_is_damaged(tmp_path: Path) -> None:
+    with ledger("--ram", "16M", directory=tmp_path, name="source") as source:
+        path = tmp_path / "a.still"
+        assert run("take", source.pid, "-o", path, "-q").returncode == 0
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = run("board", "run", "ledger", "--ram", "16M", "--incoming", path, "--serial", "none")
+    assert done.returncode == 8, done.stderr
+    assert b"Traceback" not in done.stderr
+    done = run("board", "run", "ledger", "--ram", "16M", "--incoming", tmp_path / "none.still")
+    assert done.returncode == 9
+
+
+def test_incoming_without_its_guest(tmp_path: Path) -> None:
+    """The guest is in the stream; its file is for a reset only."""
+    with ledger("--ram", "16M", directory=tmp_path, name="source") as source:
+        assert run("take", source.pid, "-o", tmp_path / "a.still", "-q").returncode == 0
+        instant = source.transfers()
+    words = ("--ram", "16M", "--incoming", tmp_path / "a.still", "--paused")
+    with BoardProcess(*words, directory=tmp_path, name="copy") as copy:
+        console = copy.console
+        with QmpClient.connect(str(copy.qmp)) as qmp:
+            wait_for(lambda: qmp.execute("query-status")["status"] == "paused")  # type: ignore[index]
+            qmp.execute("cont")
+        assert transfers(console.wait("tick")) <= instant + 10_000
+        assert copy.audit().startswith("AUDIT ok")
