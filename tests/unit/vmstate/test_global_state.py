@@ -61,12 +61,12 @@ def test_what_was_loaded_is_not_saved_again() -> None:
     ],
 )
 def test_malformed_states_are_refused(payload: bytes) -> None:
-    with pytest.raises(DataError, match="globalstate.* malformed"):
+    with pytest.raises(DataError, match=r"globalstate.* malformed"):
         load(payload.ljust(104, b"\0"))
 
 
 def test_unknown_states_are_refused() -> None:
-    with pytest.raises(DataError, match="globalstate .* unknown run state 'runninx'"):
+    with pytest.raises(DataError, match=r"globalstate .* unknown run state 'runninx'"):
         load(b"\0\0\0\x08runninx".ljust(104, b"\0"))
 
 
