@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -70,9 +71,6 @@ class OrdinaryUser:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.chmod(0o755)
-        for above in directory.parents:
-            if above.stat().st_mode & 0o001 == 0:
-                above.chmod(above.stat().st_mode | 0o011)
         self.modules = directory / "modules"
         self.home = directory / "home"
         self.modules.mkdir()
@@ -129,9 +127,9 @@ def _copy_module(name: str, target: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def ordinary_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrdinaryUser]:
+def ordinary_user() -> Iterator[OrdinaryUser]:
     """Skips where there can be none."""
     can_become_nobody().require()
-    directory = tmp_path_factory.mktemp("nobody")
-    yield OrdinaryUser(directory)
-    shutil.rmtree(directory, ignore_errors=True)
+    # Not below pytest's own directories: each run closes them to others anew.
+    with tempfile.TemporaryDirectory(prefix="nobody-") as directory:
+        yield OrdinaryUser(Path(directory))

@@ -15,8 +15,8 @@ from stillframe.errors import SnapshotFailed
 RAM_MIB = 128
 VCPUS = 2
 RATE_MIB_PER_S = 20
-FREE_S = 1.5
-GO_ON_S = 1.0
+FREE_S = 1.2
+GO_ON_S = 0.6
 _TICK_MS = 50
 _READY, _AUDIT = "ledger ready", "AUDIT"
 

@@ -10,7 +10,7 @@ import msgspec
 
 from stillframe.cli.demo_board import DemoBoard
 
-GO_ON_S = 1.0
+GO_ON_S = 0.6
 _GENERATIONS_PER_S = 40
 _RESOLUTION = (320, 240)
 _READY = "life ready"
