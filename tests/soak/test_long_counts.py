@@ -18,7 +18,7 @@ import pytest
 from guests.qemu import GuestVm
 from tests.support.killing import kill_at_random_moments
 from tests.support.probes import has_uffd_wp
-from tests.support.taking import consistency, take
+from tests.support.taking import assert_unharmed, consistency, take
 
 pytestmark = [pytest.mark.qemu, pytest.mark.soak, pytest.mark.timeout(5400)]
 
@@ -64,6 +64,13 @@ def test_never_torn(
 @pytest.mark.parametrize("memory", ["private", "memfd"])
 def test_kill_9(linux_guest: GuestFactory, tmp_path: Path, memory: str) -> None:
     vm = linux_guest(ram_mib=192, mem_mib=64, rate_mib_per_s=0, tick_ms=50, memory=memory)
-    outcomes = kill_at_random_moments(vm, tmp_path, times=KILLS, seed=20261123, check_every=5)
+    outcomes = kill_at_random_moments(
+        vm,
+        tmp_path,
+        lambda: assert_unharmed(vm, tmp_path),
+        times=KILLS,
+        seed=20261123,
+        check_every=5,
+    )
     print(f"{memory}: {dict(outcomes)}")
     assert vm.command("audit").startswith("audit ok")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from guests.consistency import ConsistencyReport, check_pages
 from guests.qemu import RAM_ID, GuestVm
@@ -23,7 +23,20 @@ TAKE_TIMEOUT_S = 120.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def take(vm: GuestVm, file: Path, **options: Any) -> TakenSnapshot:
+class TakenFrom(Protocol):
+    """A running guest of another process."""
+
+    @property
+    def qmp_path(self) -> Path:
+        """Its monitor."""
+        ...
+
+    def is_progressing(self, within_s: float) -> bool:
+        """Whether its guest is seen to go on within that time."""
+        ...
+
+
+def take(vm: TakenFrom, file: Path, **options: Any) -> TakenSnapshot:
     """Take a snapshot in this process; ``options`` are those of SnapshotOptions."""
     with connect(str(vm.qmp_path)) as machine:
         job = SnapshotJob(
@@ -52,7 +65,9 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "stillframe", *arguments]
 
 
-def start_take(vm: GuestVm, file: Path, *arguments: str, fault: str = "") -> subprocess.Popen[str]:
+def start_take(
+    vm: TakenFrom, file: Path, *arguments: str, fault: str = ""
+) -> subprocess.Popen[str]:
     """``stillframe take`` in a process of its own."""
     return subprocess.Popen(
         command("take", str(vm.qmp_path), "-o", str(file), "--json", *arguments),
