@@ -294,8 +294,8 @@ def test_registers_survive_saving_loading_and_the_engine(
     payload = save_state(REGISTERS, saved)
     load_state(REGISTERS, loaded, StreamSource(io.BytesIO(payload)), 1)
     assert contents(loaded) == contents(saved)
-    engine.bank.write(loaded)
-    engine.bank.read(read)
+    engine.write_registers(loaded)
+    engine.read_registers(read)
     # These three the engine does not know.
     for name in ("halted", "exception", "error_code"):
         setattr(read, name, getattr(loaded, name))

@@ -17,11 +17,11 @@ from unicorn.unicorn_py3 import Uc, UcError
 from unicorn.unicorn_py3.unicorn import uclib
 
 from stillframe.machine.board._block_stop import BlockStop
-from stillframe.machine.board.error_code import last_error_code
+from stillframe.machine.board.exception_state import take_error_code
 from stillframe.machine.board.register_bank import RegisterBank
+from stillframe.machine.board.registers import Registers
 from stillframe.memory.guest_ram import GuestRam
 
-_NEVER = 0xFFFFFFFFFFFFFFFF
 _CODE_BUFFER_BYTES = 64 << 20
 """Room for translated code; Unicorn's default reserves a GiB for each vCPU."""
 
@@ -76,7 +76,11 @@ class Engine:
         self._ports = ports
         self._uc = engine = Uc(uc.UC_ARCH_X86, uc.UC_MODE_64)
         engine.ctl_set_tcg_buffer_size(_CODE_BUFFER_BYTES)
-        self.bank = RegisterBank(engine)
+        # No address ends a run. One that did would be translated by the guest's page tables after
+        # each run, and the page fault would overwrite CR2.
+        engine.ctl_exits_enabled(True)
+        engine.ctl_set_exits([])
+        self._bank = RegisterBank(engine)
         self._stop = BlockStop(ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value or 0)
         self._ended = Ended()
         self._refused_at: int | None = None
@@ -122,7 +126,7 @@ class Engine:
         ended = self._ended = Ended()
         self._refused_at = None
         try:
-            self._uc.emu_start(self.rip, _NEVER)
+            self._uc.emu_start(self.rip, 0)
         except UcError as error:
             if error.errno == uc.UC_ERR_INSN_INVALID:
                 ended.exception = VECTOR_INVALID_OPCODE
@@ -137,7 +141,7 @@ class Engine:
             if self._refused_at is not None:
                 self.rip = self._refused_at
             elif ended.exception is not None:
-                ended.error_code = last_error_code(self._uc)
+                ended.error_code = take_error_code(self._uc)
         return ended
 
     def stop(self) -> None:
@@ -166,6 +170,24 @@ class Engine:
         """RFLAGS."""
         value: int = self._uc.reg_read(x86.UC_X86_REG_RFLAGS)
         return value
+
+    def read_registers(self, registers: Registers) -> None:
+        """Fill ``registers``; the parts that are not a processor's are left alone."""
+        self._bank.read(registers)
+
+    def write_registers(self, registers: Registers) -> None:
+        """Take them all.
+
+        Raises:
+            UcError: no processor can have them, or their segments' descriptors are not there.
+        """
+        self._bank.write(registers, self._readable)
+
+    def _readable(self, address: int) -> bool:
+        gpa = self.translate(address, write=False)
+        return gpa is not None and any(
+            begin <= gpa <= end for begin, end, _ in self._uc.mem_regions()
+        )
 
     def get(self, number: int) -> Any:
         """A register by its number in ``x86_const``."""

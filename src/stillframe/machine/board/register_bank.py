@@ -7,9 +7,10 @@ Reading register by register would take longer than the whole downtime should
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator, Sequence
 
-from unicorn import x86_const
-from unicorn.unicorn_const import UC_ERR_OK
+from unicorn import x86_const as x86
+from unicorn.unicorn_const import UC_ERR_OK, UC_ERR_READ_UNMAPPED
 from unicorn.unicorn_py3 import Uc, UcError
 
 from stillframe.machine.board.registers import (
@@ -58,49 +59,48 @@ class _Values(ctypes.Structure):
     )
 
 
-_R = x86_const
 _GENERAL = (
-    _R.UC_X86_REG_RAX,
-    _R.UC_X86_REG_RCX,
-    _R.UC_X86_REG_RDX,
-    _R.UC_X86_REG_RBX,
-    _R.UC_X86_REG_RSP,
-    _R.UC_X86_REG_RBP,
-    _R.UC_X86_REG_RSI,
-    _R.UC_X86_REG_RDI,
-    *range(_R.UC_X86_REG_R8, _R.UC_X86_REG_R15 + 1),
+    x86.UC_X86_REG_RAX,
+    x86.UC_X86_REG_RCX,
+    x86.UC_X86_REG_RDX,
+    x86.UC_X86_REG_RBX,
+    x86.UC_X86_REG_RSP,
+    x86.UC_X86_REG_RBP,
+    x86.UC_X86_REG_RSI,
+    x86.UC_X86_REG_RDI,
+    *range(x86.UC_X86_REG_R8, x86.UC_X86_REG_R15 + 1),
 )
-_TABLES = (_R.UC_X86_REG_LDTR, _R.UC_X86_REG_TR, _R.UC_X86_REG_GDTR, _R.UC_X86_REG_IDTR)
+_TABLES = (x86.UC_X86_REG_LDTR, x86.UC_X86_REG_TR, x86.UC_X86_REG_GDTR, x86.UC_X86_REG_IDTR)
 _CONTROL = (
-    _R.UC_X86_REG_CR2,
-    _R.UC_X86_REG_CR3,
-    _R.UC_X86_REG_CR4,
-    _R.UC_X86_REG_CR8,
-    _R.UC_X86_REG_CR0,
+    x86.UC_X86_REG_CR2,
+    x86.UC_X86_REG_CR3,
+    x86.UC_X86_REG_CR4,
+    x86.UC_X86_REG_CR8,
+    x86.UC_X86_REG_CR0,
 )
 _DEBUG = (
-    *range(_R.UC_X86_REG_DR0, _R.UC_X86_REG_DR3 + 1),
-    _R.UC_X86_REG_DR6,
-    _R.UC_X86_REG_DR7,
+    *range(x86.UC_X86_REG_DR0, x86.UC_X86_REG_DR3 + 1),
+    x86.UC_X86_REG_DR6,
+    x86.UC_X86_REG_DR7,
 )
 _SELECTORS = (
-    _R.UC_X86_REG_ES,
-    _R.UC_X86_REG_CS,
-    _R.UC_X86_REG_SS,
-    _R.UC_X86_REG_DS,
-    _R.UC_X86_REG_FS,
-    _R.UC_X86_REG_GS,
+    x86.UC_X86_REG_ES,
+    x86.UC_X86_REG_CS,
+    x86.UC_X86_REG_SS,
+    x86.UC_X86_REG_DS,
+    x86.UC_X86_REG_FS,
+    x86.UC_X86_REG_GS,
 )
-_BASES = (_R.UC_X86_REG_FS_BASE, _R.UC_X86_REG_GS_BASE)
+_BASES = (x86.UC_X86_REG_FS_BASE, x86.UC_X86_REG_GS_BASE)
 _FPU = {
-    "fpuc": _R.UC_X86_REG_FPCW,
-    "fpus": _R.UC_X86_REG_FPSW,
-    "fptag": _R.UC_X86_REG_FPTAG,
-    "fpip": _R.UC_X86_REG_FIP,
-    "fpcs": _R.UC_X86_REG_FCS,
-    "fpdp": _R.UC_X86_REG_FDP,
-    "fpds": _R.UC_X86_REG_FDS,
-    "fpop": _R.UC_X86_REG_FOP,
+    "fpuc": x86.UC_X86_REG_FPCW,
+    "fpus": x86.UC_X86_REG_FPSW,
+    "fptag": x86.UC_X86_REG_FPTAG,
+    "fpip": x86.UC_X86_REG_FIP,
+    "fpcs": x86.UC_X86_REG_FCS,
+    "fpdp": x86.UC_X86_REG_FDP,
+    "fpds": x86.UC_X86_REG_FDS,
+    "fpop": x86.UC_X86_REG_FOP,
 }
 _MODEL_SPECIFIC = {  # Intel SDM 4, table 2-2
     "efer": 0xC0000080,
@@ -117,6 +117,15 @@ _MODEL_SPECIFIC = {  # Intel SDM 4, table 2-2
 }
 
 
+class _Batch:
+    """Registers by number, and where their values are."""
+
+    def __init__(self, cells: Sequence[tuple[int, int]]) -> None:
+        self.count = len(cells)
+        self.numbers = (ctypes.c_int32 * self.count)(*(number for number, _ in cells))
+        self.cells = (ctypes.c_void_p * self.count)(*(at for _, at in cells))
+
+
 class RegisterBank:
     """The registers of one engine. The engine must not be running."""
 
@@ -125,40 +134,40 @@ class RegisterBank:
         self._values = values = _Values()
         for cell, number in zip(values.model_specific, _MODEL_SPECIFIC.values(), strict=True):
             cell.number = number
-        # In the order of writing: paging and long mode before the segments, which are loaded
-        # from tables in the guest's memory; their bases after them.
-        cells: list[tuple[int, int]] = [
-            (_R.UC_X86_REG_MSR, at) for at in _each(values, "model_specific")
-        ]
+        first = [(x86.UC_X86_REG_MSR, at) for at in _each(values, "model_specific")]
         for name, numbers in (
             ("control", _CONTROL),
             ("tables", _TABLES),
-            ("selectors", _SELECTORS),
-            ("bases", _BASES),
             ("debug", _DEBUG),
             ("general", _GENERAL),
             ("fpu", tuple(_FPU.values())),
-            ("floating", range(_R.UC_X86_REG_FP0, _R.UC_X86_REG_FP7 + 1)),
+            ("floating", range(x86.UC_X86_REG_FP0, x86.UC_X86_REG_FP7 + 1)),
         ):
-            cells += zip(numbers, _each(values, name), strict=True)
-        cells += zip(
-            range(_R.UC_X86_REG_XMM0, _R.UC_X86_REG_XMM15 + 1),
+            first += zip(numbers, _each(values, name), strict=True)
+        first += zip(
+            range(x86.UC_X86_REG_XMM0, x86.UC_X86_REG_XMM15 + 1),
             _each(values, "xmm")[::2],
             strict=True,
         )
         for name, number in (
-            ("mxcsr", _R.UC_X86_REG_MXCSR),
-            ("flags", _R.UC_X86_REG_RFLAGS),
-            ("rip", _R.UC_X86_REG_RIP),
+            ("mxcsr", x86.UC_X86_REG_MXCSR),
+            ("flags", x86.UC_X86_REG_RFLAGS),
+            ("rip", x86.UC_X86_REG_RIP),
         ):
-            cells.append((number, _address(values, name)))
-        self._count = len(cells)
-        self._numbers = (ctypes.c_int32 * self._count)(*(number for number, _ in cells))
-        self._cells = (ctypes.c_void_p * self._count)(*(at for _, at in cells))
+            first.append((number, _address(values, name)))
+        # The bases of FS and GS after the selectors, which set them.
+        segments = [
+            *zip(_SELECTORS, _each(values, "selectors"), strict=True),
+            *zip(_BASES, _each(values, "bases"), strict=True),
+        ]
+        self._all = _Batch([*first, *segments])
+        self._first = _Batch(first)
+        self._segments = _Batch(segments)
 
     def read(self, registers: Registers) -> None:
         """Fill ``registers`` from the engine, but for what the engine does not know."""
-        self._check(self._engine._do_reg_read_batch(self._numbers, self._cells, self._count))
+        batch = self._all
+        _check(self._engine._do_reg_read_batch(batch.numbers, batch.cells, batch.count))
         values = self._values
         registers.regs[:] = values.general
         registers.eip = values.rip
@@ -187,8 +196,17 @@ class RegisterBank:
         for name, cell in zip(_MODEL_SPECIFIC, values.model_specific, strict=True):
             setattr(registers, name, cell.value)
 
-    def write(self, registers: Registers) -> None:
-        """Fill the engine from ``registers``."""
+    def write(self, registers: Registers, readable: Callable[[int], bool]) -> None:
+        """Fill the engine from ``registers``.
+
+        Args:
+            readable: whether the guest, with the registers but for the segments', can read at a
+                linear address. Segments are loaded from descriptors in its memory; Unicorn would
+                crash if they were not there.
+
+        Raises:
+            UcError: the engine refuses one, or a segment's descriptor is not there.
+        """
         values = self._values
         values.general[:] = registers.regs
         values.rip = registers.eip
@@ -216,12 +234,27 @@ class RegisterBank:
         values.xmm[:] = registers.xmm
         for name, cell in zip(_MODEL_SPECIFIC, values.model_specific, strict=True):
             cell.value = getattr(registers, name)
-        self._check(self._engine._do_reg_write_batch(self._numbers, self._cells, self._count))
+        self._write(self._first)
+        if not all(readable(at) for at in _descriptors(registers)):
+            raise UcError(UC_ERR_READ_UNMAPPED)
+        self._write(self._segments)
 
-    @staticmethod
-    def _check(status: int) -> None:
-        if status != UC_ERR_OK:
-            raise UcError(status)
+    def _write(self, batch: _Batch) -> None:
+        _check(self._engine._do_reg_write_batch(batch.numbers, batch.cells, batch.count))
+
+
+def _check(status: int) -> None:
+    if status != UC_ERR_OK:
+        raise UcError(status)
+
+
+def _descriptors(registers: Registers) -> Iterator[int]:
+    """First and last byte of the descriptors of all segments (Intel SDM 3A, 3.4.2, 3.5.1)."""
+    for selector in registers.selectors:
+        if selector & ~3:
+            table = registers.ldt if selector & 4 else registers.gdt
+            for offset in (0, 7):
+                yield (table.base + (selector & ~7) + offset) & 0xFFFFFFFFFFFFFFFF
 
 
 def _segments(registers: Registers) -> tuple[Segment, ...]:

@@ -16,6 +16,7 @@ from stillframe.machine.board.clock import Clock
 from stillframe.machine.board.device_thread import DeviceThread
 from stillframe.machine.board.events import Events
 from stillframe.machine.board.serial_port import SerialPort
+from stillframe.machine.board.switching import QuickSwitching
 from stillframe.machine.board.vcpu import Vcpu
 
 _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked")
@@ -159,8 +160,9 @@ class RunControl:
             vcpu.park()
         for thread in self._threads:
             thread.pause()
-        while not self._is_still():
-            self._still.wait()
+        with QuickSwitching():
+            while not self._is_still():
+                self._still.wait()
 
     def _is_still(self) -> bool:
         return all(vcpu.parked for vcpu in self._vcpus) and all(

@@ -146,7 +146,7 @@ class Vcpu:
                 guest_state="running",
             )
         if self._engine_is_newer:
-            self._engine.bank.read(self.registers)
+            self._engine.read_registers(self.registers)
         level = self.registers.selectors[CS] & 3
         if level:
             raise MachineError(
@@ -228,7 +228,7 @@ class Vcpu:
     def _hand_over(self) -> bool:
         """The engine gets the registers; False if it cannot have them."""
         try:
-            self._engine.bank.write(self.registers)
+            self._engine.write_registers(self.registers)
         except UcError as error:
             self._park_wanted = True
             self._on_failure(f"vCPU {self.index}: its registers make no sense: {error}")

@@ -1,0 +1,154 @@
+"""The board as its own snapshot job sees it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from stillframe.errors import MachineError, RefusedError
+from stillframe.machine import Machine
+from stillframe.machine.board.inside import InsideMachine
+from stillframe.memory.ram_capture import RamCapture
+from stillframe.model import StoppedWrite
+from stillframe.snapshot.guard import NoGuard, guard_of
+from stillframe.snapshot.instant import take_instant
+from stillframe.snapshot.standstill import Standstill
+from stillframe.vmstate.devices import unpack_run_state
+from stillframe.vmstate.fields import StateDescription, u32
+from tests.unit.board.tiny import Tiny
+
+SPIN = "void _start(struct info *info, u64 cpu) { for (;;) results[cpu]++; }"
+SPILL_BYTES = 4 << 20
+
+
+@pytest.fixture
+def tiny() -> Iterator[Tiny]:
+    with Tiny(SPIN, vcpus=2) as tiny:
+        tiny.board.power_on()
+        tiny.until(lambda: all(tiny.results(2)))
+        yield tiny
+
+
+def stored_run_state(device_state: bytes) -> str:
+    """From the payload of the globalstate section, which follows its name and two numbers."""
+    name = b"\x0bglobalstate"
+    start = device_state.index(name) + len(name) + 8
+    payload = device_state[start : start + 104]
+    return unpack_run_state(int.from_bytes(payload[:4], "big"), payload[4:36])
+
+
+def test_what_it_tells(tiny: Tiny) -> None:
+    machine: Machine = InsideMachine(tiny.board)
+    assert machine.pid == os.getpid()
+    assert machine.process_alive()
+    assert machine.monitor_fd() is None
+    assert isinstance(guard_of(None), NoGuard)
+    record = machine.describe()
+    assert (record.machine_type, record.accelerator) == ("stillframe-board-1", "unicorn")
+    assert (record.vcpus, record.guest_state, record.disks) == (2, "running", ())
+    blocks = machine.ram_blocks()
+    assert [block.idstr for block in blocks] == ["board.ram", "board.vram"]
+    assert [place.gpa for place in machine.memory_map(blocks[1:])] == [0xE0000000]
+    signature = machine.blocks_signature()
+    assert machine.blocks_signature() == signature
+    tiny.board.plug_dimm(1 << 20)
+    assert machine.blocks_signature() != signature
+    machine.close()
+
+
+def test_blockers(tiny: Tiny) -> None:
+    machine = InsideMachine(tiny.board)
+    assert machine.preflight() == []
+    machine.refuse_unsavable()
+    tiny.board.add_migration_blocker("a device of another world")
+    [hindrance] = machine.preflight()
+    assert (hindrance.severity, hindrance.reason) == ("refuse", "a device of another world")
+    with pytest.raises(RefusedError, match="another world"):
+        machine.refuse_unsavable()
+    tiny.board.remove_migration_blocker("a device of another world")
+    assert machine.preflight() == []
+
+
+def test_what_is_stored_is_the_state_before_the_stop(tiny: Tiny) -> None:
+    machine = InsideMachine(tiny.board)
+    machine.stop()
+    assert machine.status() == "save-vm"
+    assert stored_run_state(machine.save_device_state()) == "running"
+    machine.cont()
+    assert machine.status() == "running"
+    tiny.board.stop()
+    machine.stop()
+    assert machine.status() == "paused"
+    assert stored_run_state(machine.save_device_state()) == "paused"
+    machine.cont()
+    assert machine.status() == "paused", "nobody asked for that"
+
+
+def test_who_stops_it_meanwhile_finds_it_stopped(tiny: Tiny) -> None:
+    machine = InsideMachine(tiny.board)
+    machine.stop()
+    tiny.board.stop()
+    machine.cont()
+    assert machine.status() == "paused"
+
+
+def test_a_running_guest_cannot_be_saved(tiny: Tiny) -> None:
+    with pytest.raises(MachineError, match="vCPU 0 runs"):
+        InsideMachine(tiny.board).save_device_state()
+
+
+class Meddler:
+    """A device that writes to guest RAM while its state is saved (invariant 8)."""
+
+    value = 7
+
+    def __init__(self, tiny: Tiny) -> None:
+        self.ram = tiny.board.rams[0]
+
+    def meddle(self) -> None:
+        self.ram.write(0xA00010, b"meddled")
+        self.ram.write(0xA03000, b"again")
+
+
+MEDDLER = StateDescription(
+    name="meddler",
+    version_id=1,
+    minimum_version_id=1,
+    fields=(u32("value"),),
+    pre_save=lambda device: device.meddle(),
+)
+
+
+def test_a_device_that_writes_ram_while_it_is_saved_is_caught(tiny: Tiny) -> None:
+    tiny.board.registry.register_device("meddler", MEDDLER, Meddler(tiny))
+    machine = InsideMachine(tiny.board)
+    protection = machine.open_userfaultfd()
+    capture = RamCapture(protection, machine.pid, machine.ram_blocks(), spill_bytes=SPILL_BYTES)
+    watch = machine.watch()
+    try:
+        capture.register()
+        capture.start()
+        capture.arm()
+        instant = take_instant(
+            machine, guard_of(machine.monitor_fd()), capture, Standstill(watch), run_state="running"
+        )
+    finally:
+        capture.release()
+        capture.close()
+        protection.close()
+        watch.close()
+    # In chunks of what protects it.
+    assert {write.idstr for write in instant.writes} == {"board.ram"}
+    for offset in (0xA00000, 0xA03000):
+        assert any(
+            write.offset_bytes <= offset < write.offset_bytes + write.length_bytes
+            for write in instant.writes
+        )
+    assert sum(write.length_bytes for write in instant.writes) <= 2 * 64 << 10
+    assert machine.status() == "running"
+    assert [event.name for event in watch.seen()] == ["STOP", "RESUME"]
+    assert instant.downtime.total_ms > 0
+    assert isinstance(instant.writes[0], StoppedWrite)
+    assert stored_run_state(instant.device_state) == "running"
