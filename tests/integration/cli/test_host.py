@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from guests.qemu import GuestVm
+from guests.qemu import GuestVm, qemu_binary
 from tests.integration.cli.program import (
     run,
 )
+from tests.support.ordinary_user import AS_NOBODY, OrdinaryUser, ordinary_user
 
 pytestmark = pytest.mark.qemu
+
+__all__ = ["ordinary_user"]
 
 
 def test_doctor(guest: GuestVm) -> None:
@@ -46,6 +52,38 @@ def test_ps(guest: GuestVm) -> None:
     text = run("ps").stdout.decode()
     assert text.splitlines()[0].split()[:2] == ["PID", "NAME"]
     assert str(guest.name) in text
+
+
+def test_ps_says_when_only_a_right_is_missing(ordinary_user: OrdinaryUser) -> None:
+    """An ordinary user's own QEMU: its RAM may be read, but userfaultfd may not be used."""
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("missing userfaultfd-denied: vm.unprivileged_userfaultfd is set")
+    home, name = ordinary_user.home, f"plain-{os.getpid()}"
+    command = [*AS_NOBODY, qemu_binary(), "-display", "none", "-serial", "null", "-S"]
+    command += ["-monitor", "none", "-accel", "tcg", "-m", "32", "-name", name]
+    command += ["-qmp", f"unix:{home}/qemu.qmp,server=on,wait=off"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while not (home / "qemu.qmp").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+        listed = json.loads(ordinary_user.run("ps", "--json").stdout)
+        (shown,) = (vm for vm in listed if vm["pid"] == process.pid)
+        assert shown["snapshotable"] is False
+        (reason,) = shown["reasons"]
+        assert reason.startswith("userfaultfd is not allowed here")
+        assert "run as root" in reason
+        done = ordinary_user.run("doctor", name, "--json")
+        assert done.returncode == 5
+        failed = [c["name"] for c in json.loads(done.stdout)["checks"] if c["status"] == "fail"]
+        assert failed == ["userfaultfd", "attach", "right"]
+        done = ordinary_user.run("take", name, "-o", home / "never.still")
+        assert done.returncode == 5
+        assert not (home / "never.still").exists()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _until(
