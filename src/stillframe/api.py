@@ -458,8 +458,8 @@ def build_guest(source: StrPath, output: StrPath) -> str:
 def start_board(
     guest: StrPath | None = None,
     *,
-    ram_bytes: int = 64 << 20,
-    vcpus: int = 1,
+    ram_bytes: int | None = None,
+    vcpus: int | None = None,
     name: str = "",
     qmp: StrPath | None = None,
     disk: StrPath | None = None,
@@ -476,10 +476,13 @@ def start_board(
     Args:
         guest: an ELF file (docs/design/board.md), or one of ``BOARD_GUESTS``; may be left out with
             ``incoming``, and is needed for a reset only then.
+        ram_bytes: 64 MiB if it is not said. vcpus: 1 if it is not said.
         name: in ``ps``; else as its guest.
         qmp: where its monitor listens; else in a private place, see ``RunningBoard.qmp``.
         disk: a raw file, which the guest may write to.
         incoming: a snapshot file, a file with a stream, or a migration URI, in place of a start.
+            A snapshot file also tells RAM, vCPUs, resolution, guest, name and command line, where
+            they are not said.
         display: recorded only: whoever wants the picture asks ``save_picture``.
         resolution: of the display, such as ``640x480``.
         serial: ``stdio``, ``none``, a file, or ``unix:PATH``.
@@ -492,6 +495,7 @@ def start_board(
         HostError: the extra ``board`` is not installed, or the host does not give what is needed.
         NotFoundError, DataError: the guest, or what is to come in, cannot be read.
     """
+    from stillframe.hosting.recorded import recorded_board
     from stillframe.hosting.running_board import RunningBoard as Running
     from stillframe.machine.board.board_command import parse_options
 
@@ -508,10 +512,12 @@ def start_board(
     }
     words = [] if guest is None else [os.fspath(guest)]
     words += [f"{option}={value}" for option, value in given.items() if value is not None]
+    source = None if incoming is None else os.fspath(incoming)
+    base = recorded_board(source) if source is not None else None
     return Running(
-        parse_options(words, cwd=str(Path.cwd())).board,
+        parse_options(words, cwd=str(Path.cwd()), base=base).board,
         qmp=None if qmp is None else os.fspath(qmp),
-        incoming=None if incoming is None else os.fspath(incoming),
+        incoming=source,
         paused=paused,
     )
 

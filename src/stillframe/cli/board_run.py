@@ -40,10 +40,8 @@ class GuestType(click.ParamType):  # type: ignore[type-arg]
 
 @click.command("run")
 @click.argument("guest", required=False, type=GuestType())
-@click.option("--ram", type=_RAM, default="64M", show_default=True, help="The guest's RAM.")
-@click.option(
-    "--cpus", type=click.IntRange(1, 8), default=1, show_default=True, help="Its processors."
-)
+@click.option("--ram", type=_RAM, help="The guest's RAM; 64M, or as in the snapshot.")
+@click.option("--cpus", type=click.IntRange(1, 8), help="Its processors; 1, or as in the snapshot.")
 @click.option("--name", default="", help="What the board is called; else as its guest.")
 @click.option(
     "--qmp", type=FILE, metavar="SOCKET", help="Where its monitor listens; else a private place."
@@ -81,8 +79,8 @@ class GuestType(click.ParamType):  # type: ignore[type-arg]
 def command(
     context: click.Context,
     guest: str | None,
-    ram: int,
-    cpus: int,
+    ram: int | None,
+    cpus: int | None,
     name: str,
     qmp: str | None,
     disk: str | None,

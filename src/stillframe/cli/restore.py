@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 @click.command("restore")
 @click.argument("file", type=FILE)
-@click.argument("qemu_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU ARGUMENTS]")
+@click.argument("qemu_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGUMENTS]")
 @click.option(
     "--qmp", "qmp_socket", type=FILE, metavar="SOCKET", help="Where its monitor is to listen."
 )
-@click.option("--program", metavar="QEMU", help="Another QEMU than the recorded one.")
+@click.option(
+    "--program", metavar="QEMU", help="Another QEMU than the recorded one; not for a board."
+)
 @click.option("--paused", is_flag=True, help="Do not let the guest run.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be started and touched.")
 @click.option(
@@ -44,8 +46,8 @@ def command(
 ) -> None:
     """Start a new VM from a snapshot, with the recorded command line.
 
-    Sockets, serial lines and disks are replaced by its own. QEMU ARGUMENTS take the place of
-    recorded options, or are added. Shows the new VM's pid and monitor once it runs.
+    Sockets, serial lines and disks are replaced by its own. ARGUMENTS, of QEMU or of 'board run',
+    take the place of recorded ones, or are added. Shows the new VM's pid and monitor once it runs.
     """
     from stillframe import api
 
@@ -136,6 +138,7 @@ def _plan_object(plan: RestorePlan) -> dict[str, object]:
                 "base_format": item.base_format,
                 "overlay": item.overlay,
                 "in_use": item.in_use,
+                "kind": item.kind,
             }
             for item in plan.overlays
         ],

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import stat
 import struct
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.machine.board.guests import guest_path
 from stillframe.qmp.client import QmpClient
 from tests.integration.cli.program import PROGRAM, run
 from tests.support.board_process import BoardProcess, ledger, transfers
 from tests.support.ledger_host import wait_for
 from tests.support.tiny_guest import IDLE, PANIC, RESET, write_guest
+from tests.unit.restore.recorded import machine, write_snapshot
 
 TEN_LINES = """
 #include "board.h"
@@ -314,12 +317,53 @@ def test_incoming_that_is_damaged(tmp_path: Path) -> None:
     assert done.returncode == 9
 
 
+def test_a_snapshot_brings_its_board_along(tmp_path: Path) -> None:
+    """RAM, vCPUs, guest and name; not its sockets and files."""
+    words = ("--ram", "20M", "--cpus", "2", "--resolution", "64x48", "--disk", tmp_path / "disk")
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    with ledger(*words, directory=tmp_path, name="source") as source:
+        assert run("take", source.pid, "-o", tmp_path / "a.still", "-q").returncode == 0
+    process = start(
+        "--incoming", tmp_path / "a.still", "--disk", tmp_path / "disk", stdin=subprocess.PIPE
+    )
+    try:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(b"stillframe: board source (process ")
+        listed = json.loads(run("ps", "--json").stdout)
+        (found,) = (vm for vm in listed if vm["pid"] == process.pid)
+        assert (found["name"], found["ram_bytes"]) == ("source", 20 << 20)
+        process.stdin.write(b"a\nq\n")
+        process.stdin.flush()
+        out, _ = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert b"AUDIT ok" in out
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_snapshot_of_something_else(tmp_path: Path) -> None:
+    path = write_snapshot(tmp_path / "a.still", machine(()))
+    done = run("board", "run", "--incoming", path)
+    assert done.returncode == 8
+    assert b"is no snapshot of a board" in done.stderr
+    assert b"stillframe restore" in done.stderr
+
+
 def test_incoming_without_its_guest(tmp_path: Path) -> None:
     """The guest is in the stream; its file is for a reset only."""
-    with ledger("--ram", "16M", directory=tmp_path, name="source") as source:
+    guest = tmp_path / "own.elf"
+    shutil.copy(guest_path("ledger"), guest)
+    options = "rate=20 tick_ms=100"
+    words = (guest, "--ram", "16M", "--append", options)
+    with BoardProcess(*words, directory=tmp_path, name="source") as source:
+        console = source.console
+        console.wait("tick")
         assert run("take", source.pid, "-o", tmp_path / "a.still", "-q").returncode == 0
         instant = source.transfers()
-    words = ("--ram", "16M", "--incoming", tmp_path / "a.still", "--paused")
+    guest.unlink()
+    words = ("--incoming", tmp_path / "a.still", "--paused")
     with BoardProcess(*words, directory=tmp_path, name="copy") as copy:
         console = copy.console
         with QmpClient.connect(str(copy.qmp)) as qmp:
