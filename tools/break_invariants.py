@@ -23,6 +23,7 @@ TEST_TIMEOUT_S = 300
 CORE = "src/stillframe/memory/_capture.pyx"
 TAKE = "tests/integration/test_take.py"
 PROCESS = "tests/integration/test_capture_process.py"
+OWN = "tests/integration/test_own_memory.py"
 FAULTS = "tests/fault/test_fault_points.py"
 
 
@@ -61,6 +62,23 @@ MUTATIONS = (
         "won = mask & ~sf_fetch_or(&b.claim[word], mask)",
         "won = mask | (0 & sf_fetch_or(&b.claim[word], mask))",
         ("tests/property", f"{TAKE}::test_numbers_add_up"),
+    ),
+    Mutation(
+        "un-protected-before-the-copy",
+        2,
+        CORE,
+        "            self._window(b, page, &first, &pages)\n",
+        "            self._unprotect(b, page, 1, True)\n"
+        "            self._window(b, page, &first, &pages)\n",
+        (f"{OWN}::test_never_torn_in_our_own_process",),
+    ),
+    Mutation(
+        "kernel-writes-left-to-fail",
+        7,
+        "src/stillframe/memory/_guest_memory_sys.h",
+        "if (n < 0 && errno == EFAULT) {",
+        "if (0) {",
+        (f"{OWN}::test_the_kernel_reads_into_protected_ram",),
     ),
     Mutation(
         "guard-never-armed",

@@ -199,6 +199,19 @@ def test_releases_race_with_the_faults_of_many_threads() -> None:
         assert all(moves(writer) for writer in writers)
 
 
+@each_kind
+def test_whoever_waits_for_a_page_is_woken_when_it_is_free(kind: ProtectionKind) -> None:
+    """Else a thread would only go on when its patience ends (a second, with mprotect)."""
+    with blocks(16 * MIB) as (ram,), capturing(kind, [ram]) as capture:
+        ram.touch(0, 16 * MIB)
+        capture.arm()
+        capture.instant()
+        began = time.monotonic()
+        write_words(ram, range(0, 16 * MIB, 4 * CHUNK), 1)
+        assert time.monotonic() - began < 10
+        assert capture.statistics()["faults"] == 16 * MIB // (4 * CHUNK)
+
+
 # --- writes by the kernel ---------------------------------------------------------------------
 
 
@@ -371,6 +384,17 @@ def test_scattered_writes_stay_within_the_limit_of_mappings() -> None:
         assert ram_bytes // chunk <= maps < 25000
         assert len(capture.take_written()) == ram_bytes // chunk // 2
         capture.check()
+
+
+def test_a_small_block_beside_a_large_one_ends_where_it_is_mapped() -> None:
+    """The large one wants chunks for which the small one has no room at its end."""
+    with blocks(2048 * MIB, 3 * PAGE, CHUNK) as rams, capturing("mprotect", rams) as capture:
+        large, small = capture._blocks[0], capture._blocks[1]
+        assert large.page_size_bytes > small.page_size_bytes == CHUNK
+        capture.arm()
+        for ram in rams:
+            write_words(ram, [0], 1)
+        assert capture.take_written() == [(0, 0, 2 * CHUNK // PAGE), (1, 0, 3), (2, 0, 16)]
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,8 @@ def test_a_forked_child_is_on_its_own() -> None:
 
 def test_more_mappings_than_the_kernel_allows_fail_the_capture_only() -> None:
     survives("too_many_mappings")
+
+
+def test_threads_that_fault_while_their_range_is_given_up_go_on() -> None:
+    """A fault on its way to the handler, of a range that is no more, is nobody's error."""
+    survives("given_up_at_once")

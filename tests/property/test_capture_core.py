@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +26,14 @@ SECTION_ID = 2
 _COMMON = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
+
+Kind = Literal["userfaultfd", "mprotect"]
+each_kind = pytest.mark.parametrize("kind", ["userfaultfd", "mprotect"])
+
+
+def require(kind: Kind) -> None:
+    if kind == "userfaultfd":
+        has_uffd_wp().require()
 
 
 def make_block(name: str, pages: int, seed: int, page_bytes: int = PAGE) -> OracleBlock:
@@ -132,13 +141,14 @@ def test_the_limits_of_a_slab() -> None:
     assert_same(batches(core), swept(blocks, HUGE))
 
 
+@each_kind
 @pytest.mark.parametrize("step", [1, 2])
-def test_the_limits_of_a_slab_of_faults(step: int) -> None:
-    has_uffd_wp().require()
+def test_the_limits_of_a_slab_of_faults(kind: Kind, step: int) -> None:
+    require(kind)
     blocks = limits()[::2]
     own = [OwnBlock(block) for block in blocks]
     oracle = CaptureOracle(blocks, slab_bytes=MIB, max_window_bytes=PAGE)
-    with protected(own, slab_bytes=MIB, max_window_bytes=PAGE) as core:
+    with protected(own, slab_bytes=MIB, max_window_bytes=PAGE, kind=kind) as core:
         for index, block in enumerate(own):
             for page in range(0, block.oracle.pages, step):
                 block.write(page, 0xEE)
@@ -207,16 +217,17 @@ def fault_sequences(draw: st.DrawFn) -> tuple[list[OracleBlock], list[tuple[int,
     return blocks, faults
 
 
+@each_kind
 @settings(_COMMON, max_examples=40)
 @given(fault_sequences(), st.sampled_from([PAGE, 64 << 10, MIB]))
 def test_faults_take_the_same_windows_and_slabs(
-    case: tuple[list[OracleBlock], list[tuple[int, int]]], window_bytes: int
+    kind: Kind, case: tuple[list[OracleBlock], list[tuple[int, int]]], window_bytes: int
 ) -> None:
-    has_uffd_wp().require()
+    require(kind)
     blocks, faults = case
     oracle = CaptureOracle(blocks, slab_bytes=MIB, max_window_bytes=window_bytes)
     own = [OwnBlock(block) for block in blocks]
-    with protected(own, slab_bytes=MIB, max_window_bytes=window_bytes) as core:
+    with protected(own, slab_bytes=MIB, max_window_bytes=window_bytes, kind=kind) as core:
         for index, page in faults:
             own[index].write(page, 0xEE)
             oracle.fault(index, page)
@@ -234,6 +245,7 @@ def test_faults_take_the_same_windows_and_slabs(
     assert numbers["lost"] is None
 
 
+@each_kind
 @settings(_COMMON, max_examples=15)
 @given(
     small_blocks(),
@@ -242,14 +254,18 @@ def test_faults_take_the_same_windows_and_slabs(
     st.integers(0, 1 << 30),
 )
 def test_each_page_exactly_once_under_races(
-    blocks: list[OracleBlock], workers: int, spill_slabs: int, seed: int
+    kind: Kind, blocks: list[OracleBlock], workers: int, spill_slabs: int, seed: int
 ) -> None:
     """Several workers and writers at once: every page once, as it was at the instant."""
-    has_uffd_wp().require()
+    require(kind)
     own = [OwnBlock(block) for block in blocks]
     found: list[tuple[bytes, bytes]] = []
     with protected(
-        own, slab_bytes=256 << 10, max_window_bytes=64 << 10, spill_slabs=spill_slabs
+        own,
+        slab_bytes=256 << 10,
+        max_window_bytes=64 << 10,
+        spill_slabs=spill_slabs,
+        kind=kind,
     ) as core:
 
         def write(salt: int) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -22,8 +22,9 @@ from stillframe.errors import HostError
 from stillframe.memory import _capture, ram_capture
 from stillframe.memory.guest_ram import GuestRam
 from stillframe.memory.ram_capture import RamCapture
+from stillframe.memory.signal_protection import SignalProtection
 from tests.support.native_build import build
-from tests.support.own_writer import capturing, write_words
+from tests.support.own_writer import OwnWriter, capturing, write_words
 
 PAGE = 4096
 MIB = 1 << 20
@@ -201,6 +202,26 @@ def too_many_mappings(_: str) -> None:
         assert not thread.is_alive()
 
 
+def given_up_at_once(_: str) -> None:
+    """Threads fault in a range that nobody serves: the end of its protection lets them go on,
+    wherever they are on their way to the handler."""
+    libc = ctypes.CDLL(None)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    with ExitStack() as stack:
+        rams = [GuestRam(f"ram{n}", 16 * PAGE) for n in range(4)]
+        writers = [stack.enter_context(OwnWriter(ram)) for ram in rams]
+        for _ in range(15000):
+            protection = SignalProtection()
+            for ram in rams:
+                protection.register(ram.hva, 16 * PAGE)
+                assert libc.mprotect(ram.hva, 16 * PAGE, mmap.PROT_READ) == 0
+            protection.close()
+        for writer in writers:
+            before = writer.pages
+            while writer.pages == before:
+                time.sleep(0.001)
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -216,6 +237,7 @@ SCENARIOS = {
         holding_the_gil,
         forked_child,
         too_many_mappings,
+        given_up_at_once,
     )
 }
 

@@ -8,10 +8,11 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from stillframe.memory import _capture
 from stillframe.memory.capture_oracle import OracleBlock
-from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.memory.own_protection import WriteProtection, open_own_protection
 
 
 class OwnBlock:
@@ -56,18 +57,19 @@ def core_for(
     slab_bytes: int,
     max_window_bytes: int,
     spill_slabs: int = 64,
-    uffd: int = -1,
+    protection: WriteProtection | None = None,
     stop_fd: int = -1,
 ) -> _capture.Capture:
     """The native core over these blocks, with their population told to it."""
     core = _capture.Capture(
-        uffd,
+        protection.fileno() if protection is not None else -1,
         stop_fd,
         os.getpid(),
         [block.for_core() for block in blocks],
         slab_bytes=slab_bytes,
         spill_slabs=spill_slabs,
         max_window_bytes=max_window_bytes,
+        by_signal=protection is not None and protection.kind == "mprotect",
     )
     core.grow_spill(spill_slabs)
     core.set_section_id(2)
@@ -79,22 +81,27 @@ def core_for(
 
 @contextlib.contextmanager
 def protected(
-    blocks: Sequence[OwnBlock], *, slab_bytes: int, max_window_bytes: int, spill_slabs: int = 64
+    blocks: Sequence[OwnBlock],
+    *,
+    slab_bytes: int,
+    max_window_bytes: int,
+    spill_slabs: int = 64,
+    kind: Literal["userfaultfd", "mprotect"] = "userfaultfd",
 ) -> Iterator[_capture.Capture]:
     """As ``core_for``, protected, active, and with its fault thread running."""
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    with Userfaultfd.for_this_process() as uffd:
-        uffd.handshake()
+    protection = open_own_protection(kind)
+    try:
         core = core_for(
             blocks,
             slab_bytes=slab_bytes,
             max_window_bytes=max_window_bytes,
             spill_slabs=spill_slabs,
-            uffd=uffd.fileno(),
+            protection=protection,
             stop_fd=stop_fd,
         )
         for index, block in enumerate(blocks):
-            uffd.register(block.hva, len(block.oracle.content))
+            protection.register(block.hva, len(block.oracle.content))
             assert core.protect(index, 0, block.oracle.pages) == 0
         core.set_phase(_capture.PHASE_ACTIVE)
         thread = threading.Thread(target=core.fault_loop, daemon=True)
@@ -105,7 +112,9 @@ def protected(
             core.set_phase(_capture.PHASE_RELEASE)
             os.eventfd_write(stop_fd, 1)
             thread.join()
-    os.close(stop_fd)
+    finally:
+        protection.close()
+        os.close(stop_fd)
 
 
 def end_of_faults(core: _capture.Capture, blocks: Sequence[OwnBlock]) -> None:
