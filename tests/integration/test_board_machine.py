@@ -135,6 +135,33 @@ def test_vcpus_wake_each_other_and_share_lock_units() -> None:
         assert tiny.results(2) == (4 * 2000, 4 * 200)
 
 
+def test_an_interrupt_right_before_hlt_is_not_slept_through() -> None:
+    source = """
+        static HANDLER void wake(struct frame *frame) { results[0]++; }
+        void _start(struct info *info, u64 cpu)
+        {
+            load_table(); line_on(3, wake);
+            results[1] = 1;
+            __asm__ volatile("sti; hlt; cli");
+            results[2] = 1;
+            power_off(results[0]);
+        }"""
+    with Tiny(source) as tiny:
+        tiny.board.power_on()
+        vcpu = tiny.board.hardware.vcpus[0]
+        tiny.until(lambda: vcpu.registers.halted == 1)
+        tiny.board.stop()
+        # As if it had been stopped between the two: hlt is yet to come, and the interrupt too.
+        vcpu.registers.before_save()
+        vcpu.registers.halted = 0
+        vcpu.registers.eip -= 1
+        vcpu.registers.after_load()
+        with tiny.board.lock:
+            vcpu.lines.raise_line(3)
+        tiny.board.cont()
+        assert tiny.ended() == 1
+
+
 _EXCEPTIONS = """
     static HANDLER void plain(struct frame *frame)
     {
@@ -220,10 +247,20 @@ def test_panic_port_and_reset_afterwards() -> None:
 
 def test_a_guest_resets_itself() -> None:
     source = """
+        static __attribute__((noinline)) u64 version(void)
+        {
+            u64 value;
+            __asm__ volatile(".globl patched; mov $1, %0; patched:" : "=r"(value));
+            return value;
+        }
+        extern u8 patched[];
         void _start(struct info *info, u64 cpu)
         {
             if (cpu) for (;;) results[20]++;
             if (results[0]++ == 9) power_off(9);
+            if (in32(0x5a0) || version() != 1) power_off(100);
+            *(volatile u32 *)(patched - 4) = 2;        /* the guest changes its own code ... */
+            if (version() != 2) power_off(101);        /* ... and the next one has it as it was */
             out32(0x5a0, 0xff);
             out32(0x564, 1);
             results[1]++;
@@ -503,6 +540,7 @@ def test_stopping_at_random_moments_keeps_every_instruction() -> None:
             pause.wait(choose.random() * 0.004)
             tiny.board.stop()
             assert tiny.board.run_state == "paused"
+            assert all(vcpu.parked for vcpu in tiny.board.hardware.vcpus)
             stopped = tiny.results(4)
             assert stopped[:2] == (0, 0)
             assert tiny.results(4) == stopped, "it runs while it is stopped"
@@ -532,14 +570,14 @@ def test_nothing_happens_while_it_is_stopped() -> None:
         tiny.until(lambda: tiny.results(1)[0] >= 5)
         tiny.board.stop()
         count, clock_ns = tiny.results(2)
-        threading.Event().wait(0.1)
+        threading.Event().wait(0.5)
         assert tiny.results(2) == (count, clock_ns)
         tiny.board.cont()
         tiny.until(lambda: tiny.results(1)[0] >= count + 3)
         tiny.board.stop()
         later, later_ns = tiny.results(2)
-        # the tenth of a second did not pass for the guest
-        assert later_ns - clock_ns < 90_000_000 + (later - count) * 1_000_000
+        # half a second did not pass for the guest
+        assert later - count < 300
         assert abs((later_ns - clock_ns) // 1_000_000 - (later - count)) <= 2
 
 

@@ -225,3 +225,13 @@ def test_nobody_at_the_other_end() -> None:
     for byte in b"gone":
         uart.write_port(DATA, 1, byte, 0)
     assert uart.read_port(LSR, 1, 0) == 0x60
+
+
+def test_a_cause_that_stays_interrupts_once(driver: Driver) -> None:
+    driver[IER] = 1
+    driver.uart.receive(b"a")
+    assert driver.interrupted()
+    driver[SCR] = 1
+    assert driver[LSR] & 1
+    driver[MCR] = 0x0B
+    assert not driver.interrupted()

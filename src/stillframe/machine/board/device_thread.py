@@ -20,8 +20,8 @@ class Worker(Protocol):
     """A device with work for a thread."""
 
     def next_work(self, *, running: bool) -> Work | None:
-        """The next piece, or None. With the board lock held; the piece must not touch the
-        device's state but in its ``Finish``.
+        """The next piece, or None. With the board lock held; asking changes nothing, and the
+        piece must not touch the device's state but in its ``Finish``.
 
         Args:
             running: False while the board stops: only what must be put away.
