@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 
@@ -137,9 +138,9 @@ class Board:
                 self._blockers.remove(reason)
 
     def blocked_reasons(self) -> list[str]:
-        """Why the board cannot be saved now; empty if it can."""
-        with self.lock:
-            return list(self._blockers)
+        """Why the board cannot be saved now; empty if it can. Without the board lock, which may
+        be held for as long as a snapshot's destination is stuck."""
+        return list(self._blockers)
 
     # Starting
 
@@ -213,6 +214,8 @@ class Board:
 
     def _start_threads(self) -> None:
         self._threads_started = True
+        # Unicorn frees its engines at the interpreter's end, also those that run.
+        atexit.register(self.close)
         self._requests.start_thread()
         self.hardware.start_threads()
 
@@ -324,6 +327,7 @@ class Board:
             self._control.end()
             self.hardware.end_threads()
         self.hardware.close()
+        atexit.unregister(self.close)
         self._torn_down.set()
         self._ended.set()
 
