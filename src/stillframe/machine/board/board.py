@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import threading
 
 from stillframe.errors import MachineError, UsageError
 from stillframe.machine.board.clock import Clock
 from stillframe.machine.board.config import BoardConfig
-from stillframe.machine.board.elf import Guest, read_guest
 from stillframe.machine.board.events import Events, Listener
 from stillframe.machine.board.guest_requests import GuestRequests
 from stillframe.machine.board.hardware import Hardware
-from stillframe.machine.board.layout import SECTOR_BYTES, STACK_BYTES
-from stillframe.machine.board.power import NOTHING, PANIC, POWER_OFF, RESET
+from stillframe.machine.board.layout import SECTOR_BYTES
+from stillframe.machine.board.life import Life
+from stillframe.machine.board.power import NOTHING
 from stillframe.machine.board.run_control import RunControl
 from stillframe.machine.board.screenshot import Picture
 from stillframe.memory.guest_ram import GuestRam
 from stillframe.model import GpaRange, RamBlock
 from stillframe.vmstate.global_state import GLOBAL_STATE, GlobalState
 from stillframe.vmstate.save_state import SaveStateRegistry, StateSaver
-
-PANIC_STATUS = 134
-"""Exit status of a guest that panicked: that of a process which aborted."""
-FAILURE_STATUS = 70
-"""Exit status of a board that failed: that of ``InternalError``."""
-
-logger = logging.getLogger(__name__)
 
 
 class Board:
@@ -50,15 +42,12 @@ class Board:
         self.config = config
         self.name = config.name
         self.lock = threading.RLock()
-        self.exit_status: int | None = None
         self._events = Events()
         self._blockers: list[str] = []
-        self._ended = threading.Event()
         self._torn_down = threading.Event()
         self._quit_began = False
         self._starts_when_loaded = False
         self._threads_started = False
-        self._guest: Guest | None = None
         clock = Clock()
         self._control = RunControl(self.lock, clock, self._events, may_run=self._may_run)
         self.hardware = Hardware(
@@ -70,8 +59,9 @@ class Board:
         )
         hardware = self.hardware
         self._control.control(hardware.vcpus, hardware.threads, hardware.serial, hardware.alarm)
+        self._life = Life(config, hardware, self._control, self._events)
         self._requests = GuestRequests(
-            self._control, hardware.power, hardware.vcpus, self._serve_request, self._tear_down
+            self._control, hardware.power, hardware.vcpus, self._life.serve, self._tear_down
         )
         self.registry = SaveStateRegistry()
         self.global_state = GlobalState(lambda: self._control.state_to_store)
@@ -89,6 +79,11 @@ class Board:
     def run_state(self) -> str:
         """In QEMU's words: prelaunch, running, paused, inmigrate, shutdown, ..."""
         return self._control.state
+
+    @property
+    def exit_status(self) -> int | None:
+        """Of a guest that has ended: its own, or 134 if it panicked, or 70 if the board failed."""
+        return self._life.exit_status
 
     @property
     def rams(self) -> tuple[GuestRam, ...]:
@@ -156,10 +151,9 @@ class Board:
         """
         with self.lock:
             self._check_new()
-            if self.config.guest_path is None:
+            if not self._life.read_guest():
                 raise UsageError("the board has no guest to start")
-            self._guest = self._read_guest(self.config.guest_path)
-            self.hardware.boot(self._guest, fresh=True)
+            self._life.begin()
             self._start_threads()
             if not paused:
                 self.cont()
@@ -179,8 +173,7 @@ class Board:
         """
         with self.lock:
             self._check_new()
-            if self.config.guest_path is not None:
-                self._guest = self._read_guest(self.config.guest_path)
+            self._life.read_guest()
             self.hardware.block.inactivate()
             self._start_threads()
             self._starts_when_loaded = not paused
@@ -208,9 +201,6 @@ class Board:
     def _check_new(self) -> None:
         if self._threads_started:
             raise UsageError(f"the board was started before, it is '{self.run_state}'")
-
-    def _read_guest(self, path: str) -> Guest:
-        return read_guest(path, end_gpa=self.config.ram_bytes - self.config.vcpus * STACK_BYTES)
 
     def _start_threads(self) -> None:
         self._threads_started = True
@@ -262,7 +252,7 @@ class Board:
             MachineError: the board was quit.
         """
         with self._control.standing_still():
-            self._reset(guest_asked=False)
+            self._life.begin_again(guest_asked=False)
 
     def powerdown(self) -> None:
         """Press the power button; the guest may do about it what it likes."""
@@ -329,7 +319,7 @@ class Board:
         self.hardware.close()
         atexit.unregister(self.close)
         self._torn_down.set()
-        self._ended.set()
+        self._life.ended.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the guest has powered off or panicked, or the board failed or was quit; of one
@@ -340,7 +330,7 @@ class Board:
         """
         if self._quit_began:
             return self._torn_down.wait(timeout_s)
-        return self._ended.wait(timeout_s)
+        return self._life.ended.wait(timeout_s)
 
     # What the guest asks for
 
@@ -349,38 +339,3 @@ class Board:
 
     def _asked(self) -> None:
         self._requests.asked()
-
-    def _serve_request(self, request: int) -> None:
-        power = self.hardware.power
-        if request == RESET:
-            self._reset(guest_asked=True)
-        elif request == POWER_OFF:
-            self._events.tell("SHUTDOWN", guest=True, reason="guest-shutdown")
-            self._end("shutdown", power.status)
-        elif request == PANIC:
-            logger.error("%s: the guest panicked: %s", self.name, power.reason)
-            self._events.tell("GUEST_PANICKED", action="pause")
-            self._end("guest-panicked", PANIC_STATUS)
-        else:
-            logger.error("%s: the board failed: %s", self.name, power.reason)
-            self._end("internal-error", FAILURE_STATUS)
-
-    def _end(self, state: str, exit_status: int) -> None:
-        self._control.set_state(state)
-        self._events.tell("STOP")
-        self.exit_status = exit_status
-        self._ended.set()
-
-    def _reset(self, *, guest_asked: bool) -> None:
-        reason = "guest-reset" if guest_asked else "host-qmp-system-reset"
-        if self._guest is None:
-            logger.error("%s: there is no guest to start again", self.name)
-            self._events.tell("SHUTDOWN", guest=guest_asked, reason=reason)
-            self._end("shutdown", FAILURE_STATUS)
-            return
-        self.hardware.boot(self._guest, fresh=False)
-        if self.run_state not in ("running", "inmigrate", "finish-migrate"):
-            self._control.set_state("prelaunch")
-        self.exit_status = None
-        self._ended.clear()
-        self._events.tell("RESET", guest=guest_asked, reason=reason)
