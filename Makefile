@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Paths to the checkout only: what is imported must be what was installed.
 export PYTHONPATH =
 
-.PHONY: demo demo-qemu test lint check soak break-invariants bench clean
+.PHONY: demo demo-qemu test lint check soak break-invariants bench bench-board clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/stillframe demo
@@ -35,6 +35,9 @@ break-invariants: $(VENV)/test.installed
 
 bench: $(VENV)/demo-qemu.installed
 	$(BIN)/python -m bench.compare $(BENCH_ARGUMENTS)
+
+bench-board: $(VENV)/test.installed
+	$(BIN)/python -m bench.board --ram 256,2048 $(BENCH_ARGUMENTS)
 
 SOURCES = pyproject.toml CMakeLists.txt $(shell find src -name '*.py' -o -name '*.pyx' -o -name '*.[chS]' -o -name 'board.*')
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
 import shlex
 import sys
 import tempfile
@@ -20,6 +18,7 @@ from typing import Any
 import msgspec
 
 from bench.case import Case, CaseResult, run_case
+from bench.host import host_facts, numbers
 from bench.methods import Method, qemu_background, stop_and_save, take
 from bench.table import case_table
 from bench.targets import targets_text
@@ -30,15 +29,11 @@ _DEFAULT_METHODS = "take,take-none,qemu,stop"
 _LEFT_TO_THE_GUEST_MIB = {"linux": 96, "multiboot": 16}
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     add = parser.add_argument
-    add("--ram", type=_numbers, default=[256, 1024], help="MiB of RAM, a list with commas")
-    add("--rate", type=_numbers, default=[20], help="MiB/s written, a list; 0 is full speed")
+    add("--ram", type=numbers, default=[256, 1024], help="MiB of RAM, a list with commas")
+    add("--rate", type=numbers, default=[20], help="MiB/s written, a list; 0 is full speed")
     add("--mem", type=int, default=64, help="MiB that are written over and over (working set)")
     add("--populate", default="75%", help="MiB filled once and left alone, or a part of RAM")
     add("--fill", default="random", help="with what: random, text, zero; a list")
@@ -77,16 +72,6 @@ def _methods(options: argparse.Namespace) -> dict[str, Method]:
     return {name: known[name] for name in options.methods.split(",")}
 
 
-def _host() -> dict[str, Any]:
-    return {
-        "kernel": platform.release(),
-        "processors": len(os.sched_getaffinity(0)),
-        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
-        "python": platform.python_version(),
-        "load_average": os.getloadavg(),
-    }
-
-
 def _cases(options: argparse.Namespace) -> list[Case]:
     return [
         Case(
@@ -117,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     report: dict[str, Any] = {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bench.compare", *(arguments or sys.argv[1:])]),
-        "host": _host(),
+        "host": host_facts(),
         "peer": PEER,
         "cases": [],
     }

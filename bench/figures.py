@@ -89,10 +89,12 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 NUMBERS = tuple(name for name in Figures.__struct_fields__ if name != "own")
 
 
-def spreads(repetitions: Sequence[Figures]) -> dict[str, Spread]:
+def spreads(
+    repetitions: Sequence[msgspec.Struct], names: Sequence[str] = NUMBERS
+) -> dict[str, Spread]:
     """By the figure's name; figures that a method does not have are left out."""
     result: dict[str, Spread] = {}
-    for name in NUMBERS:
+    for name in names:
         values = [float(v) for r in repetitions if (v := getattr(r, name)) is not None]
         if values:
             result[name] = Spread(
@@ -113,10 +115,12 @@ _COMPARED = (
 )
 
 
-def ratios(ours: dict[str, Spread], theirs: dict[str, Spread]) -> dict[str, float]:
+def ratios(
+    ours: dict[str, Spread], theirs: dict[str, Spread], names: Sequence[str] = _COMPARED
+) -> dict[str, float]:
     """Ours over theirs, of medians, where a ratio says something; not of figures that are 0."""
     return {
         name: ours[name].median / theirs[name].median
-        for name in _COMPARED
+        for name in names
         if name in ours and name in theirs and theirs[name].median
     }

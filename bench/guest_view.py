@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -26,7 +27,32 @@ class GuestView(msgspec.Struct, frozen=True, kw_only=True):
     gaps_over_1ms: int
 
 
-def _pages_at(ticks: Sequence[Tick], moment_s: float) -> float:
+class PageCount(Protocol):
+    """A tick of a guest that counts the pages it has written."""
+
+    @property
+    def received_s(self) -> float: ...
+
+    @property
+    def pages(self) -> int: ...
+
+    @property
+    def gap_us(self) -> int: ...
+
+
+AnyTick = TypeVar("AnyTick", bound=PageCount)
+
+
+def pages_per_s(ticks: Sequence[PageCount], from_s: float, to_s: float) -> float:
+    """How fast the guest wrote between two moments of our monotonic clock.
+
+    Raises:
+        MachineError: the ticks do not cover it.
+    """
+    return (_pages_at(ticks, to_s) - _pages_at(ticks, from_s)) / (to_s - from_s)
+
+
+def _pages_at(ticks: Sequence[PageCount], moment_s: float) -> float:
     """Pages written up to a moment, interpolated between two ticks."""
     after = bisect.bisect_left(ticks, moment_s, key=lambda tick: tick.received_s)
     if after == 0 or after == len(ticks):
@@ -36,20 +62,24 @@ def _pages_at(ticks: Sequence[Tick], moment_s: float) -> float:
     return one.pages + share * (two.pages - one.pages)
 
 
+def ticks_about(ticks: Sequence[AnyTick], from_s: float, to_s: float) -> Sequence[AnyTick]:
+    """The ticks that tell of the gaps between two moments."""
+    first = bisect.bisect_left(ticks, from_s, key=lambda tick: tick.received_s)
+    last = bisect.bisect_left(ticks, to_s, key=lambda tick: tick.received_s)
+    # The tick after the end is the first that can tell of a gap that ended within the stretch.
+    return ticks[first : last + 1]
+
+
 def guest_view(ticks: Sequence[Tick], from_s: float, to_s: float) -> GuestView:
     """The stretch between two moments of our monotonic clock.
 
     Raises:
         MachineError: the ticks do not cover it.
     """
-    pages = _pages_at(ticks, to_s) - _pages_at(ticks, from_s)
-    first = bisect.bisect_left(ticks, from_s, key=lambda tick: tick.received_s)
-    last = bisect.bisect_left(ticks, to_s, key=lambda tick: tick.received_s)
-    # The tick after the end is the first that can tell of a gap that ended within the stretch.
-    inside = ticks[first : last + 1]
+    inside = ticks_about(ticks, from_s, to_s)
     return GuestView(
         seconds=to_s - from_s,
-        pages_per_s=pages / (to_s - from_s),
+        pages_per_s=pages_per_s(ticks, from_s, to_s),
         gap_max_ms=max(tick.gap_us for tick in inside) / 1e3,
         gaps_over_1ms=max(0, inside[-1].over_1ms - inside[0].over_1ms),
     )

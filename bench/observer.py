@@ -1,7 +1,8 @@
 """A QMP connection of the benchmark's own: it watches the VM while others use the first monitor.
 
-Independent of ``stillframe.qmp``, so that our own code is not timed with itself. QEMU sends every
-event to every monitor, with the host's wall clock in it (QEMU ``qapi/qapi-schema``: events).
+Independent of ``stillframe.qmp``, so that our own code is not timed with itself. QEMU, like the
+board, sends every event to every monitor, with the host's wall clock in it (QEMU
+``qapi/qapi-schema``: events).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from stillframe.errors import MachineError
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """An event of QEMU. ``sent_s``: QEMU's wall clock; ``received_s``: our monotonic clock."""
+    """An event of the VM. ``sent_s``: its wall clock; ``received_s``: our monotonic clock."""
 
     name: str
     sent_s: float
     received_s: float
+    data: dict[str, Any] = {}
 
 
 class Observer:
@@ -63,7 +66,14 @@ class Observer:
             if "event" in message:
                 stamp = message["timestamp"]
                 sent_s = stamp["seconds"] + stamp["microseconds"] / 1e6
-                self._events.append(Event(name=message["event"], sent_s=sent_s, received_s=now_s))
+                self._events.append(
+                    Event(
+                        name=message["event"],
+                        sent_s=sent_s,
+                        received_s=now_s,
+                        data=message.get("data", {}),
+                    )
+                )
             elif "QMP" not in message:
                 self._answers.append(message)
             self._news.notify_all()
@@ -72,7 +82,7 @@ class Observer:
         """Give a command and wait for its answer; one at a time.
 
         Raises:
-            MachineError: QEMU refused it, did not answer in time, or went away.
+            MachineError: the VM refused it, did not answer in time, or went away.
         """
         request = {"execute": command} | ({"arguments": arguments} if arguments else {})
         with self._news:
@@ -82,12 +92,12 @@ class Observer:
             except OSError as error:
                 raise MachineError(f"cannot send {command}", why=error.strerror) from error
             if not self._news.wait_for(lambda: self._answers or self._closed, self._timeout_s):
-                raise MachineError(f"QEMU did not answer {command} in {self._timeout_s:g} s")
+                raise MachineError(f"the VM did not answer {command} in {self._timeout_s:g} s")
             if not self._answers:
-                raise MachineError(f"QEMU went away during {command}")
+                raise MachineError(f"the VM went away during {command}")
             answer = self._answers.pop(0)
         if "error" in answer:
-            raise MachineError(f"QEMU refused {command}", why=answer["error"].get("desc"))
+            raise MachineError(f"the VM refused {command}", why=answer["error"].get("desc"))
         return answer["return"]
 
     def mark(self) -> int:
@@ -100,8 +110,13 @@ class Observer:
         with self._news:
             return self._events[since:]
 
-    def wait_event(self, name: str, since: int, timeout_s: float) -> Event:
+    def wait_event(
+        self, name: str, since: int, timeout_s: float, *, status: Collection[str] = ()
+    ) -> Event:
         """The first event of that name after a mark.
+
+        Args:
+            status: only with one of these states in its data.
 
         Raises:
             MachineError: it did not come in time.
@@ -109,13 +124,17 @@ class Observer:
         found: list[Event] = []
 
         def come() -> bool:
-            found.extend(event for event in self._events[since:] if event.name == name)
+            found.extend(
+                event
+                for event in self._events[since:]
+                if event.name == name and (not status or event.data.get("status") in status)
+            )
             return bool(found) or self._closed
 
         with self._news:
             self._news.wait_for(come, timeout_s)
         if not found:
-            raise MachineError(f"QEMU sent no {name} within {timeout_s:g} s")
+            raise MachineError(f"the VM sent no {name} within {timeout_s:g} s")
         return found[0]
 
     def close(self) -> None:
@@ -127,7 +146,7 @@ class Observer:
 
 
 def stopped_ms(events: list[Event]) -> float | None:
-    """Time between STOP and RESUME by QEMU's clock, summed over all such pairs; None if none."""
+    """Time between STOP and RESUME by the VM's clock, summed over all such pairs; None if none."""
     total_s: float | None = None
     stop_s: float | None = None
     for event in events:

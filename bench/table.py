@@ -25,7 +25,8 @@ _LINES = (
 )
 
 
-def _spread_text(spread: Spread | None, factor: float, digits: int) -> str:
+def spread_text(spread: Spread | None, factor: float, digits: int) -> str:
+    """``median [least greatest]``, times a factor; ``-`` for none."""
     if spread is None:
         return "-"
     values = (spread.median, spread.least, spread.greatest)
@@ -33,7 +34,8 @@ def _spread_text(spread: Spread | None, factor: float, digits: int) -> str:
     return median if least == greatest else f"{median} [{least} {greatest}]"
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> list[str]:
+def grid(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -56,14 +58,14 @@ def case_table(result: CaseResult, peer: str) -> str:
     rows = [["", *result.methods, *(f"{name}/{peer}" for name in compared)]]
     for title, figure, factor, digits in _LINES:
         cells = [
-            _spread_text(method.spreads.get(figure), factor, digits)
+            spread_text(method.spreads.get(figure), factor, digits)
             for method in result.methods.values()
         ]
         for name in compared:
             ratio = result.methods[name].ratios.get(figure)
             cells.append("" if ratio is None else f"{ratio:.2f}")
         rows.append([title, *cells])
-    lines += _grid(rows)
+    lines += grid(rows)
     every = [r for method in result.methods.values() for r in method.repetitions]
     if every:
         gaps = [repetition.free_gap_max_ms for repetition in every]

@@ -132,10 +132,14 @@ class SerialConsole:
         with self._news:
             return [text for number, _, text in self._lines if number >= since]
 
+    def timed_lines(self, since: int = 0) -> list[tuple[float, str]]:
+        """As :meth:`lines`, each with the moment (monotonic) at which it arrived."""
+        with self._news:
+            return [(at, text) for number, at, text in self._lines if number >= since]
+
     def ticks(self, since: int = 0) -> list[Tick]:
         """The tick records among :meth:`lines`."""
-        with self._news:
-            kept = [(at, text) for number, at, text in self._lines if number >= since]
+        kept = self.timed_lines(since)
         return [tick for at, text in kept if (tick := parse_tick(text, at))]
 
     def wait_line(self, pattern: str, *, timeout_s: float, since: int = 0) -> str:
