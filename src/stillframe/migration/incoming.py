@@ -12,7 +12,6 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from stillframe.errors import (
-    DataError,
     InternalError,
     SinkError,
     SnapshotCancelled,
@@ -130,7 +129,7 @@ class Incoming:
             self.error = (
                 failure
                 if isinstance(failure, StillframeError)
-                else DataError("load of migration failed", why=repr(failure))
+                else InternalError("load of migration failed", why=repr(failure))
             )
             self.status.change("failed", only_from=("setup", "active", "postcopy-active"))
         self.ended.set()

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from typing import Protocol
 
-from stillframe.errors import HostError, NotFoundError, StillframeError
+from stillframe.errors import HostError, NotFoundError, StillframeError, UsageError
 from stillframe.migration.addresses import (
     Address,
     FdAddress,
@@ -194,8 +194,15 @@ def expect(address: Address, descriptors: Descriptors, interrupt: Interrupt) -> 
 
 def _open_file(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+        # Not blocking, so that a named pipe is refused rather than waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no file {path}") from error
     except OSError as error:
         raise HostError(f"cannot read {path}", why=error.strerror) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError(
+            f"{path} is not a regular file", remedy="hand over a descriptor: getfd, then fd:NAME"
+        )
+    return fd

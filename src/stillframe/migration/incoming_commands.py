@@ -40,12 +40,14 @@ class IncomingCommands:
         """
         match code:
             case CommandCode.OPEN_RETURN_PATH:
-                if not self._channel.can_reply:
-                    raise DataError("CMD_OPEN_RETURN_PATH failed", why="there is no way back")
-                self.reply = self.reply or ReturnPathWriter(self._channel.reply)
+                # Else the stream was stored by somebody who could not answer either; its source
+                # does not wait for us any more.
+                if self._channel.can_reply:
+                    self.reply = self.reply or ReturnPathWriter(self._channel.reply)
             case CommandCode.PING:
                 number = read_number(data, "PING")
-                self._reply_or_refuse(f"CMD_PING ({number:#x})").pong(number)
+                if self._channel.can_reply:
+                    self._reply_or_refuse(f"CMD_PING ({number:#x})").pong(number)
             case CommandCode.POSTCOPY_ADVISE:
                 self._postcopy.advise(data)
             case CommandCode.POSTCOPY_RAM_DISCARD:

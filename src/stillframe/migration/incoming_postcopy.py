@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Literal
 
-from stillframe.errors import DataError, HostError, SinkError, StillframeError
+from stillframe.errors import DataError, HostError, InternalError, SinkError, StillframeError
 from stillframe.memory.missing_pages import MissingPages
 from stillframe.memory.own_protection import Preference
 from stillframe.migration.capabilities import POSTCOPY_RAM
@@ -162,7 +162,7 @@ class IncomingPostcopy:
         if isinstance(self._failure, StillframeError):
             raise self._failure
         if self._failure is not None:
-            raise DataError("load of migration failed", why=repr(self._failure))
+            raise InternalError("load of migration failed", why=repr(self._failure))
 
     def close(self) -> None:
         """Watch RAM no more; who still waits goes on, and reads zeroes. Never raises.

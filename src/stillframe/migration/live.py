@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from contextlib import ExitStack
 
-from stillframe.errors import HostError, SnapshotFailed
+from stillframe.errors import HostError, SinkError, SnapshotFailed
 from stillframe.memory.own_protection import open_own_protection
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.migration.capabilities import POSTCOPY_RAM, RETURN_PATH
@@ -21,6 +22,10 @@ from stillframe.model import StoppedWrite
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.arming import open_capture
 from stillframe.snapshot.bandwidth import BandwidthLimit
+
+_ANSWER_S = 2.0
+"""How long a destination may take for its first answer; the guest runs meanwhile."""
+_ANSWER_STEP_S = 0.02
 
 
 class LiveTransfer:
@@ -58,6 +63,7 @@ class LiveTransfer:
             cleanup.callback(task.interrupt.set)  # before that, so that it ends
         elif task.capabilities[POSTCOPY_RAM] or task.capabilities[RETURN_PATH]:
             raise HostError("Unable to open return-path for postcopy", guest_state="running")
+        self._answer_by_s = 0.0
         self._limit = BandwidthLimit(None)
         task.handler.blocks = [(ram.idstr, ram.length_bytes) for ram in rams]
         task.handler.sender = self.ram
@@ -94,26 +100,57 @@ class LiveTransfer:
     def _cancelled(self) -> threading.Event:
         return self.task.control.cancelled
 
+    def expect_answer(self) -> None:
+        """The destination was asked for its first answer."""
+        self._answer_by_s = time.monotonic() + _ANSWER_S
+
+    def heard(self) -> bool:
+        """Whether the guest may be stopped: the destination has answered, or it never will and
+        need not. A program that only stores what comes gets the stream as from QEMU, unconfirmed.
+
+        Raises:
+            SinkError: it does not answer, and a capability demands that it does; or it hung up.
+        """
+        if self.link is None or self.link.answered:
+            return True
+        if time.monotonic() < self._answer_by_s:
+            return self.link.wait_answer(_ANSWER_STEP_S)
+        if self.task.capabilities[POSTCOPY_RAM] or self.task.capabilities[RETURN_PATH]:
+            raise SinkError(
+                "the destination does not answer on the return path", guest_state="running"
+            )
+        return True
+
     def note_downtime(self, downtime_ms: float) -> None:
         """The guest has stood still for so long."""
         self.counters.downtime_ms = downtime_ms
         self.task.control.progress.downtime_ms = downtime_ms
 
     def ask_how_far(self, number: int) -> None:
-        """Wait until the destination has loaded all that was sent so far.
+        """Wait until the destination has loaded all that was sent so far, if it says so.
 
         Raises:
             SinkError, DataError: it could not, or is gone.
         """
-        if self.link is not None:
-            self.out.write(ping(number))
-            self.out.flush()
+        if self.link is None:
+            return
+        self.out.write(ping(number))
+        self.out.flush()
+        if self.link.answered:
             self.link.wait_pong(number)
+        self.link.check()
 
     def wait_done(self) -> None:
-        """Wait until the destination says that it has everything, where it can say so."""
-        if self.link is not None:
+        """Wait until the destination says that it has everything, if it does.
+
+        Raises:
+            SinkError, DataError: it could not load, or is gone.
+        """
+        if self.link is None:
+            return
+        if self.link.answered:
             self.link.wait_done()
+        self.link.check()
 
 
 def save_devices(live: LiveTransfer, out: Buffer, *, send_eof: bool) -> None:

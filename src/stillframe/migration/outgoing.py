@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from stillframe.errors import SnapshotCancelled, StillframeError
+from stillframe.errors import InternalError, SnapshotCancelled, StillframeError
 from stillframe.memory.own_protection import Preference
 from stillframe.migration.capabilities import BACKGROUND_SNAPSHOT
 from stillframe.migration.counters import Counters
@@ -109,7 +109,7 @@ class Outgoing:
             self.error = (
                 failure
                 if isinstance(failure, StillframeError)
-                else StillframeError("the migration failed", why=repr(failure))
+                else InternalError("the migration failed", why=repr(failure))
             )
             self.status.change("failed", only_from=("setup", "active", "device", "postcopy-active"))
         self.control.progress.begin(_JOB_STATES[self.status.value], self.status.value)

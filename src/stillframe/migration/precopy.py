@@ -37,10 +37,11 @@ def migrate_live(task: Outgoing, channel: OutgoingChannel, cleanup: ExitStack) -
     parameters = task.parameters
     while True:
         live.check()
-        if task.postcopy_wanted.is_set() and task.capabilities[POSTCOPY_RAM]:
+        wanted = task.postcopy_wanted.is_set() and task.capabilities[POSTCOPY_RAM]
+        if wanted and live.heard():
             finish_in_postcopy(live)
             return
-        if _may_stop(live):
+        if _may_stop(live) and live.heard():
             _finish(live)
             return
         live.iterate(parameters.now.max_bandwidth)
@@ -57,6 +58,7 @@ def _set_up(live: LiveTransfer, cleanup: ExitStack) -> None:
         out.write(postcopy_advise())
     saver.setup(out)
     out.flush()
+    live.expect_answer()
     arm_capture(task.control, cleanup, live.capture)
     live.ram.begin()
     task.enter("active", only_from=("setup",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from stillframe.errors import DataError, SinkError, StillframeError
+from stillframe.errors import DataError, InternalError, SinkError, StillframeError
 from stillframe.migration.return_path import PageRequest, Pong, Shut, read_message
 from stillframe.vmstate.source import Source, StreamSource
 
@@ -55,7 +55,7 @@ class SourceLink:
         except StillframeError as error:
             failure = error
         except Exception as error:  # noqa: BLE001 - handed to whoever waits
-            failure = DataError("the return path failed", why=repr(error))
+            failure = InternalError("the return path failed", why=repr(error))
         if shut is not None and shut.error:
             failure = SinkError(
                 f"Sibling indicated error {shut.error}",
@@ -67,6 +67,27 @@ class SourceLink:
             self._failure = failure
             self._changed.notify_all()
         self.requested.set()  # whoever rests in between is to look
+
+    @property
+    def answered(self) -> bool:
+        """Whether it has ever answered a PING."""
+        with self._changed:
+            return bool(self._pongs)
+
+    def wait_answer(self, timeout_s: float) -> bool:
+        """Whether it answers PINGs, as a board does and a program that only stores does not.
+
+        Args:
+            timeout_s: how long to wait for its first answer.
+
+        Raises:
+            SinkError, DataError: as ``check``.
+        """
+        with self._changed:
+            if not self._pongs and self._failure is None:
+                self._changed.wait(timeout_s)
+            self._check_locked()
+            return bool(self._pongs)
 
     def check(self) -> None:
         """Raise what went wrong at the destination, if anything did.

@@ -75,6 +75,12 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         arrived("file:/dev/fdset/3")
 
 
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError):
+        arrived(f"file:{tmp_path}/pipe")
+
+
 def test_a_file_within_a_file(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_bytes(b"before" + bytes(100))

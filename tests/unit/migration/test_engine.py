@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -215,6 +216,45 @@ def test_nobody_is_there(machines: Machines, tmp_path: Path) -> None:
     )
     assert board.run_state == "running"
     assert board.history == ["running"], "it was never stopped"
+
+
+def test_a_destination_that_only_stores(machines: Machines, tmp_path: Path) -> None:
+    """As from QEMU, it gets the whole stream; only a capability demands an answer."""
+    board, source = machines.source()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(f"{tmp_path}/s")
+    server.listen()
+    received = bytearray()
+
+    def store() -> None:
+        connection, _ = server.accept()
+        with connection:
+            while part := connection.recv(1 << 20):
+                received.extend(part)
+
+    source.set_capabilities({"return-path": True})
+    for demanded in (True, False):
+        thread = threading.Thread(target=store)
+        thread.start()
+        source.migrate(f"unix:{tmp_path}/s")
+        if demanded:
+            with pytest.raises(SinkError) as caught:
+                source.wait(20)
+            assert "does not answer" in str(caught.value)
+            assert board.history == ["running"], "it was not stopped for that"
+            source.set_capabilities({"return-path": False})
+        else:
+            assert source.wait(20)
+        thread.join()
+        if demanded:
+            received.clear()
+    server.close()
+    (tmp_path / "a").write_bytes(received)
+    other, destination = machines.destination()
+    destination.incoming(f"file:{tmp_path}/a")
+    assert destination.wait(20)
+    other.stop()
+    assert other.consistent()
 
 
 def test_refusals(machines: Machines, tmp_path: Path) -> None:
