@@ -36,7 +36,7 @@ break-invariants: $(VENV)/test.installed
 bench: $(VENV)/demo-qemu.installed
 	$(BIN)/python -m bench.compare $(BENCH_ARGUMENTS)
 
-bench-board: $(VENV)/test.installed
+bench-board: $(VENV)/demo.installed
 	$(BIN)/python -m bench.board --ram 256,2048 $(BENCH_ARGUMENTS)
 
 SOURCES = pyproject.toml CMakeLists.txt $(shell find src -name '*.py' -o -name '*.pyx' -o -name '*.[chS]' -o -name 'board.*')
