@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import stillframe
 from stillframe.version import __version__
 from tests.integration.cli.program import run
 from tests.support.board_process import BoardProcess, ledger, restored, transfers
@@ -118,6 +119,19 @@ def test_restore(board: BoardProcess, snapshot: Path) -> None:
         assert copy.stat().st_size == 1 << 20
     assert board.audit().startswith("AUDIT ok")
     assert transfers(board.audit()) > transfers(audit)
+
+
+def test_the_restored_board_is_this_very_stillframe(snapshot: Path) -> None:
+    """Also where that was found by a relative path; the board runs in another directory."""
+    own = os.path.relpath(Path(stillframe.__file__).parents[1])
+    done = run("restore", snapshot, "--json", "-q", env=os.environ | {"PYTHONPATH": own})
+    assert done.returncode == 0, done.stderr
+    with restored(done.stdout):
+        pid = json.loads(done.stdout)["pid"]
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        (path,) = (entry for entry in environment if entry.startswith(b"PYTHONPATH="))
+        assert path.split(b"=")[1].split(b":")[0] == os.fsencode(os.path.abspath(own))
 
 
 def test_restore_paused_with_options_of_ones_own(snapshot: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from stillframe.cli.demo_board import number
 from stillframe.cli.main import main
 from stillframe.errors import MachineError
 from tests.integration.cli.program import PROGRAM, run
+from tests.support.ledger_host import wait_for
 from tests.support.ordinary_user import OrdinaryUser, ordinary_user
 
 __all__ = ["ordinary_user"]
@@ -119,22 +120,29 @@ def test_demo_on_a_terminal(temporary: Path, tmp_path: Path) -> None:
     assert "\\x1b" not in text
 
 
-def test_ctrl_c_ends_the_boards(temporary: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_boards_end_with_the_demo(number: signal.Signals, tmp_path: Path) -> None:
     with subprocess.Popen(
         [*PROGRAM, "demo", "-o", str(tmp_path / "p")],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     ) as process:
         assert process.stdout is not None
         while b"ledger ready" not in process.stdout.readline():
             assert process.poll() is None
-        os.killpg(process.pid, signal.SIGINT)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
         _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert err == b"stillframe: cancelled\n"
-    assert not [entry for entry in Path("/proc").iterdir() if _in_session(entry, process.pid)]
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert err == b"stillframe: cancelled\n"
+        assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+    wait_for(lambda: not any(_in_session(entry, process.pid) for entry in Path("/proc").iterdir()))
 
 
 def _in_session(entry: Path, session: int) -> bool:
