@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         list_vms,
         open,  # noqa: A004 - stillframe.open, as gzip.open
         restore,
+        start_board,
         take,
         verify,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "list_vms",
     "open",
     "restore",
+    "start_board",
     "take",
     "verify",
 ]

@@ -17,7 +17,7 @@ VCPUS = 2
 RATE_MIB_PER_S = 20
 FREE_S = 1.2
 GO_ON_S = 0.6
-_TICK_MS = 50
+_TICK_MS = 20
 _READY, _AUDIT = "ledger ready", "AUDIT"
 
 Say = Callable[[str], None]

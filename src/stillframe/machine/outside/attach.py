@@ -72,7 +72,9 @@ def check_right(
         os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
         powerful = may_trace_anybody(pid)
     except OSError as error:
-        raise proc_error(pid, "the memory", error) from error
+        trouble = proc_error(pid, "the memory", error)
+        _add_remedy(trouble, remedy)
+        raise trouble from error
     lent = qmp.passes_fds and os.access(_DEVICE, os.R_OK | os.W_OK)
     if not (powerful or lent or user_mode_will_do or _anybody_may()):
         refusal = host_error_for(errno.EPERM)
