@@ -1,7 +1,7 @@
 """Boot a Linux guest, snapshot it while it writes, restore the snapshot beside it.
 
-Run by ``make demo-qemu``. Everything goes through the command line tool, as a user would do it; what it
-runs is printed. All that it starts is ended, and all that it writes is removed.
+Run by ``make demo-qemu``. Everything goes through the command line tool, as a user would do it;
+what it runs is printed. All that it starts is ended, and all that it writes is removed.
 """
 
 from __future__ import annotations
