@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tempfile
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from stillframe.errors import MachineError
 from stillframe.migration.host import start_host
 from tests.support.ledger_check import check_ledger
 from tests.support.ledger_source import (
@@ -23,6 +25,7 @@ from tests.support.ledger_source import (
 
 _LONGEST_WAIT_S = 0.1
 _AUDIT_S = 20.0
+_TICK_S = 1.0
 
 
 class Counted(msgspec.Struct):
@@ -94,6 +97,9 @@ def restored_audit(kind: LedgerKind, file: Path, disk: Path, image: bytes | byte
             return "the RAM that was loaded is not that of the file"
         console = serial_line(stack, place)
         again.board.cont()
+        # It works on for some time first: it reads back from the disk what it wrote before.
+        with contextlib.suppress(MachineError):
+            console.wait_line("^tick ", timeout_s=_TICK_S)
         # One that is torn may panic, or wait for ever.
         return audit_over(console, lambda: again.board.run_state == "running", timeout_s=_AUDIT_S)
 
