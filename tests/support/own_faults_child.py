@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from stillframe.errors import HostError
-from stillframe.memory import _capture, ram_capture
+from stillframe.memory import _capture, signal_protection
 from stillframe.memory.guest_ram import GuestRam
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.memory.signal_protection import SignalProtection
@@ -180,7 +180,7 @@ def forked_child(_: str) -> None:
 
 def too_many_mappings(_: str) -> None:
     """Where chunks are too small for the kernel's limit, only the capture fails."""
-    ram_capture.chunk_bytes = lambda _: 2 * PAGE
+    signal_protection.chunk_bytes = lambda _: 2 * PAGE
     ram = GuestRam("ram", 128 * MIB)
     with capturing("mprotect", [ram]) as capture:
         capture.arm()

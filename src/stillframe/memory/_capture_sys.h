@@ -1,6 +1,7 @@
 /* System calls, atomics and byte scans that Cython cannot express.
  *
- * Locking discipline of the whole core, in one place:
+ * Locking discipline of the whole core, in one place (but for the SIGSEGV handler's, which is
+ * at the head of _signal_faults.h):
  *   - page bitmaps (claim, done, noted, faulted, removed) are only touched with the
  *     atomic helpers below; `populated` and `fresh` belong to the job's thread until the
  *     job goes active, and are frozen from then on;

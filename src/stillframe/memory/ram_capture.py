@@ -32,7 +32,7 @@ from stillframe.errors import (
 from stillframe.memory import _capture
 from stillframe.memory.own_protection import WriteProtection
 from stillframe.memory.population import file_behind, mark_populated
-from stillframe.memory.signal_protection import chunk_bytes
+from stillframe.memory.signal_protection import chunks_of
 from stillframe.model import RamBlock, StoppedWrite
 
 SLAB_BYTES = 1 << 20
@@ -78,10 +78,12 @@ class RamCapture:
         self._pid = pid
         # A guest that stands still is copied in target pages, however large its huge pages are.
         self._in_chunks = protection is not None and protection.kind == "mprotect"
+        if self._in_chunks and pid != os.getpid():
+            raise InternalError("mprotect is for our own memory", guest_state="running")
         if protection is None:
             pieces = [_TARGET_PAGE_BYTES] * len(blocks)
         elif self._in_chunks:
-            pieces = _chunks(blocks)
+            pieces = chunks_of(blocks)
         else:
             pieces = [block.page_size_bytes for block in blocks]
         self._blocks = tuple(
@@ -390,19 +392,6 @@ class RamCapture:
                 f"{doing} failed", why="the host is out of memory", guest_state="running"
             )
         raise InternalError(f"{doing} failed", why=os.strerror(number), guest_state="running")
-
-
-def _chunks(blocks: Sequence[RamBlock]) -> list[int]:
-    """How finely each block is protected with mprotect: as ``chunk_bytes`` has it for all of them
-    together, but not beyond the end of what is mapped."""
-    all_bytes = sum(block.used_length_bytes for block in blocks)
-    pieces = []
-    for block in blocks:
-        piece = max(chunk_bytes(all_bytes), block.page_size_bytes)
-        while -(-block.used_length_bytes // piece) * piece > block.max_length_bytes:
-            piece //= 2
-        pieces.append(max(piece, block.page_size_bytes))
-    return pieces
 
 
 def _refuse_gigantic(blocks: Sequence[RamBlock]) -> None:

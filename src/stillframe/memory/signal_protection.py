@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from stillframe.errors import BusyError, HostError
 from stillframe.memory import _capture
+from stillframe.model import RamBlock
 
 LEAST_CHUNK_BYTES = 64 << 10
 _MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
@@ -94,3 +96,19 @@ def chunk_bytes(ram_bytes: int) -> int:
     while ram_bytes > chunk * (most // _SHARE_OF_MAPS):
         chunk *= 2
     return chunk
+
+
+def chunks_of(blocks: Sequence[RamBlock]) -> list[int]:
+    """How finely each block is protected, bytes: as ``chunk_bytes`` has it for all of them
+    together, but not beyond the end of what is mapped."""
+    wanted = chunk_bytes(sum(block.used_length_bytes for block in blocks))
+    pieces = []
+    for block in blocks:
+        piece = max(wanted, block.page_size_bytes)
+        while (
+            piece > block.page_size_bytes
+            and -(-block.used_length_bytes // piece) * piece > block.max_length_bytes
+        ):
+            piece //= 2
+        pieces.append(piece)
+    return pieces
