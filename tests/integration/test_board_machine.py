@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stillframe.errors import MachineError, UsageError
-from tests.unit.board.tiny import TIMEOUT_S, Tiny, transfer
+from tests.unit.board.tiny import TIMEOUT_S, Tiny, compile_guest, transfer
 
 SPIN = "void _start(struct info *info, u64 cpu) { for (;;) results[cpu]++; }"
 
@@ -948,3 +951,36 @@ def test_another_privilege_level_cannot_be_saved(caplog: pytest.LogCaptureFixtur
         count = tiny.results(1)
         tiny.board.cont()
         tiny.until(lambda: tiny.results(1) > count)
+
+
+def test_a_device_that_fails_stops_the_board(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(offset: int, size_bytes: int, vcpu: int) -> int:
+        raise RuntimeError("a bug of ours")
+
+    with Tiny("void _start(void) { in32(0x500); halt(); }", vcpus=2) as tiny:
+        tiny.board.hardware.clock.read_port = fail  # type: ignore[method-assign]
+        assert tiny.run() == 70
+        assert tiny.board.run_state == "internal-error"
+        assert tiny.told() == ["RESUME", "STOP"]
+        with pytest.raises(MachineError, match="reset"):
+            tiny.board.cont()
+    assert "a bug of ours" in caplog.text
+
+
+def test_a_program_may_end_without_ending_its_board(tmp_path: Path) -> None:
+    program = f"""
+from stillframe.machine.board.board import Board
+from stillframe.machine.board.config import BoardConfig
+board = Board(BoardConfig(guest_path={compile_guest(SPIN)!r}, vcpus=2))
+board.power_on()
+board.stop()
+board.cont()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")

@@ -104,3 +104,23 @@ def test_kicked_when_there_is_work(device: Device) -> None:
         device.pieces = 1
         device.thread.kick()
     assert device.began.wait(TIMEOUT_S)
+
+
+def test_one_that_fails_does_not_keep_the_board_from_stopping(
+    device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(what: str) -> Finish:
+        raise RuntimeError("a bug")
+
+    device.work = fail  # type: ignore[method-assign]
+    with device.lock:
+        device.pieces = 1
+        device.thread.resume()
+    assert device.quiet_told.wait(TIMEOUT_S)
+    with device.lock:
+        device.thread.pause()
+        assert device.thread.quiet
+        device.thread.resume()
+        device.thread.pause()
+        assert device.thread.quiet
+    assert "a bug" in caplog.text

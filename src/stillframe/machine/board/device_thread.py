@@ -6,9 +6,12 @@ device must put away is put away, and the rest stays in the device's state.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
+
+logger = logging.getLogger(__name__)
 
 Finish: TypeAlias = Callable[[], None]
 """The end of a piece of work, with the board lock held."""
@@ -44,7 +47,9 @@ class DeviceThread:
         self._wake = threading.Condition(lock)
         self._running = False
         self._busy = False
+        self._dead = False
         self._quit = False
+        self.name = name
         self._thread = threading.Thread(target=self._loop, name=f"stillframe-{name}", daemon=True)
 
     def start_thread(self) -> None:
@@ -57,13 +62,13 @@ class DeviceThread:
 
     def resume(self) -> None:
         self._running = True
-        self.quiet = False
+        self.quiet = self._dead
         self._wake.notify()
 
     def pause(self) -> None:
         """Become quiet soon; often it is at once."""
         self._running = False
-        if self._busy:
+        if self._busy or self._dead:
             return
         if self._worker.next_work(running=False) is None:
             self.quiet = True
@@ -82,15 +87,23 @@ class DeviceThread:
 
     def _loop(self) -> None:
         with self._lock:
-            while not self._quit:
-                work = self._worker.next_work(running=self._running)
-                if work is not None:
-                    self._do(work)
-                    continue
-                if not self._running and not self.quiet:
-                    self.quiet = True
-                    self._on_quiet()
-                self._wake.wait()
+            try:
+                self._work()
+            except Exception:  # a stop must not wait for it for ever
+                logger.exception("%s has failed; its device does nothing any more", self.name)
+                self._dead = self.quiet = True
+                self._on_quiet()
+
+    def _work(self) -> None:
+        while not self._quit:
+            work = self._worker.next_work(running=self._running)
+            if work is not None:
+                self._do(work)
+                continue
+            if not self._running and not self.quiet:
+                self.quiet = True
+                self._on_quiet()
+            self._wake.wait()
 
     def _do(self, work: Work) -> None:
         self._busy = True

@@ -18,6 +18,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from stillframe.machine.board._block_stop import BlockStop
 from stillframe.machine.board.exception_state import take_error_code
+from stillframe.machine.board.ports import UNKNOWN_PORT
 from stillframe.machine.board.register_bank import RegisterBank
 from stillframe.machine.board.registers import Registers
 from stillframe.memory.guest_ram import GuestRam
@@ -84,6 +85,7 @@ class Engine:
         self._stop = BlockStop(ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value or 0)
         self._ended = Ended()
         self._refused_at: int | None = None
+        self._failure: Exception | None = None
         self._bad_address = 0
         self._bad_access = "read"
         engine.hook_add(uc.UC_HOOK_INSN, self._in, None, 1, 0, x86.UC_X86_INS_IN)
@@ -121,10 +123,10 @@ class Engine:
         """Run from RIP until ``stop``, ``hlt`` or an exception. The GIL is free meanwhile.
 
         Raises:
-            UcError: the engine itself failed.
+            UcError: the engine itself failed. Exception: what a port handler raised.
         """
         ended = self._ended = Ended()
-        self._refused_at = None
+        self._refused_at = self._failure = None
         try:
             self._uc.emu_start(self.rip, 0)
         except UcError as error:
@@ -142,6 +144,8 @@ class Engine:
                 self.rip = self._refused_at
             elif ended.exception is not None:
                 ended.error_code = take_error_code(self._uc)
+        if self._failure is not None:
+            raise self._failure
         return ended
 
     def stop(self) -> None:
@@ -209,10 +213,21 @@ class Engine:
         return physical.value if status == uc.UC_ERR_OK else None
 
     def _in(self, _engine: Uc, port: int, size_bytes: int, _data: object) -> int:
-        return self._ports.port_in(port, size_bytes)
+        try:
+            return self._ports.port_in(port, size_bytes)
+        except Exception as error:  # noqa: BLE001 - no exception may pass through the engine
+            self._fail(error)
+            return UNKNOWN_PORT
 
     def _out(self, _engine: Uc, port: int, size_bytes: int, value: int, _data: object) -> None:
-        self._ports.port_out(port, size_bytes, value)
+        try:
+            self._ports.port_out(port, size_bytes, value)
+        except Exception as error:  # noqa: BLE001 - no exception may pass through the engine
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._stop.ask()
 
     def _syscall(self, engine: Uc, _data: object) -> None:
         # Unicorn leaves it to us, and there is no user mode to come from.

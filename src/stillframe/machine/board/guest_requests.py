@@ -6,12 +6,15 @@ Source: QEMU ``softmmu/runstate.c`` (main_loop_should_exit), for the order of ev
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from stillframe.machine.board.power import NOTHING, Power
 from stillframe.machine.board.run_control import RunControl
 from stillframe.machine.board.vcpu import Vcpu
+
+logger = logging.getLogger(__name__)
 
 
 class GuestRequests:
@@ -75,5 +78,12 @@ class GuestRequests:
                     # Somebody may have stopped, reset or quit the board first.
                     if self._waiting():
                         request, self._power.request = self._power.request, NOTHING
-                        self._serve(request)
+                        self._serve_safely(request)
         self._end()
+
+    def _serve_safely(self, request: int) -> None:
+        try:
+            self._serve(request)
+        except Exception:  # this thread is needed to end the board
+            logger.exception("request %d of the guest has failed", request)
+            self._control.set_state("internal-error")

@@ -187,12 +187,20 @@ class Vcpu:
     def _loop(self) -> None:
         with self._lock:
             while not self._quit:
-                if self._park_wanted:
-                    self._park()
-                elif self._must_wait():
-                    self._wake.wait()
-                else:
-                    self._go_on()
+                try:
+                    self._turn()
+                except Exception as error:  # noqa: BLE001 - whatever it is, the board must stop
+                    self._park_wanted = True
+                    what = str(error) if isinstance(error, UcError) else repr(error)
+                    self._on_failure(f"vCPU {self.index}: {what}, RIP {self._engine.rip:#x}")
+
+    def _turn(self) -> None:
+        if self._park_wanted:
+            self._park()
+        elif self._must_wait():
+            self._wake.wait()
+        else:
+            self._go_on()
 
     def _park(self) -> None:
         if not self.parked:
@@ -258,11 +266,6 @@ class Vcpu:
         try:
             with _released(self._lock):
                 ended = self._engine.run()
-        except Exception as error:  # noqa: BLE001 - whatever it is, only this board must stop
-            self._park_wanted = True
-            what = str(error) if isinstance(error, UcError) else repr(error)
-            self._on_failure(f"vCPU {self.index}: {what}, RIP {self._engine.rip:#x}")
-            return
         finally:
             self._running = False
         if ended.exception is not None:
