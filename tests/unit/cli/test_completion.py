@@ -43,3 +43,8 @@ def test_blocks_of_a_missing_file(
 ) -> None:
     found = _complete("stillframe export /nonexistent --block p", monkeypatch, capsys)
     assert found == []
+
+
+def test_guests(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _complete("stillframe board run l", monkeypatch, capsys) == ["ledger", "life"]
+    assert _complete("stillframe board r", monkeypatch, capsys) == ["run"]
