@@ -124,7 +124,11 @@ static inline int sf_signal_serve(uint64_t address) {
     SF_ADD(&sf_signals.waiters[i], 1u);
     seen = SF_LOAD(&sf_signals.word[i]);
     /* After the word: a range that is released later bumps it after this. */
-    if (SF_LOAD(&range->active)) {
+    if (SF_LOAD(&range->active) && sf_signal_writable(address)) {
+        /* Un-protected between the fault and the reading of the word: that bump is past, and
+         * nobody may read the pipe any more. */
+        SF_ADD(&sf_signals.inside, -1u);
+    } else if (SF_LOAD(&range->active)) {
         sent = write(range->fd, &message, sizeof message);
         SF_ADD(&sf_signals.inside, -1u);
         if (sent != (ssize_t)sizeof message) patience = (struct timespec){0, 1000000}; /* full */
