@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from stillframe.errors import InternalError, SinkError, StillframeError
 from stillframe.snapshot import faultpoints
 from tests.support.ledger_host import LedgerHost, LedgerHosts, wait_for
+from tests.support.raw_qmp import RawQmp
 
 Factory = Callable[..., LedgerHosts]
 
@@ -211,3 +213,82 @@ def test_full_disk(hosts: Factory, tmp_path: Path, background: bool) -> None:
         assert_goes_on(source)
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("command", ["stop", "cont", "system_reset"])
+@pytest.mark.parametrize("point", ["stopped", "devices", "protected"])
+def test_another_clients_command_in_the_downtime_waits(
+    hosts: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, command: str
+) -> None:
+    made = hosts(ram_mib=24)
+    source = made.source(qmp=str(tmp_path / "qmp"))
+    client = RawQmp(tmp_path / "qmp")
+    answers: list[object] = []
+    asking: list[threading.Thread] = []
+
+    def ask() -> None:
+        answers.append(client.command(command))
+
+    def reach(reached: str) -> None:
+        if reached == point and not asking:
+            asking.append(threading.Thread(target=ask, daemon=True))
+            asking[0].start()
+            asking[0].join(0.1)
+            assert asking[0].is_alive(), answers
+
+    monkeypatch.setattr(faultpoints, "reach", reach)
+    source.migration.set_capabilities({"background-snapshot": True})
+    source.migration.migrate(f"file:{tmp_path}/a")
+    assert source.migration.wait(60)
+    asking[0].join(60)
+    assert "return" in answers[0], answers  # type: ignore[operator]
+    assert source.board.run_state == ("paused" if command == "stop" else "running")
+    other = made.destination(f"file:{tmp_path}/a")
+    assert other.migration.wait(60)
+    assert_goes_on(other)
+
+
+def test_a_stop_in_the_switch_over_counts_when_it_fails(
+    hosts: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = hosts(ram_mib=16)
+    source, other = made.source(qmp=str(tmp_path / "qmp")), made.destination()
+    other.migration.incoming(f"unix:{tmp_path}/s")
+    client = RawQmp(tmp_path / "qmp")
+
+    def reach(point: str) -> None:
+        if point == "stopped":
+            assert "error" in client.command("cont")
+            assert "error" in client.command("system_reset")
+            assert client.command("stop")["return"] == {}
+            raise SinkError("a test's")
+
+    monkeypatch.setattr(faultpoints, "reach", reach)
+    source.migration.migrate(f"unix:{tmp_path}/s")
+    with pytest.raises(SinkError):
+        source.migration.wait(60)
+    assert source.board.run_state == "paused"
+    monkeypatch.undo()
+    source.board.cont()
+    assert_goes_on(source)
+
+
+def test_the_destination_is_killed_before_the_last_word(
+    hosts: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has loaded everything; without the stream's end it has not started the guest."""
+    made = hosts()
+    source = made.source()
+    process = made.destination_process(f"unix:{tmp_path}/s")
+
+    def kill(point: str) -> None:
+        if point == "sent":
+            process.kill()
+            process.wait()
+
+    monkeypatch.setattr(faultpoints, "reach", kill)
+    source.migration.migrate(f"unix:{tmp_path}/s")
+    with pytest.raises(SinkError) as caught:
+        source.migration.wait(60)
+    assert caught.value.guest_state == "running"
+    assert_goes_on(source)

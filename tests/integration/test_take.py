@@ -342,3 +342,26 @@ def test_a_paused_vm_that_somebody_resumes_is_not_left_stopped(
             take(vm, tmp_path / "a.still")
     assert resumed
     assert vm.is_progressing()
+
+
+@pytest.mark.parametrize("step", ["save_device_state", "cont"])
+def test_a_reset_in_the_downtime_fails_the_snapshot(
+    linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It would show RAM from before it with devices from after it, or the other way round."""
+    vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
+    own = getattr(QemuMachine, step)
+    with connect(f"{tmp_path}/second.sock") as other:
+        resets: list[object] = []
+
+        def reset_and_go_on(machine: QemuMachine) -> object:
+            if not resets:
+                resets.append(other.qmp.execute("system_reset"))
+            return own(machine)
+
+        monkeypatch.setattr(QemuMachine, step, reset_and_go_on)
+        with pytest.raises(SnapshotFailed, match="RESET") as failure:
+            take(vm, tmp_path / "a.still")
+        assert failure.value.guest_state == "running"
+        assert other.status() == "running"
+    assert not list(tmp_path.glob("*.still"))

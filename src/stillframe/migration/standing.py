@@ -9,8 +9,6 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from stillframe.errors import StillframeError
-
 if TYPE_CHECKING:
     from stillframe.machine.board.board import Board
 
@@ -18,21 +16,19 @@ if TYPE_CHECKING:
 class GuestStandsStill:
     """A context: the guest is stopped in run state ``finish-migrate``.
 
-    Left by an exception, its disks are active again and it is in the state that it had; unless
+    Left by an exception, its disks are active again and it is in the state that it had, or
+    ``paused`` if somebody stopped it meanwhile; unless
     ``handed_over`` was called: then it stays stopped, in ``postmigrate``, in any case.
     """
 
     def __init__(self, board: Board) -> None:
         self._board = board
-        self._state_before = ""
         self._handed_over = False
         self._began_s = 0.0
 
     def __enter__(self) -> GuestStandsStill:
         self._began_s = time.monotonic()
-        with self._board.lock:
-            self._state_before = self._board.run_state
-            self._board.stop("finish-migrate")
+        self._board.stop("finish-migrate")
         return self
 
     def handed_over(self) -> None:
@@ -49,20 +45,8 @@ class GuestStandsStill:
             if kind is None or self._handed_over:
                 self._board.stop("postmigrate")
                 return False
-            self._go_back()
+            self._board.return_from_sending()
         return False
-
-    def _go_back(self) -> None:
-        if self._state_before != "running":
-            self._board.stop(self._state_before)
-            self._board.activate_disks()
-            return
-        try:
-            self._board.cont()  # takes the disks back first
-        except StillframeError:
-            # Without its disks it cannot run; somebody may try ``cont`` again.
-            self._board.stop("paused")
-            raise
 
     @property
     def passed_ms(self) -> float:

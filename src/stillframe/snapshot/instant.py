@@ -18,6 +18,8 @@ from stillframe.snapshot import faultpoints
 from stillframe.snapshot.guard import Guarding
 from stillframe.snapshot.standstill import Standstill
 
+_RESET = ("RESET",)
+
 
 class Instant(msgspec.Struct, frozen=True, kw_only=True):
     """What was fixed in the downtime."""
@@ -90,14 +92,18 @@ def _in_downtime(
     ram.protect_written()
     protect_ms = laps.lap_ms()
     device_state = machine.save_device_state()
-    standstill.check()
+    standstill.check(also=_RESET)
     devices_ms = laps.lap_ms()
     faultpoints.reach("devices")
     writes = ram.instant()
     protect_ms += laps.lap_ms()
     faultpoints.reach("protected")
+    # Up to now RAM could still be written unseen, by a guest or a reset.
+    standstill.check(also=_RESET)
     if run_state == "running":
         machine.cont()
+        # With the answer have come events that were on their way.
+        standstill.check_until_resumed(also=_RESET)
     return Instant(
         device_state=device_state,
         downtime=Downtime(

@@ -6,10 +6,13 @@ make RAM newer than the devices. Events come in order on our connection, so none
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stillframe.errors import SnapshotFailed
 from stillframe.machine import MachineEvent, Watch
 
-_RAN = ("RESUME", "WAKEUP")
+_RESUMED = "RESUME"
+_RAN = (_RESUMED, "WAKEUP")
 
 
 class Standstill:
@@ -32,8 +35,22 @@ class Standstill:
         Raises:
             SnapshotFailed: the guest ran meanwhile, or what ``also`` names happened.
         """
-        for event in self._events():
-            if event.name in (*_RAN, *also):
+        self._refuse(self._events(), (*_RAN, *also))
+
+    def check_until_resumed(self, also: tuple[str, ...]) -> None:
+        """To be called after the answer to our own ``cont``: what happened before it.
+
+        Raises:
+            SnapshotFailed: what ``also`` names happened.
+        """
+        events = self._events()
+        names = [event.name for event in events]
+        ours = names.index(_RESUMED) if _RESUMED in names else len(names)
+        self._refuse(events[:ours], also)
+
+    def _refuse(self, events: Sequence[MachineEvent], names: tuple[str, ...]) -> None:
+        for event in events:
+            if event.name in names:
                 raise SnapshotFailed(
                     "the snapshot would not show one instant",
                     why=f"somebody else let the guest go on or reset it ({event.name})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,7 @@ from stillframe.snapshot.instant import take_instant
 from stillframe.snapshot.standstill import Standstill
 from stillframe.vmstate.devices import unpack_run_state
 from stillframe.vmstate.fields import StateDescription, u32
-from tests.unit.board.tiny import Tiny
+from tests.unit.board.tiny import TIMEOUT_S, Tiny
 
 SPIN = "void _start(struct info *info, u64 cpu) { for (;;) results[cpu]++; }"
 SPILL_BYTES = 4 << 20
@@ -86,12 +87,44 @@ def test_what_is_stored_is_the_state_before_the_stop(tiny: Tiny) -> None:
     assert machine.status() == "paused", "nobody asked for that"
 
 
-def test_who_stops_it_meanwhile_finds_it_stopped(tiny: Tiny) -> None:
+@pytest.mark.parametrize(
+    ("command", "events", "state"),
+    [
+        ("stop", ["STOP", "RESUME", "STOP"], "paused"),
+        ("cont", ["STOP", "RESUME"], "running"),
+        ("reset", ["STOP", "RESUME", "RESET"], "running"),
+    ],
+)
+def test_what_others_want_in_the_downtime_waits_until_it_is_over(
+    tiny: Tiny, command: str, events: list[str], state: str
+) -> None:
     machine = InsideMachine(tiny.board)
+    tiny.told()
     machine.stop()
-    tiny.board.stop()
+    other = threading.Thread(target=getattr(tiny.board, command), daemon=True)
+    other.start()
+    other.join(0.1)
+    assert other.is_alive()
+    assert stored_run_state(machine.save_device_state()) == "running"
     machine.cont()
-    assert machine.status() == "paused"
+    other.join(TIMEOUT_S)
+    assert tiny.told() == events
+    assert machine.status() == state
+
+
+def test_a_guest_that_ended_before_its_stop_stays_ended(tiny: Tiny) -> None:
+    machine = InsideMachine(tiny.board)
+    with tiny.board._control.standing_still():
+        stopper = threading.Thread(target=machine.stop, daemon=True)
+        stopper.start()
+        stopper.join(0.1)
+        assert stopper.is_alive()
+        tiny.board._control.set_state("shutdown")
+    stopper.join(TIMEOUT_S)
+    machine.resume_at_all_costs()
+    assert machine.status() == "shutdown"
+    tiny.board.reset()
+    assert machine.status() == "prelaunch", "it is nobody's"
 
 
 def test_a_running_guest_cannot_be_saved(tiny: Tiny) -> None:

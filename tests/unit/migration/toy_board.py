@@ -126,6 +126,13 @@ class ToyBoard:
             self._enter("running")
             self._running.set()
 
+    def return_from_sending(self) -> None:
+        self.activate_disks()
+        if self._stored == "running":
+            self.cont()
+        else:
+            self._enter(str(self._stored))
+
     def finish_incoming(self) -> None:
         with self.lock:
             stored = self.global_state.run_state

@@ -14,7 +14,7 @@ from stillframe.machine.board.hardware import Hardware
 from stillframe.machine.board.layout import SECTOR_BYTES
 from stillframe.machine.board.life import Life
 from stillframe.machine.board.power import NOTHING
-from stillframe.machine.board.run_control import RunControl
+from stillframe.machine.board.run_control import LOADING, SENDING, RunControl
 from stillframe.machine.board.screenshot import Picture
 from stillframe.memory.guest_ram import GuestRam
 from stillframe.model import GpaRange, RamBlock
@@ -177,7 +177,7 @@ class Board:
             self.hardware.block.inactivate()
             self._start_threads()
             self._starts_when_loaded = not paused
-            self._control.stop("inmigrate")
+            self._control.stop(LOADING)
 
     def finish_incoming(self) -> None:
         """What was loaded is complete: go on in the run state that it stores.
@@ -217,13 +217,14 @@ class Board:
 
         Args:
             state: the run state to enter, ``paused`` if it was running; a guest that does not run
-                stays as it is without one.
+                stays as it is without one, and does not go on by itself if a live migration fails
+                that has stopped it.
 
         Raises:
             MachineError: the board was quit.
         """
         with self.lock:
-            if state is None and self.run_state == "inmigrate":
+            if state is None and self.run_state == LOADING:
                 self._starts_when_loaded = False
             else:
                 self._control.stop(state)
@@ -232,14 +233,43 @@ class Board:
         """Let the guest run; disks that were given up are taken back.
 
         Raises:
-            MachineError: it must be reset first, or the board was quit; it does not run.
+            MachineError: it must be reset first, a live migration sends the last of its state, or
+                the board was quit; it does not run.
             HostError: a disk cannot be opened; it does not run.
         """
         with self.lock:
-            if self.run_state == "inmigrate":
+            if self.run_state == LOADING:
                 self._starts_when_loaded = True
                 return
             self._control.cont(self.activate_disks)
+            self._requests.look()
+
+    def stop_to_save(self) -> None:
+        """Stop a guest that runs (see ``stop``), in run state ``save-vm``; one that does not is
+        left as it is. Until ``go_on_saved``, ``stop``, ``cont``, ``reset``, ``plug_dimm`` and the
+        end of the board wait: nothing may change what is being saved.
+
+        Raises:
+            MachineError: the board was quit.
+        """
+        self._control.hold()
+
+    def go_on_saved(self) -> None:
+        """A guest that ``stop_to_save`` has stopped goes on; otherwise nothing happens."""
+        with self.lock:
+            self._control.let_go()
+            self._requests.look()
+
+    def return_from_sending(self) -> None:
+        """A live migration has failed: out of run state ``finish-migrate`` into the one before it,
+        ``paused`` if it was running and ``stop`` came meanwhile. The disks are taken back.
+
+        Raises:
+            HostError: a disk cannot be opened; the guest does not run.
+            MachineError: the board was quit.
+        """
+        with self.lock:
+            self._control.return_from_sending(self.activate_disks)
             self._requests.look()
 
     def reset(self) -> None:
@@ -249,9 +279,11 @@ class Board:
         as on a board that only took a stream, the board shuts down.
 
         Raises:
-            MachineError: the board was quit.
+            MachineError: the board was quit; or its state is being loaded, or the last of it sent
+                by a live migration (``inmigrate``, ``finish-migrate``): nothing was done.
         """
         with self._control.standing_still():
+            self._refuse_while("reset", SENDING, LOADING)
             self._life.begin_again(guest_asked=False)
 
     def powerdown(self) -> None:
@@ -266,11 +298,22 @@ class Board:
 
         Raises:
             UsageError: there is a DIMM, or it cannot be so long.
-            HostError: no memory. MachineError: the board was quit.
+            HostError: no memory.
+            MachineError: the board was quit, or a live migration sends the last of its state.
         """
         with self._control.standing_still():
+            self._refuse_while("given RAM", SENDING)
             # An incoming stream brings the guest's board information with it.
-            self.hardware.plug_dimm(length_bytes, tell=self.run_state != "inmigrate")
+            self.hardware.plug_dimm(length_bytes, tell=self.run_state != LOADING)
+
+    def _refuse_while(self, what: str, *states: str) -> None:
+        if self.run_state in states:
+            raise MachineError(
+                f"the machine cannot be {what} in run state '{self.run_state}'",
+                why="a migration is moving its RAM",
+                remedy="wait for the migration to end",
+                guest_state="paused",
+            )
 
     def activate_disks(self) -> None:
         """Take the disks back, if they were given up.

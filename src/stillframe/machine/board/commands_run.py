@@ -11,8 +11,6 @@ from stillframe.qmp.errors import QmpError
 
 _NEEDS_RESET = frozenset({"internal-error", "shutdown"})
 """QEMU ``system/runstate.c``: runstate_needs_reset."""
-_CAN_STOP = frozenset({"running", "inmigrate"})
-"""In any other state ``stop`` does nothing; in inmigrate it says that the guest is not to start."""
 
 
 def add_run_commands(commands: CommandTable, board: Board) -> None:
@@ -22,14 +20,11 @@ def add_run_commands(commands: CommandTable, board: Board) -> None:
         return {"status": board.run_state, "running": board.run_state == "running"}
 
     def stop(_context: CommandContext, _arguments: NoArguments) -> None:
-        if board.run_state in _CAN_STOP:
-            board.stop()
+        board.stop()
 
     def cont(_context: CommandContext, _arguments: NoArguments) -> None:
         if board.run_state in _NEEDS_RESET:
             raise QmpError("Resetting the Virtual Machine is required")
-        if board.run_state == "finish-migrate":
-            raise QmpError("Migration is not finalized yet")
         board.cont()
 
     def system_reset(_context: CommandContext, _arguments: NoArguments) -> None:

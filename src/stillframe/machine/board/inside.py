@@ -21,9 +21,6 @@ from stillframe.memory.own_protection import Preference, WriteProtection, open_o
 from stillframe.model import DiskRecord, GpaRange, MachineRecord, RamBlock
 from stillframe.version import __version__
 
-SAVING = "save-vm"
-"""The run state between ``stop`` and ``cont``: the stream stores the one before."""
-
 
 class BoardWatch:
     """Collects a board's events until ``close``."""
@@ -96,8 +93,8 @@ class InsideMachine:
         return True
 
     def resume_at_all_costs(self) -> None:
-        """Let the guest go on, whoever stopped it."""
-        self._board.cont()
+        """Let the guest go on, if we stopped it: until then nobody else decides."""
+        self._board.go_on_saved()
 
     def describe(self) -> MachineRecord:
         """What the board is. The guest is not touched."""
@@ -152,16 +149,13 @@ class InsideMachine:
         return self._board.run_state
 
     def stop(self) -> None:
-        """Stop a guest that runs, to be saved; another one stays as it is."""
-        with self._board.lock:
-            if self._board.run_state == "running":
-                self._board.stop(SAVING)
+        """Stop a guest that runs, to be saved; another one stays as it is. What others want of one
+        that runs waits until ``cont``."""
+        self._board.stop_to_save()
 
     def cont(self) -> None:
-        """Let the guest go on, unless somebody else has stopped it meanwhile."""
-        with self._board.lock:
-            if self._board.run_state == SAVING:
-                self._board.cont()
+        """Let the guest go on, if we stopped it."""
+        self._board.go_on_saved()
 
     def refuse_unsavable(self) -> None:
         """Look once more for migration blockers.

@@ -68,7 +68,7 @@ class Life:
             self._end("shutdown", FAILURE_STATUS)
             return
         self._hardware.boot(self._guest, fresh=False)
-        if self._control.state not in ("running", "inmigrate", "finish-migrate"):
+        if not self._control.running:
             self._control.set_state("prelaunch")
         self.exit_status = None
         self.ended.clear()

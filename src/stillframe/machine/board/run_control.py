@@ -19,8 +19,14 @@ from stillframe.machine.board.serial_port import SerialPort
 from stillframe.machine.board.switching import QuickSwitching
 from stillframe.machine.board.vcpu import Vcpu
 
+SAVING = "save-vm"
+"""The run state from ``hold`` to ``let_go``."""
+SENDING = "finish-migrate"
+"""The run state in which a live migration sends the last of the machine: it must not change."""
+LOADING = "inmigrate"
+"""The run state while a stream is loaded."""
 _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked")
-_FOR_SAVING = ("finish-migrate", "postmigrate", "save-vm")
+_FOR_SAVING = (SENDING, "postmigrate", SAVING)
 """States in which the machine is only because it is saved; a stream stores the one before."""
 
 
@@ -43,6 +49,7 @@ class RunControl:
         self.lock = lock
         self.state = "prelaunch"
         self._state_before_saving = "prelaunch"
+        self._state_before_sending = "prelaunch"
         self._clock = clock
         self._events = events
         self._may_run = may_run
@@ -53,6 +60,7 @@ class RunControl:
         self._still = threading.Condition(lock)
         self._transition_ended = threading.Condition(lock)
         self._in_transition = False
+        self._held = False
         self._quit = False
 
     def control(
@@ -85,19 +93,55 @@ class RunControl:
     def stop(self, state: str | None) -> None:
         with self._transition():
             if self.running:
-                self._halt()
-                self._enter(state or "paused")
-                self._events.tell("STOP")
+                self._stop_running(state or "paused")
             elif state is not None:
                 self._enter(state)
-            elif self.state == "save-vm":
-                # It would go on by itself when it is saved.
+            elif self.state == SENDING and self._state_before_sending == "running":
+                # Neither here, if it is not sent after all, nor there is it to run by itself.
+                self._state_before_sending = self._state_before_saving = "paused"
+
+    def hold(self) -> None:
+        """Stop a guest that runs, to be saved. Until ``let_go`` whoever wants to stop it, let it
+        go on or reset it waits. One that does not run is left as it is, and to others."""
+        with self.lock:
+            self._begin_transition()
+            try:
+                if self.running:
+                    self._stop_running(SAVING)
+                    self._held = True
+            finally:
+                if not self._held:
+                    self._end_transition()
+
+    def let_go(self) -> None:
+        """A guest that ``hold`` has stopped goes on; otherwise nothing happens."""
+        with self.lock:
+            if not self._held:
+                return
+            self._held = False
+            try:
+                self._run_again()
+            finally:
+                self._end_transition()
+
+    def return_from_sending(self, activate_disks: Callable[[], None]) -> None:
+        """Out of ``finish-migrate``, to the state before it; paused if ``stop`` came meanwhile."""
+        with self._transition():
+            if self._state_before_sending == "running":
+                # Without its disks it cannot run; somebody may try ``cont`` again.
                 self._enter("paused")
+                activate_disks()
+                self._run_again()
+            else:
+                self._enter(self._state_before_sending)
+                activate_disks()
 
     def cont(self, activate_disks: Callable[[], None]) -> None:
         with self._transition():
             if self.running:
                 return
+            if self.state == SENDING:
+                raise MachineError("Migration is not finalized yet", guest_state="paused")
             if self.state in _NEEDS_RESET:
                 raise MachineError(
                     f"the machine cannot go on from run state '{self.state}'",
@@ -105,9 +149,7 @@ class RunControl:
                     guest_state="paused",
                 )
             activate_disks()
-            self._enter("running")
-            self._go_on()
-            self._events.tell("RESUME")
+            self._run_again()
 
     @contextlib.contextmanager
     def standing_still(self) -> Iterator[None]:
@@ -135,22 +177,40 @@ class RunControl:
     @contextlib.contextmanager
     def _transition(self) -> Iterator[None]:
         with self.lock:
-            # A halt lets go of the lock; nobody else may decide meanwhile.
-            while self._in_transition:
-                self._transition_ended.wait()
-            if self._quit:
-                raise MachineError("the machine was quit", guest_state="none")
-            self._in_transition = True
+            self._begin_transition()
             try:
                 yield
             finally:
-                self._in_transition = False
-                self._transition_ended.notify_all()
+                self._end_transition()
+
+    def _begin_transition(self) -> None:
+        # A halt lets go of the lock; nobody else may decide meanwhile.
+        while self._in_transition:
+            self._transition_ended.wait()
+        if self._quit:
+            raise MachineError("the machine was quit", guest_state="none")
+        self._in_transition = True
+
+    def _end_transition(self) -> None:
+        self._in_transition = False
+        self._transition_ended.notify_all()
 
     def _enter(self, state: str) -> None:
         if state in _FOR_SAVING and self.state not in _FOR_SAVING:
             self._state_before_saving = self.state
+        if state == SENDING:
+            self._state_before_sending = self.state
         self.state = state
+
+    def _stop_running(self, state: str) -> None:
+        self._halt()
+        self._enter(state)
+        self._events.tell("STOP")
+
+    def _run_again(self) -> None:
+        self._enter("running")
+        self._go_on()
+        self._events.tell("RESUME")
 
     def _halt(self) -> None:
         self._clock.stop()
