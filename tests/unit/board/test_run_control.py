@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +89,36 @@ def test_a_stop_while_the_last_goes_out_counts(tiny: Tiny) -> None:
     assert tiny.board.run_state == "running"
     tiny.board.stop("finish-migrate")
     assert tiny.board._control.state_to_store == "running"
+
+
+def test_threads_that_write_to_ram_can_take_its_faults() -> None:
+    """Whatever mask they inherit: the kernel kills the process at a fault of one that blocks
+    SIGSEGV."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGSEGV})
+    try:
+        with Tiny(SPIN) as tiny:
+            run(tiny)
+            writers = [
+                thread.native_id or 0
+                for thread in threading.enumerate()
+                if thread.name in ("stillframe-vcpu0", "stillframe-block", "stillframe-entropy")
+            ]
+            assert len(writers) == 3
+            tiny.until(lambda: not any(_blocks_faults(thread_id) for thread_id in writers))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _blocks_faults(thread_id: int) -> bool:
+    status = Path(f"/proc/self/task/{thread_id}/status").read_text()
+    mask = int(status.split("SigBlk:")[1].split()[0], 16)
+    return bool(mask & 1 << signal.SIGSEGV - 1)
+
+
+@pytest.mark.parametrize("stored", ["inmigrate", "finish-migrate", "postmigrate", "save-vm"])
+def test_a_stored_state_that_only_migrations_have_is_paused(tiny: Tiny, stored: str) -> None:
+    tiny.board.start_incoming()
+    tiny.board.global_state.run_state = stored
+    tiny.board.finish_incoming()
+    assert tiny.board.run_state == "paused"
+    tiny.board.cont()

@@ -90,7 +90,10 @@ DEVICES: dict[str, tuple[StateDescription, Callable[[st.DrawFn], dict[str, Any]]
     ),
     "clock": (
         CLOCK,
-        lambda draw: {"stopped_ns": draw(u64), "latched_high": draw(numbers(u32, 8))},
+        lambda draw: {
+            "stopped_ns": draw(st.integers(0, (1 << 62) - 1)),
+            "latched_high": draw(numbers(u32, 8)),
+        },
     ),
     "timer": (TIMER, _timer),
     "serial": (UART, _uart),
@@ -166,6 +169,7 @@ def test_any_state_survives(name: str, pair: tuple[Board, Board], data: st.DataO
 
 IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("interrupts", {"pending": 1 << 16}, "16 interrupt lines"),
+    ("clock", {"stopped_ns": 1 << 62}, "cannot have run for"),
     ("timer", {"mode": 3}, "no mode 3"),
     ("timer", {"vcpu": VCPUS}, "vCPU 3"),
     ("timer", {"mode": 1, "deadline_ns": -1}, "deadline -1"),
@@ -187,16 +191,19 @@ def test_impossible_states_are_refused(
 ) -> None:
     description, _ = DEVICES[name]
     source, target = (devices_of(board)[name] for board in pair)
+    before = dict(vars(source)), dict(vars(target))
     source.reset()
     for field, value in state.items():
         setattr(source, field, value)
     payload = save_state(description, source)
+    vars(source).update(before[0])
     source.reset()
     try:
         with pytest.raises(DataError, match=words) as raised:
             load_state(description, target, StreamSource(io.BytesIO(payload)), 1)
         assert f"device '{name}'" in str(raised.value)
     finally:
+        vars(target).update(before[1])
         target.reset()
 
 
@@ -248,6 +255,10 @@ def any_registers(draw: st.DrawFn) -> dict[str, Any]:
         "sysenter_esp": draw(u64),
         "sysenter_eip": draw(u64),
         "tsc_aux": draw(u32),
+        "misc_enable": draw(u64),
+        "mtrr_default": draw(u64),
+        "mtrr_variable": draw(numbers(u64, 16)),
+        "mtrr_fixed": draw(numbers(u64, 11)),
         "halted": draw(st.integers(0, 1)),
         "exception": draw(st.integers(-1, 255)),
         "error_code": draw(u32),
@@ -303,6 +314,18 @@ def test_registers_survive_saving_loading_and_the_engine(
     # It tells empty x87 registers from full ones; what is in a full one it tells anew.
     for place in range(0, 16, 2):
         assert (read.fptag >> place & 3 == 3) == (loaded.fptag >> place & 3 == 3)
+
+
+def test_memory_types_are_saved_only_if_set_and_forgotten_where_they_are_not() -> None:
+    plain, typed, loaded = Registers(), Registers(), Registers()
+    typed.mtrr_fixed[3] = 6
+    lengths = []
+    for saved in (typed, plain):
+        payload = save_state(REGISTERS, saved)
+        lengths.append(len(payload))
+        load_state(REGISTERS, loaded, StreamSource(io.BytesIO(payload)), 1)
+        assert contents(loaded) == contents(saved)
+    assert lengths[0] - lengths[1] > 8 * 29
 
 
 @pytest.mark.parametrize(

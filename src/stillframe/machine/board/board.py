@@ -14,7 +14,7 @@ from stillframe.machine.board.hardware import Hardware
 from stillframe.machine.board.layout import SECTOR_BYTES
 from stillframe.machine.board.life import Life
 from stillframe.machine.board.power import NOTHING
-from stillframe.machine.board.run_control import LOADING, SENDING, RunControl
+from stillframe.machine.board.run_control import FOR_SAVING, LOADING, SENDING, RunControl
 from stillframe.machine.board.screenshot import Picture
 from stillframe.memory.guest_ram import GuestRam
 from stillframe.model import GpaRange, RamBlock
@@ -195,6 +195,9 @@ class Board:
                     self._control.cont(self.activate_disks)
                     self._requests.look()
                     return
+                stored = "paused"
+            elif stored in (LOADING, *FOR_SAVING):
+                # Only for the sake of a migration, which is none of this board's.
                 stored = "paused"
             self._control.stop(stored)
 

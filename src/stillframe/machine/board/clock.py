@@ -8,6 +8,8 @@ from stillframe.machine.board.layout import VCPUS_LIMIT
 from stillframe.vmstate.fields import StateDescription, array, u32, u64
 
 _MASK = (1 << 64) - 1
+LIMIT_NS = 1 << 62
+"""What no board has run for; deadlines, of 63 bits, lie beyond it."""
 
 
 class Clock:
@@ -56,9 +58,15 @@ class Clock:
         """The clock cannot be set."""
 
 
+def _check(clock: Clock, version_id: int) -> None:
+    if clock.stopped_ns >= LIMIT_NS:
+        raise ValueError(f"it cannot have run for {clock.stopped_ns} ns")
+
+
 CLOCK = StateDescription(
     name="clock",
     version_id=1,
     minimum_version_id=1,
     fields=(u64("stopped_ns"), array("latched_high", u32, VCPUS_LIMIT)),
+    post_load=_check,
 )

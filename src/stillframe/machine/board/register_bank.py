@@ -16,6 +16,8 @@ from unicorn.unicorn_py3 import Uc, UcError
 from stillframe.machine.board.registers import (
     FLOATING,
     GENERAL,
+    MTRR_FIXED,
+    MTRR_VARIABLE,
     XMM,
     Registers,
     Segment,
@@ -55,7 +57,9 @@ class _Values(ctypes.Structure):
         ("floating", _Floating * FLOATING),
         ("mxcsr", ctypes.c_uint64),
         ("xmm", ctypes.c_uint64 * (2 * XMM)),
-        ("model_specific", _ModelSpecific * 11),
+        ("model_specific", _ModelSpecific * 13),
+        ("mtrr_variable", _ModelSpecific * MTRR_VARIABLE),
+        ("mtrr_fixed", _ModelSpecific * MTRR_FIXED),
     )
 
 
@@ -114,7 +118,11 @@ _MODEL_SPECIFIC = {  # Intel SDM 4, table 2-2
     "sysenter_esp": 0x175,
     "sysenter_eip": 0x176,
     "pat": 0x277,
+    "misc_enable": 0x1A0,
+    "mtrr_default": 0x2FF,
 }
+_MTRR_VARIABLE = range(0x200, 0x200 + MTRR_VARIABLE)
+_MTRR_FIXED = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 
 
 class _Batch:
@@ -132,9 +140,15 @@ class RegisterBank:
     def __init__(self, engine: Uc) -> None:
         self._engine = engine
         self._values = values = _Values()
-        for cell, number in zip(values.model_specific, _MODEL_SPECIFIC.values(), strict=True):
-            cell.number = number
-        first = [(x86.UC_X86_REG_MSR, at) for at in _each(values, "model_specific")]
+        first: list[tuple[int, int]] = []
+        for name, numbers in (
+            ("model_specific", tuple(_MODEL_SPECIFIC.values())),
+            ("mtrr_variable", _MTRR_VARIABLE),
+            ("mtrr_fixed", _MTRR_FIXED),
+        ):
+            for cell, number in zip(getattr(values, name), numbers, strict=True):
+                cell.number = number
+            first += ((x86.UC_X86_REG_MSR, at) for at in _each(values, name))
         for name, numbers in (
             ("control", _CONTROL),
             ("tables", _TABLES),
@@ -195,6 +209,8 @@ class RegisterBank:
         registers.xmm[:] = values.xmm
         for name, cell in zip(_MODEL_SPECIFIC, values.model_specific, strict=True):
             setattr(registers, name, cell.value)
+        registers.mtrr_variable[:] = [cell.value for cell in values.mtrr_variable]
+        registers.mtrr_fixed[:] = [cell.value for cell in values.mtrr_fixed]
 
     def write(self, registers: Registers, readable: Callable[[int], bool]) -> None:
         """Fill the engine from ``registers``.
@@ -234,6 +250,11 @@ class RegisterBank:
         values.xmm[:] = registers.xmm
         for name, cell in zip(_MODEL_SPECIFIC, values.model_specific, strict=True):
             cell.value = getattr(registers, name)
+        for cell, value in (
+            *zip(values.mtrr_variable, registers.mtrr_variable, strict=True),
+            *zip(values.mtrr_fixed, registers.mtrr_fixed, strict=True),
+        ):
+            cell.value = value
         self._write(self._first)
         if not all(readable(at) for at in _descriptors(registers)):
             raise UcError(UC_ERR_READ_UNMAPPED)

@@ -25,6 +25,8 @@ from stillframe.vmstate.fields import (
 GENERAL = 16
 XMM = 16
 FLOATING = 8
+MTRR_VARIABLE, MTRR_FIXED = 2 * 8, 11
+"""Bases and masks of variable ranges; fixed ranges (Intel SDM 3A, 12.11.2)."""
 NO_EXCEPTION = -1
 GDT_LIMIT = 3 * 8 - 1
 
@@ -78,6 +80,8 @@ class Registers:
         self.ldt, self.tr, self.gdt, self.idt = (Segment() for _ in range(4))
         self.dr = [0] * 6
         self.xmm = [0] * (2 * XMM)
+        self.mtrr_variable = [0] * MTRR_VARIABLE
+        self.mtrr_fixed = [0] * MTRR_FIXED
         self.reset()
 
     def reset(self) -> None:
@@ -105,9 +109,16 @@ class Registers:
         self.sysenter_cs = self.sysenter_esp = self.sysenter_eip = 0
         self.pat = _PAT_RESET
         self.tsc_aux = 0
+        self.forget_platform()
         self.halted = 0
         self.exception = NO_EXCEPTION
         self.error_code = 0
+
+    def forget_platform(self) -> None:
+        """What subsection ``cpu/platform`` has, as it is at first."""
+        self.misc_enable = self.mtrr_default = 0
+        self.mtrr_variable[:] = [0] * MTRR_VARIABLE
+        self.mtrr_fixed[:] = [0] * MTRR_FIXED
 
     def start_at(self, entry: int, stack: int, arguments: Sequence[int]) -> None:
         """Set what a vCPU begins with.
@@ -137,6 +148,34 @@ def _loaded(registers: Registers, version_id: int) -> None:
         raise ValueError(f"there is no exception {registers.exception}")
     registers.after_load()
 
+
+def _forget(registers: Registers) -> None:
+    registers.forget_platform()
+
+
+def _is_set(registers: Registers) -> bool:
+    return any(
+        (
+            registers.misc_enable,
+            registers.mtrr_default,
+            *registers.mtrr_variable,
+            *registers.mtrr_fixed,
+        )
+    )
+
+
+_PLATFORM = StateDescription(
+    name="cpu/platform",
+    version_id=1,
+    minimum_version_id=1,
+    fields=(
+        u64("misc_enable"),
+        u64("mtrr_default"),
+        array("mtrr_variable", u64, MTRR_VARIABLE),
+        array("mtrr_fixed", u64, MTRR_FIXED),
+    ),
+    needed=_is_set,
+)
 
 _SEGMENT = StateDescription(
     name="segment",
@@ -193,6 +232,8 @@ REGISTERS = StateDescription(
         i32("exception"),
         u32("error_code"),
     ),
+    subsections=(_PLATFORM,),
     pre_save=_save,
+    pre_load=_forget,
     post_load=_loaded,
 )

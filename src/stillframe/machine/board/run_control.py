@@ -26,7 +26,7 @@ SENDING = "finish-migrate"
 LOADING = "inmigrate"
 """The run state while a stream is loaded."""
 _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked")
-_FOR_SAVING = (SENDING, "postmigrate", SAVING)
+FOR_SAVING = (SENDING, "postmigrate", SAVING)
 """States in which the machine is only because it is saved; a stream stores the one before."""
 
 
@@ -88,7 +88,7 @@ class RunControl:
     @property
     def state_to_store(self) -> str:
         """What a stream made now says about the run state."""
-        return self._state_before_saving if self.state in _FOR_SAVING else self.state
+        return self._state_before_saving if self.state in FOR_SAVING else self.state
 
     def stop(self, state: str | None) -> None:
         with self._transition():
@@ -196,7 +196,7 @@ class RunControl:
         self._transition_ended.notify_all()
 
     def _enter(self, state: str) -> None:
-        if state in _FOR_SAVING and self.state not in _FOR_SAVING:
+        if state in FOR_SAVING and self.state not in FOR_SAVING:
             self._state_before_saving = self.state
         if state == SENDING:
             self._state_before_sending = self.state
