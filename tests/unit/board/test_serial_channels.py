@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.errors import HostError
+from stillframe.errors import BusyError, UsageError
 from stillframe.machine.board.interrupts import InterruptLines
 from stillframe.machine.board.serial_channels import Channel, Descriptors, UnixSocket, open_channel
 from stillframe.machine.board.serial_port import SerialPort
@@ -153,6 +153,19 @@ def test_a_socket_that_somebody_left_is_replaced(tmp_path: Path) -> None:
         left.bind(str(path))
     UnixSocket(str(path)).close()
     path.write_text("a file is not ours to remove")
-    with pytest.raises(HostError, match="cannot listen"):
+    with pytest.raises(UsageError, match="is no socket"):
         UnixSocket(str(path))
     assert path.read_text()
+
+
+def test_a_socket_that_somebody_listens_on_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "line"
+    first = UnixSocket(str(path))
+    with pytest.raises(BusyError, match="somebody listens"):
+        UnixSocket(str(path))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        first.read()
+        assert first.output_fd() is not None
+    first.close()
+    assert not path.exists()

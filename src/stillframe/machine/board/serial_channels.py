@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from pathlib import Path
 from typing import Protocol
 
-from stillframe.errors import HostError, UsageError
+from stillframe.errors import HostError, StillframeError, UsageError
+from stillframe.qmp.listening import listen
 
 _READ_BYTES = 4096
 _UNIX = "unix:"
@@ -103,26 +103,18 @@ class UnixSocket:
     def __init__(self, path: str) -> None:
         """
         Raises:
-            HostError: it cannot listen there.
+            BusyError, UsageError, HostError: as ``qmp.listening.listen``.
         """
-        self._path = path
         self._client: socket.socket | None = None
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            with contextlib.suppress(OSError):
-                if Path(path).is_socket():
-                    Path(path).unlink()
-            # Before it has a name: bind takes the socket's own mode (Linux, unix_bind).
-            os.fchmod(self._listener.fileno(), 0o600)
-            self._listener.bind(path)
-            self._listener.listen(1)
-        except (OSError, ValueError) as error:
-            self._listener.close()
-            raise HostError(f"the serial line cannot listen at {path}", why=str(error)) from error
-        self._listener.setblocking(False)
+            self._listener = listen(path)
+        except StillframeError as error:
+            error.what = f"the serial line: {error.what}"
+            raise
+        self._listener.socket.setblocking(False)
 
     def input_fd(self) -> int | None:
-        return (self._client or self._listener).fileno()
+        return (self._client or self._listener.socket).fileno()
 
     def output_fd(self) -> int | None:
         return None if self._client is None else self._client.fileno()
@@ -130,7 +122,7 @@ class UnixSocket:
     def read(self) -> bytes:
         if self._client is None:
             with contextlib.suppress(OSError):
-                self._client, _ = self._listener.accept()
+                self._client, _ = self._listener.socket.accept()
                 self._client.setblocking(False)
             return b""
         try:
@@ -162,15 +154,14 @@ class UnixSocket:
     def close(self) -> None:
         self._hang_up()
         self._listener.close()
-        with contextlib.suppress(OSError):
-            Path(self._path).unlink()
 
 
 def open_channel(serial: str) -> Channel:
     """What a board's ``serial`` names: ``stdio``, ``none``, ``unix:PATH``, or a file's path.
 
     Raises:
-        UsageError: it is empty. HostError: it cannot be opened.
+        UsageError: it is empty, or no socket. BusyError: somebody listens there.
+        HostError: it cannot be opened.
     """
     if serial == "none":
         return NobodyThere()
