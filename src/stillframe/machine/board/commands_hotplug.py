@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from stillframe.machine.board.board import Board
-from stillframe.machine.board.layout import DIMM_GPA
+from stillframe.machine.board.layout import DIMM_GPA, DIMM_IDSTR, RAM_IDSTR
 from stillframe.qmp.arguments import Uint64
 from stillframe.qmp.commands import CommandContext, CommandTable, NoArguments
 from stillframe.qmp.errors import QmpError
 
-RAM_IDSTR, DIMM_IDSTR = "board.ram", "board.dimm0"
 _BACKENDS = ("memory-backend-ram", "memory-backend-memfd")
 _DIMM = "pc-dimm"
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from stillframe.memory.signal_protection import prepare_thread
+
 logger = logging.getLogger(__name__)
 
 Finish: TypeAlias = Callable[[], None]
@@ -88,6 +90,7 @@ class DeviceThread:
     def _loop(self) -> None:
         with self._lock:
             try:
+                prepare_thread()
                 self._work()
             except Exception:  # a stop must not wait for it for ever
                 logger.exception("%s has failed; its device does nothing any more", self.name)

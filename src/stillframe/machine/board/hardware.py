@@ -60,8 +60,8 @@ class Hardware:
         self.disk = None if config.disk_path is None else Disk(config.disk_path)
         channel = open_channel(config.serial)
         self.space = AddressSpace()
-        self._ram = GuestRam("board.ram", config.ram_bytes)
-        self._vram = GuestRam("board.vram", config.vram_bytes)
+        self._ram = GuestRam(layout.RAM_IDSTR, config.ram_bytes)
+        self._vram = GuestRam(layout.VRAM_IDSTR, config.vram_bytes)
         self._dimm: GuestRam | None = None
         self.space.add(layout.RAM_GPA, self._ram)
         self.space.add(layout.VRAM_GPA, self._vram)
@@ -198,7 +198,7 @@ class Hardware:
             raise UsageError(f"a board has one DIMM, of {self._dimm.length_bytes} bytes")
         if not 0 < length_bytes <= layout.DIMM_LIMIT_BYTES:
             raise UsageError(f"a DIMM cannot have {length_bytes} bytes")
-        dimm = GuestRam("board.dimm0", length_bytes)
+        dimm = GuestRam(layout.DIMM_IDSTR, length_bytes)
         self.space.add(layout.DIMM_GPA, dimm)
         self._dimm = dimm
         if tell:

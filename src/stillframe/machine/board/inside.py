@@ -6,6 +6,7 @@ or the GIL, so every method may wait for a fault.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -44,14 +45,6 @@ class BoardWatch:
     def close(self) -> None:
         """End watching; never raises."""
         self._board.remove_listener(self._note)
-
-
-class _Buffer:
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def write(self, data: bytes | bytearray | memoryview, /) -> None:
-        self.data += data
 
 
 class InsideMachine:
@@ -172,10 +165,10 @@ class InsideMachine:
     def save_device_state(self) -> bytes:
         """The FULL sections of all devices, EOF and vmdescription; without a stream's header, since
         they follow the RAM in the stream. The guest must be stopped, and stays so."""
-        buffer = _Buffer()
+        buffer = io.BytesIO()
         with self._board.lock:
             self._board.saver.save_all_device_states(buffer, inactivate_disks=False, send_eof=True)
-        return bytes(buffer.data)
+        return buffer.getvalue()
 
     def finish_device_state(self) -> None:
         """Nothing was prepared."""

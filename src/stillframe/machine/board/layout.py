@@ -5,6 +5,9 @@ from __future__ import annotations
 PAGE_BYTES = 4096
 SECTOR_BYTES = 512
 
+RAM_IDSTR, VRAM_IDSTR, DIMM_IDSTR = "board.ram", "board.vram", "board.dimm0"
+"""Names of the RAM blocks."""
+
 RAM_GPA = 0x0
 RAM_LIMIT_BYTES = 3 << 30
 """``board.ram`` ends below the framebuffer."""

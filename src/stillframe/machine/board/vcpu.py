@@ -29,6 +29,7 @@ from stillframe.machine.board.registers import (
     NO_EXCEPTION,
     Registers,
 )
+from stillframe.memory.signal_protection import prepare_thread
 
 
 class Vcpu:
@@ -186,13 +187,17 @@ class Vcpu:
 
     def _loop(self) -> None:
         with self._lock:
+            self._guarded(prepare_thread)
             while not self._quit:
-                try:
-                    self._turn()
-                except Exception as error:  # noqa: BLE001 - whatever it is, the board must stop
-                    self._park_wanted = True
-                    what = str(error) if isinstance(error, UcError) else repr(error)
-                    self._on_failure(f"vCPU {self.index}: {what}, RIP {self._engine.rip:#x}")
+                self._guarded(self._turn)
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the board must stop
+            self._park_wanted = True
+            what = str(error) if isinstance(error, UcError) else repr(error)
+            self._on_failure(f"vCPU {self.index}: {what}, RIP {self._engine.rip:#x}")
 
     def _turn(self) -> None:
         if self._park_wanted:
