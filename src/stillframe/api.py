@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from stillframe.errors import NotFoundError, SinkError, UsageError
+from stillframe.errors import HostError, NotFoundError, UsageError
 from stillframe.version import __version__
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def open(path: StrPath) -> Snapshot:  # noqa: A001 - stillframe.open, as gzip.op
 
     Raises:
         NotFoundError: no such file.
-        UsageError: not a regular file. SinkError: not permitted.
+        UsageError: not a regular file. HostError: not permitted.
         DataError: not a snapshot, damaged, or of a version that we do not know.
     """
     from stillframe.store.snapshot import Snapshot
@@ -337,7 +337,8 @@ def import_stream(
         progress: called with the bytes of the stream read so far.
 
     Raises:
-        NotFoundError, SinkError: the stream cannot be read, or the destination not written.
+        NotFoundError, HostError: there is no such stream, or it may not be read.
+        SinkError: the destination cannot be written.
         DataError: the stream is damaged, or does not hold a whole VM.
         UsageError: options that make no sense, or the file exists.
     """
@@ -513,6 +514,8 @@ def start_board(
     words = [] if guest is None else [os.fspath(guest)]
     words += [f"{option}={value}" for option, value in given.items() if value is not None]
     source = None if incoming is None else os.fspath(incoming)
+    if "" in (guest, source):
+        raise UsageError("an empty word is no file", remedy="name a guest, or what is to come in")
     base = recorded_board(source) if source is not None else None
     return Running(
         parse_options(words, cwd=str(Path.cwd()), base=base).board,
@@ -582,8 +585,10 @@ def _opened(source: StrPath | Source) -> Iterator[Source]:
         stream: Any = Path(source).open("rb")  # noqa: SIM115 - closed below
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"there is no file {source}") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{source} is a directory", remedy="name a file") from error
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise SinkError(f"cannot read {source}", why=why) from error
+        raise HostError(f"cannot read {source}", why=why) from error
     with stream:
         yield stream

@@ -51,7 +51,7 @@ class StillframeError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        self.why = why
+        self.why = _without_number(why)
         self.remedy = remedy
         self.guest_state: GuestState = guest_state
 
@@ -73,6 +73,11 @@ class StillframeError(Exception):
             "guest_state": self.guest_state,
             "exit_code": self.exit_code,
         }
+
+
+def _without_number(why: str | None) -> str | None:
+    """The text of an ``OSError`` begins with its number, which says nothing to people."""
+    return why.partition("] ")[2] if why is not None and why.startswith("[Errno ") else why
 
 
 class UsageError(StillframeError):

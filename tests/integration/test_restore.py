@@ -20,7 +20,14 @@ import pytest
 from guests.monitor import qmp_execute
 from guests.qemu import GuestVm, qemu_binary
 from guests.serial import SerialConsole
-from stillframe.errors import DataError, HostError, MachineError, NotFoundError, UsageError
+from stillframe.errors import (
+    BusyError,
+    DataError,
+    HostError,
+    MachineError,
+    NotFoundError,
+    UsageError,
+)
 from stillframe.machine.running import connect, list_vms
 from stillframe.model import MachineRecord
 from stillframe.restore.disk_use import is_written
@@ -404,7 +411,7 @@ def test_a_disk_that_is_no_image(restored: Restorer, snapshot: Path, tmp_path: P
 
 
 def test_a_socket_that_is_taken(restored: Restorer, snapshot: Path, source: GuestVm) -> None:
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(BusyError, match="somebody listens on"):
         restored(snapshot, qmp_socket=str(source.qmp_path))
     assert qmp_execute(source.qmp_path, "query-status")["status"] == "running"
 

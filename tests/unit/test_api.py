@@ -98,7 +98,7 @@ def test_export_refuses(tmp_path: Path) -> None:
 def test_import_refuses(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         stillframe.import_stream(tmp_path / "none", tmp_path / "x")
-    with pytest.raises(SinkError, match="cannot read"):
+    with pytest.raises(UsageError, match="is a directory"):
         stillframe.import_stream(tmp_path, tmp_path / "x")
     with pytest.raises(DataError):
         stillframe.import_stream(io.BytesIO(b"no stream"), tmp_path / "x")

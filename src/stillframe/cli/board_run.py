@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from stillframe.cli.board_display import Display, choose_display
+from stillframe.cli.failures import ReaderGone
 from stillframe.cli.options import FILE, Size
 from stillframe.cli.output import say
 from stillframe.errors import SnapshotCancelled
@@ -121,7 +123,8 @@ def command(
         )
         try:
             say(f"stillframe: board {board.name} (process {os.getpid()}), QMP at {board.qmp}")
-            status = _follow(board, screen, requests)
+            uses_stdout = serial == "stdio" or display == "terminal"
+            status = _follow(board, screen, requests, reader=1 if uses_stdout else None)
         finally:
             screen.close(board)
             board.close()
@@ -160,17 +163,31 @@ class _Requests:
             signal.signal(number, before)
 
 
-def _follow(board: RunningBoard, screen: Display, requests: _Requests) -> int:
+def _follow(
+    board: RunningBoard, screen: Display, requests: _Requests, *, reader: int | None
+) -> int:
     """Wait for the board's end; its exit status.
 
+    Args:
+        reader: the descriptor behind which somebody reads, and without whom it ends; or None.
+
     Raises:
-        SnapshotCancelled: a signal asked for the end.
+        SnapshotCancelled: a signal asked for the end. ReaderGone: nobody reads any more.
         StillframeError: what was to come in could not be loaded.
     """
     shown = 0
     while not board.wait(_POLL_S):
         if requests.end is not None:
             raise SnapshotCancelled(f"ended by {signal.Signals(requests.end).name}")
+        if reader is not None and _is_gone(reader):
+            raise ReaderGone
         screen.refresh(board, now=requests.pictures > shown)
         shown = requests.pictures
     return board.exit_status
+
+
+def _is_gone(descriptor: int) -> bool:
+    """Whether nobody can read any more what is written there: a pipe, a socket, a terminal."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

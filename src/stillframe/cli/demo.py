@@ -69,7 +69,7 @@ def _directory(output: str | None) -> Path:
             return Path(tempfile.mkdtemp(prefix="stillframe-demo-pictures-"))
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SinkError("no place for the pictures", why=str(error)) from error
+        raise SinkError("no place for the pictures", why=error.strerror) from error
     return Path(output)
 
 

@@ -12,6 +12,7 @@ from stillframe.cli.output import give_up_stdout, json_text, say
 from stillframe.errors import (
     InternalError,
     RefusedError,
+    SinkError,
     SnapshotCancelled,
     StillframeError,
     UsageError,
@@ -57,6 +58,9 @@ def understood(error: BaseException, *, with_guest: bool = False) -> StillframeE
         return _usage(error)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return SnapshotCancelled("cancelled")
+    if isinstance(error, OSError) and _is_of_echo(error):  # --help, --version
+        give_up_stdout()
+        return SinkError("standard output cannot be written", why=error.strerror)
     if isinstance(error, MemoryError):
         return InternalError("out of memory", remedy="free some memory, and try again")
     return InternalError(
@@ -67,8 +71,14 @@ def understood(error: BaseException, *, with_guest: bool = False) -> StillframeE
     )
 
 
+def _is_of_echo(error: OSError) -> bool:
+    """Whether it was click that could not write its own words."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return any(frame.name == "echo" for frame in last)
+
+
 def _usage(error: click.ClickException) -> UsageError:
-    message = error.format_message().strip().rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".")  # click lists choices in lines
     context = error.ctx if isinstance(error, click.UsageError) else None
     path = context.command_path if context is not None else "stillframe"
     return UsageError(message[:1].lower() + message[1:], remedy=f"see '{path} --help'")

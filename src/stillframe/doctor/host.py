@@ -181,7 +181,7 @@ def _qemu() -> Check:
     version = _version_of(
         programs[0] if "qemu-system-x86_64" not in programs else "qemu-system-x86_64"
     )
-    more = f" and {len(programs) - 1} more" if len(programs) > 1 else ""
+    more = f", and {len(programs) - 1} more QEMU programs" if len(programs) > 1 else ""
     return _check("qemu", "ok", version + more)
 
 

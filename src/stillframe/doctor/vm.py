@@ -93,9 +93,9 @@ def _ram(pid: int, blocks: Sequence[RamBlock]) -> Check:
     return _check(
         "ram",
         "ok",
-        f"{len(blocks)} blocks, {total_bytes / (1 << 20):.0f} MiB, about"
-        f" {populated_bytes / (1 << 20):.0f} MiB populated; arming takes about {arm_ms:.0f} ms"
-        " (the guest runs meanwhile)",
+        f"{len(blocks)} blocks, {total_bytes / (1 << 20):.0f} MiB; the process has"
+        f" {populated_bytes / (1 << 20):.0f} MiB in memory, so arming takes at most about"
+        f" {arm_ms:.0f} ms (the guest runs meanwhile)",
     )
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from stillframe.errors import HostError, UsageError
+from stillframe.hosting.checks import check_files, check_incoming
 from stillframe.hosting.private_socket import PrivateSocket
 from stillframe.machine.board.board_command import BoardCommand
 from stillframe.machine.board.config import BoardConfig
@@ -60,7 +61,9 @@ class RunningBoard:
         Raises:
             UsageError: there is nothing to run, or options do not go together.
             HostError: the engine is missing, or a file, a socket or memory is not to be had.
-            NotFoundError, DataError: the guest, or what is to come in.
+            BusyError: somebody listens on a socket that it is to have.
+            SinkError: its picture cannot be written to the file that it names.
+            NotFoundError, DataError: the guest, the disk, or what is to come in.
         """
         if command.guest is None and incoming is None:
             raise UsageError(
@@ -68,6 +71,7 @@ class RunningBoard:
                 remedy=f"name an ELF file, or one of {', '.join(GUEST_NAMES)}",
             )
         check_engine()
+        check_files(command)
         self.command = command
         self.name = command.name or _called_after(command.guest)
         self._last: Picture | None = None
@@ -173,7 +177,12 @@ def _guest_file(guest: str | None) -> str | None:
 
 
 def _uri(incoming: str | None) -> str | None:
-    """A file's name as a URI."""
+    """A file's name as a URI.
+
+    Raises:
+        NotFoundError, UsageError, HostError: it is no file, or may not be read.
+    """
     if incoming is None or _URI.match(incoming):
         return incoming
+    check_incoming(incoming)
     return f"file:{Path(incoming).absolute()}"

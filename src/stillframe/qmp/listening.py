@@ -74,7 +74,8 @@ def _listen_unix(path: str) -> Listener:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                _remove_stale(path, name)
+                _check_stale(path, name)
+                Path(path).unlink()
                 sock.bind(name)
             made = _identity(path)
             sock.listen(_BACKLOG)
@@ -104,15 +105,32 @@ def _directory_lock(directory: Path) -> Iterator[None]:
         os.close(directory_fd)
 
 
-def _remove_stale(path: str, name: str) -> None:
+def check_free(path: str) -> None:
+    """Check that ``listen`` could take a path: there is nothing, or a socket file on which nobody
+    listens any more. Nothing is removed.
+
+    Raises:
+        BusyError: somebody listens there.
+        UsageError: the path is something else than a socket.
+        HostError: it cannot be looked at.
+    """
+    try:
+        with socket_name(path) as name:
+            _check_stale(path, name)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _error(path, error) from error
+
+
+def _check_stale(path: str, name: str) -> None:
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise UsageError(f"{path} exists, and is no socket", remedy="name another path")
+        raise UsageError(f"{path} exists, and is no socket", remedy="choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         refused = probe.connect_ex(name) == errno.ECONNREFUSED
     if not refused:
-        raise BusyError(f"somebody listens on {path} already", remedy="name another path")
-    Path(path).unlink()
+        raise BusyError(f"somebody listens on {path}", remedy="choose another path")
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -123,5 +141,5 @@ def _identity(path: str) -> tuple[int, int]:
 def _error(address: Address, error: OSError) -> StillframeError:
     where = address_text(address)
     if error.errno == errno.EADDRINUSE:
-        return BusyError(f"somebody listens on {where} already", remedy="name another address")
+        return BusyError(f"somebody listens on {where}", remedy="choose another address")
     return HostError(f"cannot listen on {where}", why=error.strerror or str(error))

@@ -7,6 +7,7 @@ RAM; its ELF file, if it is still there, serves for a reset only.
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from stillframe.machine.board.board_command import (
     ParsedCommand,
     parse_options,
 )
+from stillframe.machine.board.framebuffer import FRAMEBUFFER
+from stillframe.machine.board.registers import REGISTERS
 from stillframe.model import MachineRecord
 from stillframe.restore.disk_use import is_written
 from stillframe.restore.places import Places, check_socket_path, choose_places
@@ -34,8 +37,9 @@ from stillframe.restore.records import (
 from stillframe.restore.show import shown_words
 from stillframe.store.snapshot import Snapshot
 
-MACHINE_PREFIX = "stillframe-board-"
 _RAM = "board.ram"
+_GEOMETRY = struct.Struct(">II")
+"""The payload of ``framebuffer``."""
 _DISKS_NOTE = "disks are as they are now, not as they were at the snapshot's instant"
 _DISK_REASON = "a private copy, so that the first board's disk is not written"
 _NOT_HERE = {
@@ -80,7 +84,7 @@ def plan_board(
         if option in own.given:
             raise UsageError(f"{option} does not go with a restore", why=why)
     lengths = {block.idstr: block.used_length_bytes for block in snapshot.blocks}
-    places = choose_places(record.name, directory, log_name="board.log")
+    places = choose_places(own.board.name or record.name, directory, log_name="board.log")
     work = _Work(places, recorded)
     board = work.board(own, lengths)
     qmp = str(places.qmp if qmp_socket is None else Path(qmp_socket).absolute())
@@ -92,7 +96,7 @@ def plan_board(
     return RestorePlan(
         vmm="board",
         snapshot=snapshot.container.source.description,
-        name=record.name,
+        name=board.name or record.name,
         program=sys.executable,
         # -P: a directory that happens to be called stillframe is not run.
         argv=(sys.executable, "-P", "-m", *board.words(), "--qmp", qmp, *stop),
@@ -114,11 +118,14 @@ def plan_board(
 
 
 def imported_board(snapshot: Snapshot, machine_type: str) -> MachineRecord:
-    """A record for a stream of a board without a recorded command line."""
-    lengths = {block.idstr: block.used_length_bytes for block in snapshot.blocks}
-    command = BoardCommand(ram_bytes=lengths.get(_RAM, 0))
+    """A record for a stream of a board without a recorded command line.
+
+    Raises:
+        DataError: what it holds is no board.
+    """
+    command = saved_hardware(snapshot)
     return MachineRecord(
-        name="",
+        name="board",
         pid=0,
         uid=os.geteuid(),
         vmm="board",
@@ -129,7 +136,25 @@ def imported_board(snapshot: Snapshot, machine_type: str) -> MachineRecord:
         argv=msgspec.structs.replace(command, serial="none").words(),
         cwd="/",
         guest_state="",
-        vcpus=0,
+        vcpus=command.vcpus,
+    )
+
+
+def saved_hardware(snapshot: Snapshot) -> BoardCommand:
+    """A board of the RAM, vCPUs and resolution that the saved state is of; the rest is not in it.
+
+    Raises:
+        DataError: what it holds is no board.
+    """
+    lengths = {block.idstr: block.used_length_bytes for block in snapshot.blocks}
+    devices = snapshot.skeleton().devices
+    geometry = [section.payload for section in devices if section.idstr == FRAMEBUFFER.name]
+    if _RAM not in lengths or [len(payload) for payload in geometry] != [_GEOMETRY.size]:
+        raise DataError("the stream is of a board, and has not what a board has")
+    return BoardCommand(
+        ram_bytes=lengths[_RAM],
+        vcpus=sum(section.idstr == REGISTERS.name for section in devices),
+        resolution=_GEOMETRY.unpack(geometry[0]),
     )
 
 

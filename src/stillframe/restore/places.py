@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from stillframe.errors import HostError, UsageError
+from stillframe.qmp.listening import check_free
 
 SUN_PATH_BYTES = 107
 """Longest path that fits a ``sockaddr_un`` (unix(7))."""
@@ -64,8 +65,12 @@ def check_socket_path(path: str, *, made_later: bool = False) -> None:
     Args:
         made_later: its directory is not there yet.
 
+    A socket file on which nobody listens any more counts as free: whoever binds there replaces it,
+    as QEMU does. QEMU would do so also under the nose of a VM that listens there.
+
     Raises:
         UsageError: too long, there is something of that name, or no directory for it.
+        BusyError: somebody listens there.
     """
     length = len(os.fsencode(path))
     if length > SUN_PATH_BYTES:
@@ -76,11 +81,9 @@ def check_socket_path(path: str, *, made_later: bool = False) -> None:
         )
     if made_later:
         return
-    if os.path.lexists(path):
-        # QEMU itself would remove it, also under the nose of a VM that listens there.
-        raise UsageError(f"{path} exists already", remedy="choose another path, or remove it")
     if not Path(path).parent.is_dir():
         raise UsageError(f"there is no directory for the socket {path}")
+    check_free(path)
 
 
 def make_directory(path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stillframe.errors import DataError, NotFoundError, RefusedError, TrustError, UsageError
 from stillframe.model import MachineRecord
-from stillframe.restore.board_plan import MACHINE_PREFIX, imported_board, plan_board
+from stillframe.restore.board_plan import imported_board, plan_board
 from stillframe.restore.draft import Draft, split_options
 from stillframe.restore.option_value import escape_commas
 from stillframe.restore.overrides import Overrides
@@ -22,7 +22,9 @@ from stillframe.restore.policy import decide
 from stillframe.restore.program import find_emulator
 from stillframe.restore.records import RestorePlan
 from stillframe.restore.show import printable, shown_words
+from stillframe.store.skeleton import machine_type_of
 from stillframe.store.snapshot import Snapshot
+from stillframe.vmstate.board_cpu import BOARD_MACHINE_PREFIX
 
 _MAX_WORDS = 4096
 _MAX_WORD_BYTES = 1 << 17  # MAX_ARG_STRLEN of Linux
@@ -152,9 +154,9 @@ def check_plan(plan: RestorePlan, *, trust: bool) -> None:
 
 def _imported(snapshot: Snapshot, extra_args: Sequence[str]) -> MachineRecord:
     """A machine for a stream without a recorded command line: the caller's options are it."""
-    configuration = snapshot.skeleton().configuration
-    if configuration is not None and configuration.name.startswith(MACHINE_PREFIX):
-        return imported_board(snapshot, configuration.name)
+    machine_type = machine_type_of(snapshot.skeleton())
+    if machine_type.startswith(BOARD_MACHINE_PREFIX):
+        return imported_board(snapshot, machine_type)
     if not extra_args:
         raise UsageError(
             "the snapshot was imported and has no command line",
@@ -166,7 +168,7 @@ def _imported(snapshot: Snapshot, extra_args: Sequence[str]) -> MachineRecord:
         uid=os.geteuid(),
         vmm="qemu",
         vmm_version="",
-        machine_type=configuration.name if configuration is not None else "",
+        machine_type=machine_type,
         accelerator="",
         executable=f"qemu-system-{platform.machine()}",
         argv=(f"qemu-system-{platform.machine()}",),

@@ -14,7 +14,9 @@ from stillframe.errors import DataError, UsageError
 from stillframe.store.backends import Sink
 from stillframe.store.elf_notes import prstatus_note, qemu_note
 from stillframe.store.extents import Extent, physical_extents, write_extents
+from stillframe.store.skeleton import machine_type_of
 from stillframe.store.snapshot import Snapshot
+from stillframe.vmstate.board_cpu import BOARD_MACHINE_PREFIX, parse_board_cpu
 from stillframe.vmstate.x86_cpu import CPU_IDSTR, X86CpuState, parse_x86_cpu
 
 _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -57,10 +59,13 @@ def vcpus(snapshot: Snapshot) -> list[X86CpuState]:
         UsageError: there is none that is an x86-64 CPU.
         DataError: the snapshot is damaged.
     """
-    sections = [s for s in snapshot.skeleton().devices if s.idstr == CPU_IDSTR]
+    skeleton = snapshot.skeleton()
+    sections = [s for s in skeleton.devices if s.idstr == CPU_IDSTR]
     sections.sort(key=lambda section: section.instance_id)
+    of_board = machine_type_of(skeleton).startswith(BOARD_MACHINE_PREFIX)
+    parse = parse_board_cpu if of_board else parse_x86_cpu
     try:
-        found = [parse_x86_cpu(section.payload, section.version_id) for section in sections]
+        found = [parse(section.payload, section.version_id) for section in sections]
     except DataError as error:
         raise UsageError(
             "the snapshot is not of an x86-64 VM", why=str(error), remedy="export it as raw"

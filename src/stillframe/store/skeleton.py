@@ -21,6 +21,11 @@ class Skeleton(msgspec.Struct, frozen=True, kw_only=True):
     description: bytes | None
 
 
+def machine_type_of(skeleton: Skeleton) -> str:
+    """The machine type that a stream names; empty if it names none."""
+    return skeleton.configuration.name if skeleton.configuration is not None else ""
+
+
 class Pieces:
     """A reader, as the stream parser wants one, over pieces of a stream."""
 

@@ -23,9 +23,12 @@ from stillframe.machine.board.guests import guest_path
 from stillframe.qmp.client import QmpClient
 from tests.integration.cli.program import PROGRAM, run
 from tests.support.board_process import BoardProcess, ledger, transfers
-from tests.support.ledger_host import wait_for
+from tests.support.ledger_host import Console, wait_for
+from tests.support.ordinary_user import OrdinaryUser, ordinary_user
 from tests.support.tiny_guest import IDLE, PANIC, RESET, write_guest
 from tests.unit.restore.recorded import machine, write_snapshot
+
+__all__ = ["ordinary_user"]
 
 TEN_LINES = """
 #include "board.h"
@@ -152,18 +155,113 @@ def test_a_socket_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "qmp").touch()
     done = run("board", "run", "writer", "--qmp", tmp_path / "qmp")
     assert done.returncode == 2
-    assert b"exists already" in done.stderr
+    assert b"exists, and is no socket" in done.stderr
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
+    words = ("writer", "--qmp", tmp_path / "qmp", "--serial", "none", "--paused")
+    for _ in range(2):  # the second one finds what the first one left
+        process = start(*words)
+        try:
+            assert process.stderr is not None
+            assert f"QMP at {tmp_path}/qmp".encode() in process.stderr.readline()
+            other = run("board", "run", *words)
+            assert other.returncode == 4
+            assert other.stderr.endswith(b"/qmp; choose another path\n"), other.stderr
+            assert b"somebody listens on" in other.stderr
+        finally:
+            process.kill()
+            process.communicate()
+        assert (tmp_path / "qmp").is_socket()
+
+
+@pytest.mark.parametrize("serial", ["stdio", "none"])
+def test_without_its_reader_it_ends(serial: str, runtime: Path) -> None:
+    """As errors.md says; and only if it writes there at all."""
+    process = start("ledger", "--ram", "16M", "--serial", serial, "--append", "tick_ms=20")
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert b"QMP at" in process.stderr.readline()
+        process.stdout.close()
+        if serial == "stdio":
+            assert process.wait(10) == 141
+            assert process.stderr.read() == b""
+            assert list(runtime.iterdir()) == []
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("what", ["show", "verify", "restore", "import", "run", "incoming", "disk"])
+def test_sources_that_are_none(what: str, tmp_path: Path, runtime: Path) -> None:
+    """The same code for the same fault, whoever reads."""
+    (tmp_path / "d").mkdir()
+    words = {
+        "show": ("show",),
+        "verify": ("verify",),
+        "restore": ("restore",),
+        "import": ("import", "-o", tmp_path / "out"),
+        "run": ("board", "run"),
+        "incoming": ("board", "run", "--incoming"),
+        "disk": ("board", "run", "ledger", "--disk"),
+    }[what]
+    for name, code in (("none", 9), ("d", 2), ("", 2)):
+        if name or what not in ("show", "verify", "restore", "import"):
+            done = run(*words, tmp_path / name if name else "")
+            assert done.returncode == code, done.stderr
+            assert done.stderr.count(b"\n") == 1
+            assert b"Errno" not in done.stderr
+
+
+def test_sources_that_may_not_be_read(ordinary_user: OrdinaryUser, tmp_path: Path) -> None:
+    secret = ordinary_user.home / "secret"
+    secret.write_bytes(b"x")
+    secret.chmod(0)
+    for words in (
+        ("show", secret),
+        ("verify", secret),
+        ("restore", secret),
+        ("import", secret, "-o", ordinary_user.home / "out"),
+        ("board", "run", secret),
+        ("board", "run", "--incoming", secret),
+        ("board", "run", "ledger", "--disk", secret),
+    ):
+        done = ordinary_user.run(*words)
+        assert done.returncode == 5, (words, done.stderr)
+
+
+def test_what_is_asked_for_is_looked_at_first(tmp_path: Path, runtime: Path) -> None:
+    (tmp_path / "odd").write_bytes(bytes(513))
+    (tmp_path / "empty").touch()
+    for words, code, told in (
+        (("--display", tmp_path / "no/x.png"), 7, b"make the directory first"),
+        (("--display", tmp_path), 2, b"not a regular file"),
+        (("--serial", f"unix:{tmp_path}/{'x' * 120}"), 2, b"too long"),
+        (("--disk", tmp_path / "odd"), 2, b"513 bytes"),
+        (("--disk", tmp_path / "empty"), 2, b"0 bytes"),
+        (("--disk", "/dev/null"), 2, b"neither a regular file nor a block device"),
+        (("--resolution", "5000x1"), 2, b"1 to 4096 pixels"),
+    ):
+        done = run("board", "run", "ledger", *words)
+        assert done.returncode == code, (words, done.stderr)
+        assert told in done.stderr
+        assert b"QMP at" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
         ((), 2, b"a board needs a guest; name an ELF file, or one of ledger, life, writer"),
-        (("nothing.elf",), 9, b"nothing.elf"),
+        (("nothing.elf",), 9, b"or one of ledger, life, writer"),
         (("ledger", "--ram", "16"), 2, b"--ram"),
         (("ledger", "--cpus", "9"), 2, b"--cpus"),
         (("ledger", "--serial", "/nonexistent/x"), 5, b"/nonexistent/x"),
-        (("ledger", "--disk", "/nonexistent/x"), 5, b"/nonexistent/x"),
+        (("ledger", "--disk", "/nonexistent/x"), 9, b"/nonexistent/x"),
         (("ledger", "--qmp", "/nonexistent/x"), 2, b"/nonexistent/x"),
         (("ledger", "--incoming", "/nonexistent/x"), 9, b"/nonexistent/x"),
         (("ledger", "--resolution", "big"), 2, b"640x480"),
@@ -341,6 +439,36 @@ def test_a_snapshot_brings_its_board_along(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_stream_tells_its_hardware(tmp_path: Path) -> None:
+    """``migrate`` to a file, then ``import``: nothing of the board needs to be said again."""
+    words = ("--ram", "20M", "--cpus", "2", "--resolution", "64x48")
+    with ledger(*words, directory=tmp_path, name="source") as source:
+        with QmpClient.connect(str(source.qmp)) as qmp:
+            wanted = {"capability": "background-snapshot", "state": True}
+            qmp.execute("migrate-set-capabilities", {"capabilities": [wanted]})
+            qmp.execute("migrate", {"uri": f"file:{tmp_path}/s"})
+            wait_for(lambda: qmp.execute("query-migrate")["status"] == "completed")  # type: ignore[index]
+        assert run("import", tmp_path / "s", "-o", tmp_path / "s.still").returncode == 0
+    with BoardProcess("--incoming", tmp_path / "s.still", directory=tmp_path, name="copy") as copy:
+        assert copy.audit().startswith("AUDIT ok")
+    serial = tmp_path / "serial"
+    done = run("restore", tmp_path / "s.still", "--json", "--", "--serial", f"unix:{serial}")
+    assert done.returncode == 0, done.stderr
+    vm = json.loads(done.stdout)
+    try:
+        assert vm["name"] == "board"
+        console = Console(serial)
+        console.send("a")
+        assert console.wait("AUDIT").startswith("AUDIT ok")
+    finally:
+        with QmpClient.connect(vm["qmp"]) as qmp:
+            qmp.execute("quit")
+        shutil.rmtree(vm["directory"])
+    core = tmp_path / "core"
+    assert run("export", tmp_path / "s.still", "--format", "elf", "-o", core).returncode == 0
+    assert core.read_bytes()[:4] == b"\x7fELF"
 
 
 def test_a_snapshot_of_something_else(tmp_path: Path) -> None:

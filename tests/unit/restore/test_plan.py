@@ -272,7 +272,7 @@ def test_bad_places_for_the_monitor(planner: Planner) -> None:
     taken = planner.directory / "taken"
     taken.touch()
     for path, complaint in [
-        (str(taken), "exists already"),
+        (str(taken), "exists, and is no socket"),
         (str(planner.directory / ("x" * 120)), "is too long"),
         (str(planner.directory / "no/dir"), "no directory"),
     ]:

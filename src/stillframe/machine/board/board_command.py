@@ -33,6 +33,7 @@ DEFAULT_RESOLUTION = (640, 480)
 
 _SIZE = re.compile(r"([0-9]{1,15})([KMG]?)(?:iB)?")
 _RESOLUTION = re.compile(r"([0-9]{1,4})x([0-9]{1,4})")
+_SIDE_LIMIT = 4096
 _UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -172,12 +173,12 @@ def _optional_path(path: str | None, cwd: str) -> str | None:
 def _ram(text: str, _cwd: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError("no size; write 256M or a number of bytes")
+        raise ValueError("not a size; write 256M or 1G, or a number of bytes")
     size = int(match[1]) * _UNIT_BYTES[match[2]]
     if not GUEST_GPA < size <= RAM_LIMIT_BYTES or size % PAGE_BYTES:
         raise ValueError(
-            f"it must be more than {GUEST_GPA >> 20} MiB, up to {RAM_LIMIT_BYTES >> 20} MiB, in"
-            f" whole pages of {PAGE_BYTES} bytes"
+            f"it must be more than {GUEST_GPA >> 20} MiB, up to {RAM_LIMIT_BYTES >> 30} GiB, in"
+            f" whole pages of {PAGE_BYTES >> 10} KiB"
         )
     return size
 
@@ -190,8 +191,10 @@ def _vcpus(text: str, _cwd: str) -> int:
 
 def _resolution(text: str, _cwd: str) -> tuple[int, int]:
     match = _RESOLUTION.fullmatch(text)
-    if match is None or not (0 < int(match[1]) <= 4096 and 0 < int(match[2]) <= 4096):
-        raise ValueError("no resolution; write 640x480")
+    if match is None or not all(0 < int(side) <= _SIDE_LIMIT for side in match.groups()):
+        raise ValueError(
+            f"no resolution; write one such as 640x480, each side 1 to {_SIDE_LIMIT} pixels"
+        )
     return int(match[1]), int(match[2])
 
 

@@ -48,8 +48,8 @@ class BoardConfig(msgspec.Struct, frozen=True, kw_only=True):
         least_bytes = GUEST_GPA + PAGE_BYTES + self.vcpus * STACK_BYTES
         if not least_bytes <= self.ram_bytes <= RAM_LIMIT_BYTES:
             raise UsageError(
-                f"a board has up to {RAM_LIMIT_BYTES >> 30} GiB of RAM, "
-                f"and with {self.vcpus} vCPUs at least {least_bytes} bytes; not {self.ram_bytes}"
+                f"a board with {self.vcpus} vCPUs has {least_bytes >> 10} KiB to "
+                f"{RAM_LIMIT_BYTES >> 30} GiB of RAM, not {self.ram_bytes >> 10} KiB"
             )
         if self.ram_bytes % PAGE_BYTES:
             raise UsageError(f"{self.ram_bytes} bytes of RAM are not whole pages of 4 KiB")
@@ -58,7 +58,8 @@ class BoardConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise UsageError(f"a display cannot be {pixels} pixels wide or high")
         if self.vram_bytes > VRAM_LIMIT_BYTES:
             raise UsageError(
-                f"a display of {self.display_width}x{self.display_height} pixels is too large"
+                f"a display of {self.display_width}x{self.display_height} pixels is too large: "
+                f"{VRAM_LIMIT_BYTES >> 20} MiB of video RAM hold {VRAM_LIMIT_BYTES // 4} pixels"
             )
         text = self.command_line.encode()
         if b"\0" in text or len(text) >= COMMAND_LINE_LIMIT_BYTES:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from stillframe.errors import DataError, HostError, NotFoundError
+from stillframe.errors import DataError, HostError, NotFoundError, UsageError
+from stillframe.machine.board.guests import GUEST_NAMES
 from stillframe.machine.board.layout import GUEST_GPA
 
 FILE_LIMIT_BYTES = 256 << 20
@@ -46,14 +47,20 @@ def read_guest(path: str, *, end_gpa: int) -> Guest:
         end_gpa: where the stacks begin: the guest must end before.
 
     Raises:
-        NotFoundError: there is no such file. HostError: it cannot be read.
+        NotFoundError: there is no such file. UsageError: it is a directory.
+        HostError: it cannot be read.
         DataError: it is no guest for the board.
     """
     try:
         with Path(path).open("rb") as file:
             data = file.read(FILE_LIMIT_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFoundError(f"there is no guest {path}") from error
+        raise NotFoundError(
+            f"there is no guest {path}",
+            remedy=f"name an ELF file, or one of {', '.join(GUEST_NAMES)}",
+        ) from error
+    except IsADirectoryError as error:
+        raise UsageError(f"the guest {path} is a directory", remedy="name an ELF file") from error
     except OSError as error:
         raise HostError(f"the guest {path} cannot be read", why=error.strerror) from error
     try:
