@@ -49,6 +49,7 @@ class Watched:
     def __init__(self, rams: list[GuestRam]) -> None:
         self._told: queue.Queue[tuple[int, int]] = queue.Queue()
         self.missing = MissingPages(rams, lambda block, page: self._told.put((block, page)))
+        self.missing.start()
 
     def told(self) -> tuple[int, int]:
         return self._told.get(timeout=10)
@@ -231,3 +232,26 @@ def test_the_probe_leaves_nothing_behind() -> None:
     before = os.listdir("/proc/self/fd")
     MissingPages.probe()
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_nobody_is_told_before_the_start(rams: list[GuestRam]) -> None:
+    """Who is told may still have to be made; who waits already is told of afterwards."""
+    told: queue.Queue[tuple[int, int]] = queue.Queue()
+    missing = MissingPages(rams, lambda block, page: told.put((block, page)))
+    try:
+        reading = Doing(lambda: rams[1].read(5 * PAGE, 4))
+        with pytest.raises(queue.Empty):
+            told.get(timeout=0.1)
+        missing.start()
+        assert told.get(timeout=10) == (1, 5)
+        missing.place(1, 5 * PAGE, b"\1" * PAGE)
+        assert reading.result() == b"\1" * 4
+    finally:
+        missing.close()
+
+
+def test_closed_before_the_start(rams: list[GuestRam]) -> None:
+    missing = MissingPages(rams, lambda block, page: None)
+    reading = Doing(lambda: rams[0].read(0, 4))
+    missing.close()
+    assert reading.result() == bytes(4)

@@ -37,7 +37,7 @@ class MissingPages:
     """
 
     def __init__(self, rams: Sequence[GuestRam], on_missing: OnMissing) -> None:
-        """Watch all of them from now on; ``on_missing`` is called in a thread of its own.
+        """Watch all of them from now on; ``start`` comes next, and lets ``on_missing`` be told.
 
         Raises:
             HostError: there is no userfaultfd here, or it cannot do this.
@@ -57,6 +57,9 @@ class MissingPages:
         self._thread = threading.Thread(
             target=self._serve, name="stillframe-missing-pages", daemon=True
         )
+
+    def start(self) -> None:
+        """Tell ``on_missing`` from now on, in a thread of its own; also of who waits already."""
         self._thread.start()
 
     @staticmethod
@@ -141,7 +144,8 @@ class MissingPages:
         if self._stop_fd < 0:
             return
         os.eventfd_write(self._stop_fd, 1)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._uffd.close()
         os.close(self._stop_fd)
         self._stop_fd = -1

@@ -110,6 +110,8 @@ class IncomingPostcopy:
         self._enter("listening", only_from="advised", command="CMD_POSTCOPY_LISTEN")
         self._reply = reply
         self._missing = MissingPages(self._ram.rams, self._on_missing)
+        # Who is told asks for it by this attribute.
+        self._missing.start()
         self._ram.filler = self._missing
         self._thread = threading.Thread(
             target=self._listen, name="stillframe-postcopy", daemon=True
