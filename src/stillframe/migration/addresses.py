@@ -13,6 +13,9 @@ import msgspec
 from stillframe.errors import UsageError
 
 _FDSET = "/dev/fdset/"
+_OFFSET_LIMIT = 1 << 63
+_DIGITS = len(str(_OFFSET_LIMIT))
+"""The interpreter refuses to read much longer numbers."""
 
 
 class TcpAddress(msgspec.Struct, frozen=True):
@@ -85,7 +88,7 @@ def _tcp(text: str) -> TcpAddress:
     host, colon, port = address.rpartition(":")
     if not colon or not (port.isascii() and port.isdigit()):
         raise UsageError(f"error parsing address '{text}'")
-    if int(port) > 0xFFFF:
+    if len(port) > _DIGITS or int(port) > 0xFFFF:
         raise UsageError(f"port {port} in address '{text}' is not one")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -100,14 +103,16 @@ def _file(text: str) -> FileAddress | FdsetAddress:
     if comma:
         if not (option.isascii() and option.isdigit()):
             raise UsageError(f"file URI has bad offset {option}")
-        offset_bytes = int(option)
+        offset_bytes = int(option) if len(option) <= _DIGITS else _OFFSET_LIMIT
+        if offset_bytes >= _OFFSET_LIMIT:
+            raise UsageError(f"file URI has bad offset {option}")
     else:
         path = text
     if not path or "\0" in path:
         raise UsageError(f"invalid file name '{path}'")
     number = path.removeprefix(_FDSET)
     if number != path:
-        if not (number.isascii() and number.isdigit()):
+        if not (number.isascii() and number.isdigit()) or len(number) > _DIGITS:
             raise UsageError(f"Invalid fdset '{number}'")
         return FdsetAddress(int(number), offset_bytes)
     return FileAddress(path, offset_bytes)

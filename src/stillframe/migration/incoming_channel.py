@@ -188,7 +188,13 @@ def expect(address: Address, descriptors: Descriptors, interrupt: Interrupt) -> 
         case FileAddress(path, offset_bytes):
             fd = _open_file(path)
     if offset_bytes:
-        os.lseek(fd, offset_bytes, os.SEEK_SET)
+        try:
+            os.lseek(fd, offset_bytes, os.SEEK_SET)
+        except OSError as error:
+            os.close(fd)
+            raise HostError(
+                f"cannot read {path} from offset {offset_bytes} on", why=error.strerror
+            ) from error
     return _OpenFile(fd, path, interrupt)
 
 

@@ -52,6 +52,8 @@ def test_understood(uri: str, address: object) -> None:
         ("file:", "invalid file name ''"),
         ("file:/x,offset=-1", "file URI has bad offset -1"),
         ("file:/dev/fdset/x", "Invalid fdset 'x'"),
+        (f"file:/dev/fdset/1,offset={1 << 63}", "file URI has bad offset"),
+        ("file:/dev/fdset/1,offset=" + "9" * 5000, "file URI has bad offset"),
     ],
 )
 def test_refused(uri: str, text: str) -> None:
