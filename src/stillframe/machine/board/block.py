@@ -7,6 +7,7 @@ when the board was saved goes on after it was loaded.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 
@@ -54,6 +55,7 @@ class BlockDevice:
         self._kick = kick
         self._generation = 0
         self._drain_error: OSError | None = None
+        self._lost = False
         self.reset()
 
     def reset(self) -> None:
@@ -64,6 +66,7 @@ class BlockDevice:
         self.done_sectors = 0
         # A piece that is under way does not count any more.
         self._generation += 1
+        self._lost = False
 
     @property
     def disk_sectors(self) -> int:
@@ -153,12 +156,30 @@ class BlockDevice:
                 if command == FLUSH:
                     disk.flush()
                 elif place is not None:
-                    _transfer(disk, command, sector, count, *place)
+                    self._transfer(disk, command, sector, count, *place)
             except OSError as caught:
                 error = caught
             return lambda: self._piece_done(generation, count, error)
 
         return work
+
+    def _transfer(
+        self,
+        disk: Disk,
+        command: int,
+        sector: int,
+        count: int,
+        ram: GuestRam,
+        offset_bytes: int,
+    ) -> None:
+        if command == READ:
+            disk.read(sector, count, ram, offset_bytes)
+            return
+        data = ram.read(offset_bytes, count * SECTOR_BYTES)
+        # Looked at after the read, which may have waited for a page until it was let go.
+        if self._lost:
+            raise OSError(errno.EIO, "guest RAM is lost")
+        disk.write(sector, data)
 
     def _piece_done(self, generation: int, count: int, error: OSError | None) -> None:
         if error is not None:
@@ -187,6 +208,14 @@ class BlockDevice:
                 logger.warning("disk: its cache cannot be written back: %s", error)
 
         return finish
+
+    # For the board
+
+    def lose(self) -> None:
+        """What is read of guest RAM from now on is not the guest's, and must not get to the disk,
+        until a reset. Also while the thread works; without the board lock, which may be held for as
+        long as somebody waits for a page."""
+        self._lost = True
 
     # For the board, while the thread is quiet
 
@@ -237,15 +266,6 @@ class BlockDevice:
             except OSError as error:
                 logger.warning("disk: its last writes are lost: %s", error)
         self._disk.close()
-
-
-def _transfer(
-    disk: Disk, command: int, sector: int, count: int, ram: GuestRam, offset_bytes: int
-) -> None:
-    if command == READ:
-        disk.read(sector, count, ram, offset_bytes)
-    else:
-        disk.write(sector, ram.read(offset_bytes, count * SECTOR_BYTES))
 
 
 def _save(device: BlockDevice) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
+from collections.abc import Callable, Sequence
 
 from stillframe.errors import MachineError, UsageError
 from stillframe.machine.board.clock import Clock
@@ -20,6 +22,8 @@ from stillframe.memory.guest_ram import GuestRam
 from stillframe.model import GpaRange, RamBlock
 from stillframe.vmstate.global_state import GLOBAL_STATE, GlobalState
 from stillframe.vmstate.save_state import SaveStateRegistry, StateSaver
+
+logger = logging.getLogger(__name__)
 
 
 class Board:
@@ -46,6 +50,8 @@ class Board:
         self._blockers: list[str] = []
         self._torn_down = threading.Event()
         self._quit_began = False
+        self._on_quit: list[Callable[[], None]] = []
+        self._on_end: list[Callable[[], None]] = []
         self._starts_when_loaded = False
         self._threads_started = False
         clock = Clock()
@@ -338,6 +344,21 @@ class Board:
                 raise MachineError("the guest uses its disks", guest_state="running")
             self.hardware.block.inactivate()
 
+    def lose_disks(self) -> None:
+        """Guest RAM is lost: nothing that is read of it from now on gets to a disk. Without the
+        board lock; for good, but for a reset."""
+        self.hardware.block.lose()
+
+    def on_quit(self, callback: Callable[[], None]) -> None:
+        """Call it first of all when the board is quit; it must let go whoever waits for a page of
+        guest RAM, or else the vCPUs never stop. It must not wait."""
+        self._on_quit.append(callback)
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call it at the end, when nothing runs any more and RAM is still there. Without the
+        board lock."""
+        self._on_end.append(callback)
+
     def quit(self) -> None:
         """End the board, its threads and its memory; returns at once. Twice does nothing.
 
@@ -347,6 +368,7 @@ class Board:
             if self._quit_began:
                 return
             self._quit_began = True
+            _call(self._on_quit)
             self._events.tell("SHUTDOWN", guest=False, reason="host-qmp-quit")
             if self._threads_started:
                 self._requests.quit()
@@ -362,6 +384,7 @@ class Board:
         with self.lock:
             self._control.end()
             self.hardware.end_threads()
+        _call(self._on_end)
         self.hardware.close()
         atexit.unregister(self.close)
         self._torn_down.set()
@@ -385,3 +408,11 @@ class Board:
 
     def _asked(self) -> None:
         self._requests.asked()
+
+
+def _call(callbacks: Sequence[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:  # the board ends all the same
+            logger.exception("what was to be done at the board's end has failed")
