@@ -6,6 +6,7 @@ Every test has the ledger at work on two vCPUs, with devices that write into its
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,22 @@ from typing import Any
 
 import pytest
 
-from stillframe.errors import BusyError, DataError, RefusedError, SinkError, StillframeError
+from stillframe.errors import (
+    BusyError,
+    DataError,
+    RefusedError,
+    SinkError,
+    SnapshotFailed,
+    StillframeError,
+)
+from stillframe.machine.board.block import BUSY
+from stillframe.machine.board.config import BoardConfig
 from stillframe.memory.ram_capture import RamCapture
+from stillframe.migration import background
+from stillframe.migration.host import start_host
+from stillframe.migration.live import LiveTransfer
+from stillframe.migration.return_path import PageRequest
+from stillframe.migration.tracked_ram import TrackedRam
 from stillframe.store.backends.local import LocalSink
 from stillframe.store.import_stream import import_stream
 from stillframe.vmstate.fields import StateDescription, u64
@@ -26,6 +41,7 @@ from tests.support.analyze_reader import Analysis
 from tests.support.ledger_check import check_ledger
 from tests.support.ledger_host import LedgerHost, LedgerHosts, wait_for
 from tests.support.raw_qmp import RawQmp
+from tests.unit.board.tiny import RESULTS, compile_guest
 
 PROTECTIONS = ("userfaultfd", "mprotect")
 PAGE = 4096
@@ -456,3 +472,124 @@ def test_events_and_answers_over_qmp(hosts: Factory, tmp_path: Path) -> None:
     other = made.destination(f"file:{tmp_path}/a")
     assert other.migration.wait(60)
     assert_at_work(other)
+
+
+def test_ram_that_is_written_after_the_switch_over(hosts: Factory, tmp_path: Path) -> None:
+    """The destination would have some of it as it was, and some as it is."""
+    made = hosts(options="rate=0")
+    source, other = made.source(), made.destination()
+    start_postcopy(source, other, tmp_path / "s")
+    assert source.query()["status"] == "postcopy-active"
+    source.board.rams[1].write(8, b"too late")
+    with pytest.raises(SnapshotFailed) as caught:
+        source.migration.wait(60)
+    assert "board.vram" in str(caught.value)
+    assert caught.value.guest_state == "paused"
+    with pytest.raises(StillframeError):
+        other.migration.wait(60)
+    assert source.board.run_state == "postmigrate"
+    assert other.board.run_state == "internal-error"
+
+
+def nearly_full(statistics: dict[str, Any]) -> bool:
+    """Whether the next page that the guest writes has to wait for room, or the one after it."""
+    return bool(statistics["spill_used_bytes"] > statistics["spill_limit_bytes"] - (128 << 10))
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_quit_while_the_guest_waits_for_a_reader(
+    hosts: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protection: str
+) -> None:
+    """A vCPU waits for room, and only the migration can let it go."""
+    monkeypatch.setattr(background, "DEFAULT_SPILL_BYTES", 2 << 20)
+    made = hosts(protection=protection, options="rate=0")
+    source = made.source(qmp=f"{tmp_path}/qmp")
+    source.migration.set_capabilities({"background-snapshot": True})
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/s")
+        listener.listen()
+        source.migration.migrate(f"unix:{tmp_path}/s")
+        reader, _ = listener.accept()  # and never reads
+        with reader:
+            wait_for(lambda: nearly_full(source.query()["x-stillframe"]))
+            RawQmp(tmp_path / "qmp").execute("quit")
+            assert source.board.wait(10)
+    assert source.query()["status"] == "cancelled"
+
+
+def stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on it sends nothing, and answers no request; it can be interrupted."""
+
+    def nothing(self: LiveTransfer, bytes_per_s: int) -> None:
+        wait_for(lambda: self.task.interrupt.is_set)
+        raise SinkError("it was interrupted")
+
+    monkeypatch.setattr(LiveTransfer, "iterate", nothing)
+
+
+def test_quit_while_the_guest_waits_for_a_page(
+    hosts: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = hosts(options="rate=0")
+    source, other = made.source(), made.destination(qmp=f"{tmp_path}/qmp")
+    start_postcopy(source, other, tmp_path / "s")
+    stall(monkeypatch)
+    wait_for(lambda: other.board.run_state == "running")
+    requests = source.query()["ram"]["postcopy-requests"]
+    wait_for(lambda: source.query()["ram"]["postcopy-requests"] > requests)
+    RawQmp(tmp_path / "qmp").execute("quit")
+    assert other.board.wait(10)
+    assert other.query()["status"] == "failed"
+
+
+_WRITES_A_LOST_PAGE = """
+void _start(struct info *info, u64 cpu)
+{
+    volatile u64 *fill = (volatile u64 *)0x1000000;
+    for (u64 n = 0; n < (24u << 20) / 8; n++) fill[n] = 0xababababababababULL;
+    results[0] = 1;
+    while (results[1] == 0) ;
+    out32(0x540, 0); out32(0x544, 0); out32(0x548, 0x1000000 + (20u << 20)); out32(0x54c, 0);
+    out32(0x550, 64); out32(0x554, 2);
+    while (in32(0x558) == 1) ;
+    halt();
+}
+"""
+
+
+_LOST_FROM = 0x1000000 + (20 << 20)
+
+
+def test_a_page_that_never_comes_is_not_written_to_the_disk(
+    hosts: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block device waits for it when the source dies."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"\xcd" * (1 << 20))
+    config = BoardConfig(
+        guest_path=compile_guest(_WRITES_A_LOST_PAGE), ram_bytes=64 << 20, disk_path=str(disk)
+    )
+    request = TrackedRam.request
+
+    def ignore_some(self: TrackedRam, wanted: PageRequest) -> None:
+        if not _LOST_FROM <= wanted.offset_bytes < _LOST_FROM + (64 << 10):
+            request(self, wanted)
+
+    monkeypatch.setattr(TrackedRam, "request", ignore_some)
+    with start_host(config) as source, start_host(config, incoming="defer") as other:
+        for host in (source, other):
+            host.migration.set_capabilities({"postcopy-ram": True})
+        wait_for(lambda: source.board.rams[0].read(RESULTS, 1) == b"\1")
+        other.migration.incoming(f"unix:{tmp_path}/s")
+        source.migration.parameters.set({"max-bandwidth": 2 << 20, "downtime-limit": 0})
+        source.migration.parameters.set({"max-postcopy-bandwidth": 1 << 20})
+        source.migration.migrate(f"unix:{tmp_path}/s")
+        source.migration.start_postcopy()
+        wait_for(lambda: other.board.run_state == "running")
+        other.board.rams[0].write(RESULTS + 8, b"\1")
+        wait_for(lambda: other.board.hardware.block.status == BUSY)
+        source.migration._outgoing.interrupt.set()  # type: ignore[union-attr]
+        with pytest.raises(StillframeError):
+            other.migration.wait(60)
+        assert other.board.run_state == "internal-error"
+    assert disk.read_bytes() == b"\xcd" * (1 << 20)

@@ -65,8 +65,10 @@ class Migration:
 
     @property
     def under_way(self) -> bool:
-        """Whether the machine is being migrated or saved; RAM must not be added meanwhile."""
-        return self._under_way()
+        """Whether the machine is being migrated, saved or loaded; RAM must not be added meanwhile.
+        One that still waits for a source may get it."""
+        incoming = self._incoming
+        return self._under_way() or (incoming is not None and incoming.loading)
 
     def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
         """Switch capabilities, all or none.
@@ -122,7 +124,7 @@ class Migration:
             self._outgoing = outgoing
         try:
             departure = find_destination(address, fds or NoDescriptors(), outgoing.interrupt)
-        except StillframeError as error:
+        except BaseException as error:
             outgoing.fail_early(error)
             raise
         outgoing.start(departure, save_in_background if outgoing.background else migrate_live)
@@ -238,9 +240,18 @@ class Migration:
         return True
 
     def close(self) -> None:
-        """Give everything up; for the end of the machine. Never raises."""
+        """Give everything up, and wait for that; for the end of the machine. Never raises."""
+        self.give_up()
+        for one in (self._incoming, self._outgoing):
+            if one is not None:
+                one.ended.wait(_END_S)
+
+    def give_up(self) -> None:
+        """As ``close``, without waiting: whoever waits for a page or for room is let go soon.
+
+        Source: QEMU ``migration/migration.c``: migration_shutdown.
+        """
         for one in (self._incoming, self._outgoing):
             if one is not None:
                 one.cancel()
                 one.interrupt.set()  # also past the point of no return
-                one.ended.wait(_END_S)

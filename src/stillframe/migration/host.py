@@ -136,6 +136,8 @@ def start_host(
     server = QmpServer(commands, version=(major, minor, micro), package=f"stillframe {__version__}")
     host = BoardHost(board, migration, server, None)
     try:
+        board.on_quit(migration.give_up)
+        board.on_end(migration.close)  # while there is RAM
         board.add_listener(server.emit)
         migration.add_listener(server.emit)
         if qmp is not None:

@@ -107,6 +107,11 @@ class Incoming:
             target=self._run, args=(arrival,), name="stillframe-incoming", daemon=True
         ).start()
 
+    @property
+    def loading(self) -> bool:
+        """Whether a source was accepted, and its stream is not at its end."""
+        return self.status.value in ("active", "postcopy-active")
+
     def cancel(self) -> None:
         """Give it up: for the end of the machine. It ends as ``failed``."""
         self.interrupt.set()
@@ -155,7 +160,8 @@ class Incoming:
                 self._ram.check_complete()
                 self._start_guest()
         except BaseException:
-            if commands.reply is not None:
+            # Told that it failed the source goes on, so not if the guest runs here.
+            if commands.reply is not None and not self._runs_already():
                 with suppress(SinkError):
                     commands.reply.shut(1)
             if self._postcopy.started:
@@ -167,6 +173,9 @@ class Incoming:
             with suppress(SinkError):
                 commands.reply.shut(0)
 
+    def _runs_already(self) -> bool:
+        return not self._postcopy.started and self._board.run_state == "running"
+
     def _stop_lost_guest(self) -> None:
         """It runs already, and pages of it will never come."""
         # Who waits for such a page, a vCPU or a device's thread, cannot be stopped before it is let
@@ -176,6 +185,8 @@ class Incoming:
         )
         stopper.start()
         stopper.join(_STOP_S)
+        # Its block device may be among those that wait, for what it is to write.
+        self._board.lose_disks()
         self.interrupt.set()
         self._postcopy.close()
         stopper.join()

@@ -53,6 +53,8 @@ class InterruptibleFd:
         self._fd = fd
         self._interrupt = interrupt
         self._description = description
+        self.was_reset = False
+        """Whether the other side closed before it had read everything."""
         os.set_blocking(fd, False)
 
     def fileno(self) -> int:
@@ -73,6 +75,7 @@ class InterruptibleFd:
             except BlockingIOError:
                 self._wait(select.POLLIN)
             except ConnectionResetError:
+                self.was_reset = True
                 return b""
 
     def write(self, data: BytesLike) -> None:

@@ -18,6 +18,7 @@ from stillframe.migration.output import Buffer, GatheredOutput
 from stillframe.migration.source_link import SourceLink
 from stillframe.migration.stream_commands import ping
 from stillframe.migration.tracked_ram import TrackedRam
+from stillframe.migration.unconfirmed import wait_stored, wait_taken
 from stillframe.model import StoppedWrite
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.arming import open_capture
@@ -109,7 +110,9 @@ class LiveTransfer:
         need not. A program that only stores what comes gets the stream as from QEMU, unconfirmed.
 
         Raises:
-            SinkError: it does not answer, and a capability demands that it does; or it hung up.
+            SinkError: it does not answer, and a capability demands that it does; or it hung up, or
+                does not read what is sent.
+            SnapshotCancelled: it was cancelled.
         """
         if self.link is None or self.link.answered:
             return True
@@ -119,6 +122,7 @@ class LiveTransfer:
             raise SinkError(
                 "the destination does not answer on the return path", guest_state="running"
             )
+        self._wait_taken()
         return True
 
     def note_downtime(self, downtime_ms: float) -> None:
@@ -127,38 +131,55 @@ class LiveTransfer:
         self.task.control.progress.downtime_ms = downtime_ms
 
     def ask_how_far(self, number: int) -> None:
-        """Wait until the destination has loaded all that was sent so far, if it says so.
+        """Wait until the destination has loaded all that was sent so far, if it says so; else
+        until it was taken.
 
         Raises:
-            SinkError, DataError: it could not, or is gone.
+            SinkError, DataError: it could not, or is gone, or takes nothing.
+            SnapshotCancelled: it was cancelled.
         """
+        if self.link is not None:
+            self.out.write(ping(number))
+        self.out.flush()
         if self.link is None:
             return
-        self.out.write(ping(number))
-        self.out.flush()
+        self._wait_taken()
         if self.link.answered:
             self.link.wait_pong(number)
         self.link.check()
 
+    def _wait_taken(self) -> None:
+        if self.link is not None and self.channel.peer is not None:
+            wait_taken(self.channel.peer, self.link, self.task.control.check_cancelled)
+
     def wait_done(self) -> None:
-        """Wait until the destination says that it has everything, if it does.
+        """After the stream's end: wait until the destination says that it has everything, or,
+        if it never said anything, until it has read it.
 
         Raises:
-            SinkError, DataError: it could not load, or is gone.
+            SinkError, DataError: it could not load, or is gone; or did not read.
         """
         if self.link is None:
             return
+        if not self.link.answered and self.channel.peer is not None:
+            wait_stored(self.channel.peer, self.link)
         if self.link.answered:
             self.link.wait_done()
-        self.link.check()
+            self.link.check()
 
 
-def save_devices(live: LiveTransfer, out: Buffer, *, send_eof: bool) -> None:
+def save_devices(live: LiveTransfer, out: Buffer, *, end: Buffer | None) -> None:
     """Save all device states of the guest, which stands still; what they write to RAM is dirty,
-    and reported."""
+    and reported.
+
+    Args:
+        end: takes the stream's end; None: the stream goes on.
+    """
     live.ram.sync()
     with live.board.lock:
-        live.saver.save_all_device_states(out, inactivate_disks=True, send_eof=send_eof)
+        live.saver.save_all_device_states(
+            out, inactivate_disks=True, send_eof=end is not None, end=end
+        )
     faultpoints.reach("devices")
     live.task.control.progress.writes_while_stopped = tuple(
         StoppedWrite(

@@ -79,7 +79,7 @@ class Outgoing:
             target=self._run, args=(departure, transfer), name="stillframe-migration", daemon=True
         ).start()
 
-    def fail_early(self, error: StillframeError) -> None:
+    def fail_early(self, error: BaseException) -> None:
         """It ended before its thread began."""
         self._end(error)
 
@@ -98,22 +98,28 @@ class Outgoing:
 
     def _end(self, failure: BaseException | None) -> None:
         """The last change of state: everything is cleaned up, the guest is where it belongs."""
-        self.interrupt.close()
-        if self.counters.ended_s is None:
-            self.counters.end()
-        if failure is None:
-            self.status.change("completed", only_from=("active", "device", "postcopy-active"))
-        elif self.status.value == "cancelling":
-            self.status.change("cancelled", only_from=("cancelling",))
-        else:
-            self.error = (
-                failure
-                if isinstance(failure, StillframeError)
-                else InternalError("the migration failed", why=repr(failure))
-            )
-            self.status.change("failed", only_from=("setup", "active", "device", "postcopy-active"))
-        self.control.progress.begin(_JOB_STATES[self.status.value], self.status.value)
-        self.ended.set()
+        try:
+            self.interrupt.close()
+            if self.counters.ended_s is None:
+                self.counters.end()
+            error = None if failure is None else self._told(failure)
+            # Before the state: who sees ``failed`` may ask why.
+            self.error = error
+            status = self.status.end(failed=error is not None)
+            if status == "cancelled":
+                self.error = None
+            self.control.progress.begin(_JOB_STATES[status], status)
+        finally:
+            self.ended.set()
+
+    def _told(self, failure: BaseException) -> StillframeError:
+        error = (
+            failure
+            if isinstance(failure, StillframeError)
+            else InternalError("the migration failed", why=repr(failure))
+        )
+        error.guest_state = "running" if self.board.run_state == "running" else "paused"
+        return error
 
     def cancel(self) -> bool:
         """Give up, unless it is past the point of no return; from any thread.

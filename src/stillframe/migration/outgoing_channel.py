@@ -24,6 +24,7 @@ from stillframe.migration.addresses import (
 )
 from stillframe.migration.descriptors import Descriptors
 from stillframe.migration.interruptible import Interrupt, InterruptibleFd, wait_for
+from stillframe.migration.unconfirmed import Peer
 from stillframe.qmp.connection import socket_name
 from stillframe.store.backends.local import LocalSink
 from stillframe.store.frames import BytesLike
@@ -38,6 +39,14 @@ class OutgoingChannel(Protocol):
     @property
     def return_path(self) -> Source | None:
         """What the destination says, or None if it cannot say anything."""
+
+    @property
+    def peer(self) -> Peer | None:
+        """The other end of a socket; None for files and pipes."""
+
+    @property
+    def stores(self) -> bool:
+        """Whether it is a file's: nobody runs a guest of it before it is complete."""
 
     def write(self, data: BytesLike, /) -> None:
         """Take all of ``data``.
@@ -59,6 +68,8 @@ class OutgoingChannel(Protocol):
 
 class _FileChannel:
     return_path: Source | None = None
+    peer: Peer | None = None
+    stores = True
 
     def __init__(self, path: str, interrupt: Interrupt) -> None:
         self._sink = LocalSink(path, overwrite=True)
@@ -77,21 +88,22 @@ class _FileChannel:
 
 
 class _FdChannel:
-    def __init__(
-        self, fd: int, interrupt: Interrupt, *, description: str, bidirectional: bool
-    ) -> None:
-        self._fd = InterruptibleFd(fd, interrupt, description=description)
-        self._description = description
-        self.return_path: Source | None = self._fd if bidirectional else None
+    def __init__(self, fd: int, interrupt: Interrupt) -> None:
+        mode = os.fstat(fd).st_mode
+        is_socket = stat.S_ISSOCK(mode)
+        self._description = "socket" if is_socket else "file descriptor"
+        self._fd = InterruptibleFd(fd, interrupt, description=self._description)
+        self.return_path: Source | None = self._fd if is_socket else None
+        self.peer = Peer(self._fd, interrupt) if is_socket else None
+        self.stores = stat.S_ISREG(mode)
 
     def write(self, data: BytesLike, /) -> None:
         self._fd.write(data)
 
     def commit(self) -> None:
-        fd = self._fd.fileno()
-        if stat.S_ISREG(os.fstat(fd).st_mode):
+        if self.stores:
             try:
-                os.fsync(fd)
+                os.fsync(self._fd.fileno())
             except OSError as error:
                 raise SinkError(
                     f"Unable to write to {self._description}", why=error.strerror
@@ -136,7 +148,7 @@ class _Distant:
         self._interrupt = interrupt
 
     def open(self) -> OutgoingChannel:
-        return _socket_channel(_connect(self._address, self._interrupt), self._interrupt)
+        return _FdChannel(_connect(self._address, self._interrupt), self._interrupt)
 
     def close(self) -> None:
         pass
@@ -153,13 +165,9 @@ def find_destination(address: Address, descriptors: Descriptors, interrupt: Inte
         case TcpAddress() | UnixAddress():
             return _Distant(address, interrupt)
         case FdAddress(name):
-            return _Ready(_channel_on(descriptors.take(name), interrupt))
+            return _Ready(_FdChannel(descriptors.take(name), interrupt))
         case FdsetAddress(fdset_id, offset_bytes):
-            fd = descriptors.open_fdset(fdset_id, os.O_WRONLY)
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                os.ftruncate(fd, offset_bytes)
-                os.lseek(fd, offset_bytes, os.SEEK_SET)
-            return _Ready(_channel_on(fd, interrupt))
+            return _Ready(_from_offset(descriptors, fdset_id, offset_bytes, interrupt))
         case FileAddress(path, offset_bytes):
             if offset_bytes:
                 raise UsageError(
@@ -170,15 +178,20 @@ def find_destination(address: Address, descriptors: Descriptors, interrupt: Inte
             return _Ready(_FileChannel(path, interrupt))
 
 
-def _channel_on(fd: int, interrupt: Interrupt) -> OutgoingChannel:
-    """A channel on an open descriptor, which it owns from here on."""
-    if stat.S_ISSOCK(os.fstat(fd).st_mode):
-        return _socket_channel(fd, interrupt)
-    return _FdChannel(fd, interrupt, description="file descriptor", bidirectional=False)
-
-
-def _socket_channel(fd: int, interrupt: Interrupt) -> OutgoingChannel:
-    return _FdChannel(fd, interrupt, description="socket", bidirectional=True)
+def _from_offset(
+    descriptors: Descriptors, fdset_id: int, offset_bytes: int, interrupt: Interrupt
+) -> OutgoingChannel:
+    fd = descriptors.open_fdset(fdset_id, os.O_WRONLY)
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.ftruncate(fd, offset_bytes)
+            os.lseek(fd, offset_bytes, os.SEEK_SET)
+        return _FdChannel(fd, interrupt)
+    except OSError as error:
+        os.close(fd)
+        raise SinkError(
+            f"cannot write to fdset {fdset_id} from offset {offset_bytes} on", why=error.strerror
+        ) from error
 
 
 def _connect(address: TcpAddress | UnixAddress, interrupt: Interrupt) -> int:

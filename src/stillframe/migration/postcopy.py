@@ -34,7 +34,7 @@ def finish_in_postcopy(live: LiveTransfer) -> None:
         package = Buffer()
         # First, so that the destination can ask for pages while it loads the devices.
         package.write(command(CommandCode.POSTCOPY_LISTEN))
-        save_devices(live, package, send_eof=False)
+        save_devices(live, package, end=None)
         package.write(ping(_PING_DEVICES))
         package.write(command(CommandCode.POSTCOPY_RUN))
         live.saver.complete_precopy(
@@ -71,6 +71,8 @@ def _send_the_rest(live: LiveTransfer) -> None:
             # Cleared before the requests are looked at: one that comes after that sets it again.
             live.link.requested.clear()
         live.iterate(live.task.parameters.now.max_postcopy_bandwidth)
+    # The destination has some of it as it was, and some as it is now: better no guest than that.
+    check_still(live)
     live.saver.complete_postcopy(live.out)
     live.out.flush()
     live.wait_done()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from stillframe.migration.capabilities import POSTCOPY_RAM
+from stillframe.migration.hand_over import hand_over
 from stillframe.migration.live import LiveTransfer, check_still, save_devices
 from stillframe.migration.outgoing import Outgoing
 from stillframe.migration.outgoing_channel import OutgoingChannel
@@ -21,7 +22,7 @@ from stillframe.snapshot.arming import arm_capture
 from stillframe.vmstate.wire import CommandCode
 
 _PING_SETUP = 1
-_PING_RAM_SENT = 5
+_PING_LOADED = 5
 """QEMU uses 1 to 4."""
 
 
@@ -84,17 +85,15 @@ def _finish(live: LiveTransfer) -> None:
     with GuestStandsStill(live.board) as still:
         counters.stage = "downtime"
         faultpoints.reach("stopped")
-        devices = Buffer()
-        save_devices(live, devices, send_eof=True)
+        devices, end = Buffer(), Buffer()
+        save_devices(live, devices, end=end)
         live.saver.complete_precopy(live.out, iterable_only=True, inactivate_disks=False)
-        live.ask_how_far(_PING_RAM_SENT)
+        live.out.write(devices.content)
+        live.ask_how_far(_PING_LOADED)
         check_still(live)
         faultpoints.reach("sent")
-        # The destination starts the guest when it has read the end of the stream.
+        # It has loaded everything, and starts the guest when it reads the end of the stream.
         task.commit()
-        live.out.write(devices.content)
-        live.out.flush()
-        live.wait_done()
-        live.channel.commit()
+        hand_over(live, still, end.content)
         live.note_downtime(still.passed_ms)
     counters.end()

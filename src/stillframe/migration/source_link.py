@@ -25,6 +25,7 @@ class SourceLink:
         self._pongs: set[int] = set()
         self._shut: Shut | None = None
         self._failure: StillframeError | None = None
+        self._hung_up = False
         self.requested = threading.Event()
         """Set when a page was requested; whoever serves requests clears it."""
         self._thread = threading.Thread(
@@ -38,6 +39,7 @@ class SourceLink:
         try:
             while shut is None:
                 if self._source.peek() is None:
+                    self._hung_up = True
                     raise SinkError(
                         "the destination hung up",
                         why="it has not said that it has loaded the guest",
@@ -88,6 +90,26 @@ class SourceLink:
                 self._changed.wait(timeout_s)
             self._check_locked()
             return bool(self._pongs)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the destination has said that it could not load: the guest does not run there."""
+        with self._changed:
+            return self._shut is not None and self._shut.error != 0
+
+    def wait_hung_up(self, timeout_s: float) -> bool:
+        """Whether the destination has hung up, which a program that only stores may do at the
+        stream's end.
+
+        Raises:
+            SinkError, DataError: something else went wrong.
+        """
+        with self._changed:
+            if self._failure is None and self._shut is None:
+                self._changed.wait(timeout_s)
+            if not self._hung_up:
+                self._check_locked()
+            return self._hung_up
 
     def check(self) -> None:
         """Raise what went wrong at the destination, if anything did.

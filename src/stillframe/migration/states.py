@@ -57,6 +57,16 @@ class StatusCell:
             self._tell(new)
             return True
 
+    def end(self, *, failed: bool) -> MigrationStatus:
+        """Enter the last state, and give it: ``cancelled`` if it was cancelled before."""
+        with self._lock:
+            if self._value == "cancelling":
+                self._value = "cancelled"
+            else:
+                self._value = "failed" if failed else "completed"
+            self._tell(self._value)
+            return self._value
+
     def make_final(self) -> bool:
         """From now on it cannot be cancelled; False if it was already."""
         with self._lock:

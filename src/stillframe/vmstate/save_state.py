@@ -128,7 +128,12 @@ class StateSaver:
             )
 
     def save_all_device_states(
-        self, out: Output, *, inactivate_disks: bool, send_eof: bool
+        self,
+        out: Output,
+        *,
+        inactivate_disks: bool,
+        send_eof: bool,
+        end: Output | None = None,
     ) -> None:
         """Write the FULL section of every handler that is not iterable; the machine is stopped.
 
@@ -136,6 +141,7 @@ class StateSaver:
             inactivate_disks: give up the disks after the last section and before EOF, so that
                 whoever has read EOF may open them.
             send_eof: EOF and vmdescription follow. Without it the stream goes on.
+            end: takes EOF and vmdescription in place of ``out``: they are to be sent later.
         """
         devices: list[dict[str, Any]] = []
         for entry in self._registry.entries:
@@ -144,8 +150,9 @@ class StateSaver:
         if inactivate_disks:
             self._inactivate_disks()
         if send_eof:
-            out.write(writer.eof())
-            out.write(
+            end = end or out
+            end.write(writer.eof())
+            end.write(
                 writer.vmdescription(
                     {
                         "configuration": describe_configuration(self._machine_type),

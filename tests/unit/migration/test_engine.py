@@ -13,8 +13,19 @@ from random import Random
 
 import pytest
 
-from stillframe.errors import BusyError, RefusedError, SinkError, StillframeError, UsageError
+from stillframe.errors import (
+    BusyError,
+    HostError,
+    RefusedError,
+    SinkError,
+    StillframeError,
+    UsageError,
+)
+from stillframe.migration import live, unconfirmed
+from stillframe.migration.descriptors import NoDescriptors
 from stillframe.migration.engine import Migration
+from stillframe.migration.return_path import ReturnPathWriter
+from stillframe.migration.states import StatusCell
 from tests.unit.migration.toy_board import PAGE, ToyBoard
 
 PROTECTIONS = ["userfaultfd", "mprotect"]
@@ -182,12 +193,13 @@ def test_a_destination_that_vanishes(machines: Machines, tmp_path: Path) -> None
     wait_for(lambda: destination.query().get("status") == "active")
     time.sleep(0.1)
     destination.close()
-    with pytest.raises(SinkError):
+    with pytest.raises(SinkError) as caught:
         source.wait(20)
     info = source.query()
     assert info["status"] == "failed"
     assert info["error-desc"]
     assert "ram" not in info
+    assert caught.value.guest_state == "running"
     assert board.run_state == "running"
     assert board.is_progressing()
 
@@ -419,3 +431,212 @@ def test_it_ends_with_its_machine(machines: Machines, tmp_path: Path) -> None:
     destination.close()
     assert threading.active_count() < began
     assert not (tmp_path / "s").exists()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_ANSWER_S", 0.1)
+    monkeypatch.setattr(unconfirmed, "PATIENCE_S", 0.3)
+
+
+def test_a_destination_that_never_accepts(
+    machines: Machines, tmp_path: Path, impatient: None
+) -> None:
+    """The kernel takes all of it; nobody reads it."""
+    board, source = machines.source(ram_bytes=16 * PAGE)
+    board.stop()  # else what it writes does not fit into the kernel for long
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(f"{tmp_path}/s")
+    server.listen()
+    with server:
+        source.migrate(f"unix:{tmp_path}/s")
+        with pytest.raises(SinkError) as caught:
+            source.wait(20)
+        assert "neither answers nor reads" in str(caught.value)
+        assert caught.value.guest_state == "paused"
+        assert board.history == ["running", "paused"], "it was not stopped for that"
+        board.cont()
+        assert board.is_progressing()
+
+
+def test_nobody_says_whether_a_distant_destination_reads(
+    machines: Machines, impatient: None
+) -> None:
+    """All of it is in a kernel over there: whoever accepts it later may start the guest."""
+    board, source = machines.source(ram_bytes=1 << 20)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+        source.migrate(f"tcp:127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(SinkError) as caught:
+            source.wait(20)
+    if caught.value.guest_state == "running":
+        pytest.skip("missing room for all of it in the kernel")
+    assert "may run at the destination" in str(caught.value)
+    assert board.run_state == "postmigrate"
+    assert source.query()["status"] == "failed"
+    board.cont()
+    assert board.is_progressing()
+
+
+@pytest.mark.parametrize("reads_all", [True, False])
+def test_a_distant_destination_that_only_stores(
+    machines: Machines, impatient: None, reads_all: bool
+) -> None:
+    board, source = machines.source(ram_bytes=1 << 20)
+
+    def store() -> None:
+        connection, _ = server.accept()
+        with connection:
+            tail = b""
+            while part := connection.recv(1 << 16):
+                tail = (tail + part)[-1000:]
+                if not reads_all and b"globalstate" in tail:
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=store)
+        thread.start()
+        source.migrate(f"tcp:127.0.0.1:{server.getsockname()[1]}")
+        if reads_all:
+            assert source.wait(20)
+            assert board.run_state == "postmigrate"
+        else:
+            with pytest.raises(SinkError):
+                source.wait(20)
+        thread.join()
+
+
+def test_the_destinations_word_is_lost(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest runs there, and the source cannot know: it must not run in two places."""
+    board, source = machines.source()
+    other, destination = machines.destination()
+
+    def lose(self: ReturnPathWriter, error: int) -> None:
+        raise SinkError("the connection broke")
+
+    monkeypatch.setattr(ReturnPathWriter, "shut", lose)
+    destination.incoming(f"unix:{tmp_path}/s")
+    source.migrate(f"unix:{tmp_path}/s")
+    with pytest.raises(SinkError) as caught:
+        source.wait(20)
+    assert "may run at the destination" in str(caught.value)
+    assert caught.value.guest_state == "paused"
+    assert destination.wait(20)
+    assert other.is_progressing()
+    assert board.run_state == "postmigrate"
+    assert not board.disks_active
+    assert source.query()["status"] == "failed"
+
+
+def test_the_destination_cannot_start_the_guest(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so, after the point of no return: then the guest goes on here."""
+    board, source = machines.source()
+    other, destination = machines.destination()
+
+    def refuse() -> None:
+        raise HostError("the disk cannot be opened")
+
+    monkeypatch.setattr(other, "finish_incoming", refuse)
+    destination.incoming(f"unix:{tmp_path}/s")
+    source.migrate(f"unix:{tmp_path}/s")
+    with pytest.raises(SinkError) as caught:
+        source.wait(20)
+    assert "Sibling indicated error 1" in str(caught.value)
+    assert board.is_progressing()
+    assert board.disks_active
+    with pytest.raises(HostError):
+        destination.wait(20)
+
+
+def test_cancelled_while_it_fails(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look at its state and the last change of it."""
+    _, source = machines.source()
+    value = StatusCell.value.fget
+    assert value is not None
+
+    def look(self: StatusCell) -> str:
+        seen: str = value(self)
+        if threading.current_thread().name == "stillframe-migration" and seen == "setup":
+            canceller = threading.Thread(target=source.cancel)
+            canceller.start()
+            canceller.join()
+        return seen
+
+    monkeypatch.setattr(StatusCell, "value", property(look))
+    source.migrate(f"unix:{tmp_path}/nobody")
+    with pytest.raises(SinkError):
+        source.wait(5)
+    assert source.query()["status"] in ("failed", "cancelled")
+    source.migrate(f"file:{tmp_path}/a")
+    assert source.wait(20)
+
+
+class OneFile(NoDescriptors):
+    """Descriptors of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.opened: list[int] = []
+
+    def open_fdset(self, fdset_id: int, flags: int) -> int:
+        self.opened.append(os.open(self.path, flags | os.O_CREAT))
+        return self.opened[-1]
+
+
+def is_open(fd: int) -> bool:
+    return os.path.exists(f"/proc/self/fd/{fd}")
+
+
+def test_an_offset_that_no_file_has(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not stand in the way of the next one."""
+    _, source = machines.source()
+    fds = OneFile(tmp_path / "a")
+    with pytest.raises(SinkError):
+        source.migrate(f"file:/dev/fdset/1,offset={(1 << 63) - 1}", fds=fds)
+    assert source.query()["status"] == "failed"
+    assert not is_open(fds.opened[0])
+    # Nor does a bug.
+    monkeypatch.setattr(os, "ftruncate", None)
+    with pytest.raises(TypeError):
+        source.migrate("file:/dev/fdset/1", fds=fds)
+    monkeypatch.undo()
+    assert source.query()["status"] == "failed"
+    source.migrate("file:/dev/fdset/1,offset=8", fds=fds)
+    assert source.wait(20)
+
+
+def test_a_source_that_cannot_be_sought(machines: Machines) -> None:
+    _, destination = machines.destination()
+    reader, writer = os.pipe()
+    fds = OneFile(Path(f"/proc/self/fd/{reader}"))
+    with pytest.raises(HostError) as caught:
+        destination.incoming("file:/dev/fdset/1,offset=8", fds=fds)
+    assert "from offset 8 on" in str(caught.value)
+    assert not is_open(fds.opened[0])
+    os.close(reader)
+    os.close(writer)
+
+
+def test_under_way_while_it_is_loaded(machines: Machines, tmp_path: Path) -> None:
+    """Then no RAM may be added; while nothing comes yet it may."""
+    _, source = machines.source()
+    _, destination = machines.destination()
+    assert not destination.under_way
+    destination.incoming(f"unix:{tmp_path}/s")
+    assert not destination.under_way
+    source.parameters.set({"max-bandwidth": 4 << 20, "downtime-limit": 0})
+    source.migrate(f"unix:{tmp_path}/s")
+    wait_for(lambda: destination.query().get("status") == "active")
+    assert destination.under_way
+    source.cancel()
+    with pytest.raises(StillframeError):
+        destination.wait(20)
+    assert not destination.under_way

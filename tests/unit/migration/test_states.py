@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from stillframe.migration.states import StatusCell
 
 
@@ -31,3 +33,20 @@ def test_too_late_to_go_on() -> None:
     assert cell.change("cancelling", only_from=("active",))
     assert not cell.make_final()
     assert cell.change("cancelled", only_from=("cancelling",))
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_the_end(failed: bool) -> None:
+    told: list[str] = []
+    cell = StatusCell(told.append)
+    cell.change("active", only_from=("none",))
+    assert cell.end(failed=failed) == ("failed" if failed else "completed")
+    assert told[-1] == cell.value
+    assert not cell.under_way
+
+
+def test_the_end_of_what_was_cancelled() -> None:
+    cell = StatusCell(lambda state: None)
+    cell.change("active", only_from=("none",))
+    cell.change("cancelling", only_from=("active",))
+    assert cell.end(failed=True) == cell.value == "cancelled"
