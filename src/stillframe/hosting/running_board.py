@@ -98,13 +98,13 @@ class RunningBoard:
             self._host = cleanup.enter_context(
                 _start(config, self.qmp, _uri(incoming), paused, command)
             )
-            self._host.board.add_listener(self._note)
+            if command.display is not None:
+                self._host.board.on_end(self._keep_picture)
             self._cleanup = cleanup.pop_all()
 
-    def _note(self, event: str, data: dict[str, object]) -> None:
+    def _keep_picture(self) -> None:
         # After its end there is no RAM to look into.
-        if event == "SHUTDOWN" and self.command.display is not None:
-            self._last = self._host.board.picture()
+        self._last = self._host.board.picture()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for its end; whether it came in time. Then ``exit_status`` tells how.
