@@ -131,7 +131,8 @@ def test_an_exception_in_the_switch_over(
     if point == "switched-over":
         # It runs nowhere: the destination lacks RAM, and the source may not decide.
         assert source.board.run_state == "postmigrate"
-        assert other.board.run_state == "internal-error"
+        # If it notices before it starts the guest it never does.
+        assert other.board.run_state in ("internal-error", "inmigrate")
         return
     assert other.board.run_state == "inmigrate"
     assert_goes_on(source)
