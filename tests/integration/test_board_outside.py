@@ -15,6 +15,7 @@ import pytest
 from stillframe.errors import (
     BusyError,
     NotFoundError,
+    RefusedError,
     SnapshotFailed,
     StillframeError,
     UsageError,
@@ -193,6 +194,10 @@ def test_two_boards_in_one_program(tmp_path: Path) -> None:
             with connect(name) as machine:
                 assert machine.qmp.execute("query-name") == {"name": name}
                 assert machine.info == vm
+                for attach in (machine.check_right, machine.open_userfaultfd):
+                    with pytest.raises(RefusedError, match="cannot attach to itself") as caught:
+                        attach()
+                    assert "'migrate'" in (caught.value.remedy or "")
             assert parse_options(vm.argv[3:]).board.guest == guest
     assert read_nameplates(Path("/proc/self")) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import subprocess
 import tempfile
@@ -11,12 +12,18 @@ from pathlib import Path
 
 import pytest
 
+_PREFIX = "stillframe-native-"
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @cache
 def _build_directory() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="stillframe-native-"))
+    # Runs that were killed leave theirs behind.
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = left.name.removeprefix(_PREFIX).partition("-")[0]
+        if not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     # Some tests run a program as another user.
     path.chmod(0o755)
     atexit.register(shutil.rmtree, path, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -48,10 +49,10 @@ def command(output: str | None, quiet: bool, as_json: bool) -> None:
 
     api.check_board()
     tell = _silent if quiet or as_json else _tell
-    pictures = _directory(output)
+    _check_directory(output)
     with tempfile.TemporaryDirectory(prefix="stillframe-demo-") as place:
         ledger = run_ledger(Path(place), tell)
-        life = run_life(Path(place), pictures, tell)
+        life = _keep(run_life(Path(place), tell), output)
     Results(as_json=as_json).show(_as_json_object(ledger, life), _as_lines(ledger, life))
 
 
@@ -63,14 +64,37 @@ def _silent(line: str) -> None:
     pass
 
 
-def _directory(output: str | None) -> Path:
+def _check_directory(output: str | None) -> None:
+    """Find out at the start whether there will be a place for the pictures."""
+    if output is None:
+        return
+    place = Path(output).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise SinkError(f"no place for the pictures in {output}", why=f"{place} is no directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SinkError(f"no place for the pictures in {output}", why=f"{place} is not writable")
+
+
+def _keep(life: LifeResult, output: str | None) -> LifeResult:
+    """Take the pictures to their place, which is made only now that there are some."""
+    import msgspec
+
     try:
         if output is None:
-            return Path(tempfile.mkdtemp(prefix="stillframe-demo-pictures-"))
-        Path(output).mkdir(parents=True, exist_ok=True)
+            place = Path(tempfile.mkdtemp(prefix="stillframe-demo-pictures-"))
+        else:
+            place = Path(output)
+            place.mkdir(parents=True, exist_ok=True)
+        kept = [
+            shutil.move(file, place / Path(file).name)
+            for file in (life.instant_file, life.now_file)
+        ]
     except OSError as error:
-        raise SinkError("no place for the pictures", why=error.strerror) from error
-    return Path(output)
+        raise SinkError("the pictures cannot be kept", why=error.strerror) from error
+    instant_file, now_file = map(str, kept)
+    return msgspec.structs.replace(life, instant_file=instant_file, now_file=now_file)
 
 
 def _as_json_object(ledger: LedgerResult, life: LifeResult) -> dict[str, object]:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ class DemoBoard:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_end_with_parent,
+                preexec_fn=partial(_end_with_parent, os.getpid()),
             )
         try:
             self._machine = self._connect()
@@ -255,9 +256,11 @@ class Console:
         os.close(self._stop)
 
 
-def _end_with_parent() -> None:
-    """For the new process: be killed when the demo dies (prctl(2))."""
+def _end_with_parent(parent_pid: int) -> None:
+    """For the new process: be killed when the demo dies (prctl(2)), also if it has died by now."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def number(line: str, name: str) -> int:

@@ -25,11 +25,11 @@ class LifeResult(msgspec.Struct, frozen=True, kw_only=True):
     now: bytes
 
 
-def run_life(directory: Path, pictures: Path, say: Callable[[str], None]) -> LifeResult:
+def run_life(directory: Path, say: Callable[[str], None]) -> LifeResult:
     """Play it.
 
     Args:
-        directory: for sockets and the snapshot. pictures: for the PNG files.
+        directory: for sockets, the snapshot and the pictures.
 
     Raises:
         MachineError: a board did not do what it was told.
@@ -48,11 +48,11 @@ def run_life(directory: Path, pictures: Path, say: Callable[[str], None]) -> Lif
             still.wait_loaded()
             boards = {"instant": still, "now": life}
             for name, board in boards.items():
-                board.qmp("screendump", filename=str(pictures / f"{name}.png"), format="png")
+                board.qmp("screendump", filename=str(directory / f"{name}.png"), format="png")
                 board.qmp("screendump", filename=str(directory / f"{name}.ppm"))
     return LifeResult(
-        instant_file=str(pictures / "instant.png"),
-        now_file=str(pictures / "now.png"),
+        instant_file=str(directory / "instant.png"),
+        now_file=str(directory / "now.png"),
         instant=(directory / "instant.ppm").read_bytes(),
         now=(directory / "now.ppm").read_bytes(),
     )

@@ -165,14 +165,14 @@ def _end(job: SnapshotJob) -> None:
 def _show(progress: Progress, statistics: Statistics) -> None:
     details: list[str] = []
     if statistics.phase == "saving":
+        if statistics.eta_s is not None:
+            details.append(f"about {format_seconds(statistics.eta_s)} left")
         details.append(f"writing {format_bytes(statistics.rate_bytes_per_s)}/s")
         details.append(f"{statistics.faults} faults")
         details.append(
             f"spill {format_bytes(statistics.spill_used_bytes)}"
             f" of {format_bytes(statistics.spill_limit_bytes)}"
         )
-        if statistics.eta_s is not None:
-            details.append(f"about {format_seconds(statistics.eta_s)} left")
     progress.show(
         statistics.phase, statistics.ram_done_bytes, statistics.ram_bytes, ", ".join(details)
     )

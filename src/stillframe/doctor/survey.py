@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from stillframe.errors import HostError, StillframeError
+from stillframe.errors import HostError, RefusedError, StillframeError
 from stillframe.machine.outside.machine import OutsideMachine
 from stillframe.machine.outside.vm_info import VmInfo, Vmm
 from stillframe.machine.running import connect_to, list_vms
@@ -85,6 +85,6 @@ def _look_at(vm: VmInfo) -> SurveyedVm:
 def _missing_right(machine: OutsideMachine) -> tuple[str, ...]:
     try:
         machine.check_right()
-    except HostError as error:
+    except (HostError, RefusedError) as error:
         return (str(error),)
     return ()

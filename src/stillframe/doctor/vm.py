@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from stillframe.doctor.checks import Check, CheckStatus, from_error
-from stillframe.errors import HostError, NotFoundError, StillframeError, UsageError
+from stillframe.errors import HostError, NotFoundError, RefusedError, StillframeError, UsageError
 from stillframe.machine.outside.machine import OutsideMachine
 from stillframe.machine.outside.vm_info import Vmm
 from stillframe.machine.running import connect
@@ -81,7 +81,7 @@ def _monitor(machine: OutsideMachine) -> Check:
 def _right(machine: OutsideMachine) -> Check:
     try:
         machine.check_right()
-    except HostError as error:
+    except (HostError, RefusedError) as error:
         return from_error("vm", "right", error)
     return _check("right", "ok", "a userfaultfd of its memory may be made")
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,8 @@ def _connect_error(address: Address, error: OSError) -> StillframeError:
         )
     if error.errno == errno.EAGAIN:
         return BusyError(f"the monitor {where} is busy", why=_ONE_CLIENT, remedy=_OTHER_MONITOR)
+    if error.errno == errno.ECONNREFUSED and not _may_be_socket(address):
+        return UsageError(f"{where} is no socket", remedy="name the VM's -qmp socket")
     if error.errno == errno.ECONNREFUSED:
         return MachineError(
             f"nobody listens on {where}",
@@ -123,6 +126,14 @@ def _connect_error(address: Address, error: OSError) -> StillframeError:
     if error.errno in (errno.ENOTSOCK, errno.EPROTOTYPE):
         return UsageError(f"{where} is not a stream socket", remedy="name the VM's -qmp socket")
     return MachineError(f"cannot connect to {where}", why=error.strerror or str(error))
+
+
+def _may_be_socket(address: Address) -> bool:
+    """connect(2) refuses alike where there is a file of another kind, and where nobody listens."""
+    try:
+        return not isinstance(address, str) or stat.S_ISSOCK(Path(address).stat().st_mode)
+    except OSError:
+        return True
 
 
 def greeting_error(

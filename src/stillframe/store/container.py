@@ -27,6 +27,7 @@ from stillframe.store.trailer import (
     seek_table_bytes,
     seek_table_matches,
 )
+from stillframe.vmstate.wire import STREAM_MAGIC
 
 MANIFEST_MAX_BYTES: Final = 64 << 20
 INDEX_MAX_BYTES: Final = 1 << 30
@@ -55,7 +56,15 @@ class Container:
         self._cache_limit_bytes = CACHE_BYTES
         self._lock = Lock()
         try:
-            trailer = self._read_trailer()
+            try:
+                trailer = self._read_trailer()
+            except DataError as error:
+                if not self._is_stream():
+                    raise
+                raise DataError(
+                    f"{source.description} is a migration stream, no snapshot file",
+                    remedy="make one of it with 'stillframe import'",
+                ) from error
             self.id = trailer.snapshot_id
             self.manifest = self._read_manifest(trailer)
             self.index = self._read_index(trailer)
@@ -70,6 +79,10 @@ class Container:
         self._seek_table_offset = size - seek_table_bytes(footer, size)
         offset = self._seek_table_offset - TRAILER_FRAME_BYTES
         return decode_trailer(self.source.read_at(offset, TRAILER_FRAME_BYTES), offset)
+
+    def _is_stream(self) -> bool:
+        magic = STREAM_MAGIC.to_bytes(4, "big")
+        return self.source.size_bytes >= len(magic) and self.source.read_at(0, 4) == magic
 
     def _read_own(self, name: str, magic: int, offset: int, length: int, digest: bytes) -> bytes:
         header = self.source.read_at(offset - SKIPPABLE_HEADER.size, SKIPPABLE_HEADER.size)

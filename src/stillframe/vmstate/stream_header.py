@@ -10,8 +10,10 @@ from stillframe.vmstate.records import Header
 from stillframe.vmstate.source import StreamSource
 from stillframe.vmstate.wire import MULTIFD_MAGIC, STREAM_MAGIC, STREAM_VERSION
 
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD_REMEDY = "a .still file is a snapshot already ('stillframe show'); else decompress it first"
 _OTHER_MAGICS = {
-    b"\x28\xb5\x2f\xfd": "zstd-compressed data",
+    _ZSTD: "zstd-compressed data",
     b"\x1f\x8b": "gzip-compressed data",
     b"\xfd7zX": "xz-compressed data",
     b"BZh": "bzip2-compressed data",
@@ -32,7 +34,11 @@ def read_stream_header(source: StreamSource) -> Header:
     begin = source.buffer[:4]
     for magic, name in _OTHER_MAGICS.items():
         if begin.startswith(magic):
-            raise DataError(f"this is {name}, not a migration stream", offset_bytes=0)
+            raise DataError(
+                f"this is {name}, not a migration stream",
+                remedy=_ZSTD_REMEDY if magic == _ZSTD else None,
+                offset_bytes=0,
+            )
     magic_word = source.u32("the stream's header")
     if magic_word != STREAM_MAGIC:
         raise DataError(

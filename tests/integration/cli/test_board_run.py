@@ -175,6 +175,33 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> Non
         assert (tmp_path / "qmp").is_socket()
 
 
+def test_what_a_killed_board_left_is_swept_away(runtime: Path, tmp_path: Path) -> None:
+    guest = write_guest(tmp_path / "g.elf", IDLE)
+    (runtime / "restored").mkdir(parents=True)  # of a restored VM: stays
+    (runtime / "restored" / "qmp.sock").touch()
+    boards = []
+    try:
+        for _ in range(3):
+            boards.append(start(guest, "--serial", "none"))
+            assert boards[-1].stderr is not None
+            assert b"QMP at" in boards[-1].stderr.readline()
+        boards[0].kill()
+        boards[0].wait()
+        assert len(list(runtime.iterdir())) == 4
+        boards.append(start(guest, "--serial", "none"))
+        assert boards[-1].stderr is not None
+        assert b"QMP at" in boards[-1].stderr.readline()
+        assert len(list(runtime.iterdir())) == 4  # the first one's went
+        for board in boards[1:3]:
+            assert board.poll() is None
+            assert str(board.pid).encode() in run("ps").stdout
+    finally:
+        for board in boards:
+            board.terminate()
+            board.communicate()
+    assert [entry.name for entry in runtime.iterdir()] == ["restored"]
+
+
 @pytest.mark.parametrize("serial", ["stdio", "none"])
 def test_without_its_reader_it_ends(serial: str, runtime: Path) -> None:
     """As errors.md says; and only if it writes there at all."""
@@ -323,6 +350,7 @@ def test_the_picture_goes_into_a_file(tmp_path: Path) -> None:
         process.send_signal(signal.SIGUSR1)
         wait_for(path.exists)
         first = _picture(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert first[:2] == (160, 120)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
@@ -469,6 +497,22 @@ def test_a_stream_tells_its_hardware(tmp_path: Path) -> None:
     core = tmp_path / "core"
     assert run("export", tmp_path / "s.still", "--format", "elf", "-o", core).returncode == 0
     assert core.read_bytes()[:4] == b"\x7fELF"
+
+
+def test_files_of_another_kind_are_told_apart(tmp_path: Path) -> None:
+    path = write_snapshot(tmp_path / "a.still", machine(()))
+    assert run("export", path, "--format", "qemu", "-o", tmp_path / "a").returncode == 0
+    for verb in ("show", "verify", "restore"):
+        done = run(verb, tmp_path / "a")
+        assert done.returncode == 8
+        assert b"/a is a migration stream, no snapshot file; make one of it with" in done.stderr
+    done = run("import", path, "-o", tmp_path / "b")
+    assert done.returncode == 8
+    assert b"a .still file is a snapshot already" in done.stderr
+    for name in (tmp_path, path):
+        done = run("take", name, "-o", tmp_path / "b")
+        assert done.returncode == 2
+        assert f"{name} is no socket".encode() in done.stderr
 
 
 def test_a_snapshot_of_something_else(tmp_path: Path) -> None:

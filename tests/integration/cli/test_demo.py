@@ -43,6 +43,7 @@ def check(shown: dict[str, Any], pictures: Path) -> None:
     assert shown["pictures"] == {"instant": str(instant), "now": str(now)}
     assert instant.read_bytes()[:8] == now.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert instant.read_bytes() != now.read_bytes()
+    assert instant.stat().st_mode & 0o777 == now.stat().st_mode & 0o777 == 0o600
     assert sorted(entry.name for entry in pictures.iterdir()) == ["instant.png", "now.png"]
 
 
@@ -63,6 +64,18 @@ def test_demo_piped(temporary: Path, tmp_path: Path) -> None:
     assert time.monotonic() - began < LIMIT_S
     assert done.stderr == b""
     check(json.loads(done.stdout), tmp_path / "p")
+
+
+def test_demo_without_a_place_or_a_reader(temporary: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("demo", "-o", tmp_path / "file" / "p")
+    assert done.returncode == 7
+    assert done.stdout == b""
+    with subprocess.Popen([*PROGRAM, "demo"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(LIMIT_S) == 141  # and no directory is left for pictures
 
 
 def test_demo_where_userfaultfd_is_refused(temporary: Path, tmp_path: Path) -> None:
@@ -141,7 +154,7 @@ def test_the_boards_end_with_the_demo(number: signal.Signals, tmp_path: Path) ->
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert err == b"stillframe: cancelled\n"
-        assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+        assert list(tmp_path.iterdir()) == []
     wait_for(lambda: not any(_in_session(entry, process.pid) for entry in Path("/proc").iterdir()))
 
 

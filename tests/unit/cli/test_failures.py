@@ -136,6 +136,7 @@ def test_interrupted(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
         (["take", "x", "-o", "y", "--nope"], "no such option"),
         (["--nope"], "no such option"),
         (["export", "f", "-o", "x", "--format", "zip"], "'zip' is not one of"),
+        (["export", "f", "-o", "x"], "missing option '--format'. Choose from: qemu, raw, elf; "),
     ],
 )
 def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +168,29 @@ def test_usage_error_names_the_command() -> None:
     known = failures.understood(click.UsageError("Bad.", context))
     assert isinstance(known, errors.UsageError)
     assert known.what == "bad"
+
+
+def test_the_systems_number_of_an_error_is_not_told(
+    failing: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(errors.HostError("it broke", why=str(OSError(13, "Permission denied", "/x"))))
+    assert main(["ps"]) == 5
+    assert capsys.readouterr().err == "stillframe: it broke: Permission denied: '/x'\n"
+
+
+@pytest.mark.parametrize("words", [("--help",), ("take", "--help"), ("--version",)])
+def test_help_on_a_full_standard_output(words: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stillframe", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert done.returncode == 7
+    assert done.stderr == (
+        b"stillframe: standard output cannot be written: No space left on device\n"
+    )
 
 
 def test_a_full_standard_output() -> None:

@@ -1,6 +1,7 @@
 """QMP commands that write files: screendump, pmemsave, xen-save-devices-state.
 
-File names may be ``/dev/fdset/N``. What holds guest RAM or device state is made with mode 0600.
+File names may be ``/dev/fdset/N``. Files are made with mode 0600: what the guest shows is as
+secret as what it holds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from stillframe.qmp.errors import QmpError
 from stillframe.vmstate import writer
 
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-_PRIVATE, _PUBLIC = 0o600, 0o666
+_PRIVATE = 0o600
 _STEP_BYTES = 1 << 20
 _PMEMSAVE_MAX_BYTES = 1 << 40
 _ADDRESSES = 1 << 64
@@ -73,7 +74,7 @@ def _screendump(board: Board, context: CommandContext, arguments: Screendump) ->
     picture = board.picture()
     data = picture.png() if arguments.format == "png" else picture.ppm()
     try:
-        fd = context.fds.open_file(arguments.filename, _WRITE, _PUBLIC)
+        fd = context.fds.open_file(arguments.filename, _WRITE, _PRIVATE)
     except OSError as error:
         raise QmpError(f"failed to open file '{arguments.filename}': {error.strerror}") from error
     _write(fd, iter((data,)))

@@ -46,6 +46,7 @@ def open_userfaultfd(
         return added.fd, take_back
 
     try:
+        _refuse_ourselves(pid)
         return attach(
             pid,
             lend_device=lend if qmp.passes_fds else None,
@@ -64,9 +65,15 @@ def check_right(
     The process is not touched, so what only an attempt shows (a seccomp filter) is not seen.
 
     Raises:
+        RefusedError: the process is this very one.
         HostError: the process may not be traced, or nobody may make a userfaultfd for it.
         MachineError: the process is gone.
     """
+    try:
+        _refuse_ourselves(pid)
+    except RefusedError as error:
+        _add_remedy(error, remedy)
+        raise
     try:
         # Opening it needs the very right to attach (Linux fs/proc/base.c: proc_mem_open).
         os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
@@ -81,6 +88,15 @@ def check_right(
         refusal.guest_state = "running"
         _add_remedy(refusal, remedy)
         raise refusal
+
+
+def _refuse_ourselves(pid: int) -> None:
+    if pid == os.getpid():
+        raise RefusedError(
+            f"the VM runs in this very process ({pid})",
+            why="a process cannot attach to itself (ptrace)",
+            remedy="start it in a process of its own",
+        )
 
 
 def _add_remedy(error: StillframeError, remedy: str | None) -> None:
