@@ -13,6 +13,9 @@ from stillframe.cli.progress import amount
 from stillframe.cli.text import printable
 
 _REFRESH_S = 0.1
+_PHASE_COLUMNS, _BAR_COLUMNS = 10, 16
+_OTHER_COLUMNS = 1 + _BAR_COLUMNS + 3
+"""Spinner, bar, and a gap between each two."""
 
 
 class TerminalProgress:
@@ -23,15 +26,16 @@ class TerminalProgress:
     def __init__(self) -> None:
         self._bar = Progress(
             SpinnerColumn(),
-            # On a narrow terminal the details are cut, and the phase never.
             TextColumn(
-                "{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=10)
+                "{task.description}",
+                markup=False,
+                table_column=Column(no_wrap=True, min_width=_PHASE_COLUMNS),
             ),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=_BAR_COLUMNS),
             TextColumn(
                 "{task.fields[details]}",
                 markup=False,
-                table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis"),
+                table_column=Column(no_wrap=True),
             ),
             console=Console(stderr=True),
             auto_refresh=False,
@@ -49,13 +53,16 @@ class TerminalProgress:
         if self._gone or now_s - self._last_s < _REFRESH_S:
             return
         self._last_s = now_s
+        # On a narrow terminal the details are cut; rich would take from spinner and bar first.
+        room = max(0, self._bar.console.width - _OTHER_COLUMNS - max(len(phase), _PHASE_COLUMNS))
         how_far = amount(done_bytes, total_bytes) if done_bytes else ""
+        words = printable(", ".join(part for part in (how_far, details) if part))
         self._bar.update(
             self._task,
             description=printable(phase),
             completed=done_bytes,
             total=total_bytes or None,
-            details=printable(", ".join(part for part in (how_far, details) if part)),
+            details=words if len(words) <= room else f"{words[: max(0, room - 1)]}…",
         )
         try:
             self._bar.refresh()
