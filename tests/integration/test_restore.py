@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import stillframe
 from guests.monitor import qmp_execute
 from guests.qemu import GuestVm, qemu_binary
 from guests.serial import SerialConsole
@@ -41,7 +42,10 @@ from stillframe.store.snapshot import Snapshot
 from stillframe.store.writer import SnapshotWriter
 from tests.support.guest_fixtures import GuestFactory
 from tests.support.probes import has_huge_pages, has_linux_guest, has_uffd_wp
-from tests.support.taking import REPOSITORY, take
+from tests.support.taking import take
+
+IMPORTED_FROM = str(Path(stillframe.__file__).parents[1])
+"""Where this very package is: programs that run elsewhere are to take it too."""
 
 pytestmark = pytest.mark.qemu
 
@@ -259,7 +263,7 @@ def test_it_goes_on_without_us(snapshot: Path, tmp_path: Path) -> None:
         text=True,
         timeout=60,
         check=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")},
+        env=os.environ | {"PYTHONPATH": IMPORTED_FROM},
     )
     pid = int(done.stdout)
     try:
@@ -452,7 +456,7 @@ def test_killed_in_the_middle(snapshot: Path, tmp_path: Path, after_bytes: int) 
         [*words, str(after_bytes)],
         timeout=60,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")},
+        env=os.environ | {"PYTHONPATH": IMPORTED_FROM},
     )
     assert done.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 5

@@ -128,7 +128,7 @@ class QmpClient:
                 raise no_qmp_error(self._address)
             self._greeting = greeting
             self._link.send(b'{"execute": "qmp_capabilities"}\n', deadline_s)
-            if "return" not in self._link.receive(deadline_s)[0]:
+            if "return" not in self._first_answer(deadline_s):
                 raise no_qmp_error(self._address)
         except FramingError as error:
             raise no_qmp_error(self._address) from error
@@ -136,6 +136,13 @@ class QmpClient:
             raise greeting_error(
                 self._address, error, timeout_s, greeted=bool(self._greeting)
             ) from error
+
+    def _first_answer(self, deadline_s: float) -> Message:
+        """What answers the negotiation; the server may send an event just before."""
+        while True:
+            for message in self._link.receive(deadline_s):
+                if "event" not in message:
+                    return message
 
     # What the connection is
 

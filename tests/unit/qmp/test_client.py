@@ -395,6 +395,21 @@ def test_what_is_not_qmp_is_said_so(tmp_path: Path, greeting: bytes) -> None:
         server.close()
 
 
+def test_an_event_right_before_the_negotiation_is_answered(tmp_path: Path) -> None:
+    class Eventful(FakeQmp):
+        def _one(self, command: dict[str, Any]) -> None:
+            if command["execute"] == "qmp_capabilities":
+                self.event("NIC_RX_FILTER_CHANGED")
+            super()._one(command)
+
+    server = Eventful(tmp_path / "q")
+    try:
+        with QmpClient.connect(server.address, timeout_s=2) as client:
+            assert client.execute("x") == {}
+    finally:
+        server.close()
+
+
 def test_a_server_that_hangs_up(tmp_path: Path) -> None:
     path = str(tmp_path / "q")
     with socket.socket(socket.AF_UNIX) as listener:
