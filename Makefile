@@ -46,17 +46,17 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/demo.installed: $(SOURCES)
-	tools/install-system-packages.sh demo
+	PYTHON=$(PYTHON) tools/install-system-packages.sh demo
 	$(MAKE) $(BIN)/python
 	$(BIN)/python -m pip install --quiet '.[board]'
 	touch $@
 
 $(VENV)/demo-qemu.installed: $(VENV)/demo.installed
-	tools/install-system-packages.sh demo-qemu
+	PYTHON=$(PYTHON) tools/install-system-packages.sh demo-qemu
 	touch $@
 
 $(VENV)/test.installed: $(SOURCES)
-	tools/install-system-packages.sh test
+	PYTHON=$(PYTHON) tools/install-system-packages.sh test
 	$(MAKE) $(BIN)/python
 	$(BIN)/python -m pip install --quiet --group test --group lint '.[board]'
 	touch $@ $(VENV)/demo.installed $(VENV)/demo-qemu.installed

@@ -34,6 +34,13 @@ With `--json` the error is also an object on standard output
 _MIDDLE = """\
 | 141 | | | nothing: the reader of standard output went away (as `head` does) |
 
+## Files
+
+A file to read, whoever reads it: 9 if it is not there, 2 if it is a directory or another kind of
+file, 5 if it may not be read, 8 if it holds something else. A file to write: 2 if its name is taken
+or is none, 7 if its directory is missing or may not be written to. A socket to listen on: 4 if
+somebody listens there; a socket file that nobody listens on any more is replaced.
+
 ## Guest state
 
 An error knows what the guest does now: `guest_state` is `running`, `paused`, `unknown` (look at the

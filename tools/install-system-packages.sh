@@ -20,14 +20,15 @@ wanted=${1:-demo}
 [[ $wanted == demo ]] || programs+=(qemu-system-x86_64 qemu-img dpkg-deb)
 [[ $wanted == test ]] && programs+=(zstd gdb readelf)
 
+python=${PYTHON:-python3}
 missing=()
 for program in "${programs[@]}"; do
   command -v "$program" >/dev/null || missing+=("${package[$program]}")
 done
 # gcc without the C library's headers cannot build the native core.
 [[ -e /usr/include/stdio.h ]] || missing+=(libc6-dev)
-python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-python3 -c 'import sysconfig, os, sys
+"$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+"$python" -c 'import sysconfig, os, sys
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
   missing+=(python3-dev)
 

@@ -448,11 +448,14 @@ def build_guest(source: StrPath, output: StrPath) -> str:
         The compiler's warnings.
 
     Raises:
-        NotFoundError: no such source. UsageError: the compiler refuses it, in its words.
-        HostError: there is no C compiler, or the output cannot be written.
+        NotFoundError: no such source. UsageError: the compiler refuses it, in its words; or the
+            output is no name for a file. SinkError: it has no directory that may be written to.
+        HostError: there is no C compiler.
     """
     from stillframe.machine.board.guests import build_guest as built
+    from stillframe.store.backends.local import LocalSink
 
+    LocalSink(output, overwrite=True).abort()  # its name and directory, as those of other outputs
     return built(Path(source), Path(output))
 
 

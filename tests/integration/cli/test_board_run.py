@@ -78,6 +78,8 @@ def test_what_a_compiler_refuses(tmp_path: Path) -> None:
     done = run("board", "build", source, "-o", tmp_path / "bad.elf")
     assert done.returncode == 2
     assert b"nonsense" in done.stderr
+    for output, code in ((tmp_path / "no" / "x", 7), (tmp_path, 2)):
+        assert run("board", "build", source, "-o", output).returncode == code
     assert not (tmp_path / "bad.elf").exists()
 
 
