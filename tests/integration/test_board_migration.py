@@ -332,7 +332,8 @@ def test_a_device_that_writes_ram_while_it_is_saved(
     source.migration.set_capabilities({"background-snapshot": background})
     source.migration.migrate(f"file:{tmp_path}/a")
     if background:
-        wait_for(lambda: device.saves > 0)
+        # What is written before it goes on belongs to the instant, whoever writes it.
+        wait_for(lambda: device.saves > 0 and source.board.run_state == "running")
         # The guest's side of the instant: what comes later does not belong to it.
         source.board.rams[1].write(device.OFFSET_BYTES, b"too late")
     assert source.migration.wait(60)
@@ -535,8 +536,16 @@ def test_quit_while_the_guest_waits_for_a_page(
     start_postcopy(source, other, tmp_path / "s")
     stall(monkeypatch)
     wait_for(lambda: other.board.run_state == "running")
-    requests = source.query()["ram"]["postcopy-requests"]
-    wait_for(lambda: source.query()["ram"]["postcopy-requests"] > requests)
+    asked_before = -1
+
+    def waits() -> bool:
+        """The guest asked for pages, and goes no further."""
+        nonlocal asked_before
+        asked, before = source.query()["ram"]["postcopy-requests"], asked_before
+        asked_before = asked
+        return bool(asked) and asked == before
+
+    wait_for(waits)
     RawQmp(tmp_path / "qmp").execute("quit")
     assert other.board.wait(10)
     assert other.query()["status"] == "failed"

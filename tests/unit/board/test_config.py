@@ -24,7 +24,7 @@ def test_defaults_make_a_board() -> None:
     [
         ({"vcpus": 0}, "1 to 8"),
         ({"vcpus": 9}, "1 to 8"),
-        ({"ram_bytes": 1 << 20}, "at least"),
+        ({"ram_bytes": 1 << 20}, "1092 KiB to 3 GiB"),
         ({"ram_bytes": (3 << 30) + 4096}, "3 GiB"),
         ({"ram_bytes": (16 << 20) + 1}, "whole pages"),
         ({"display_width": 0}, "0 pixels"),

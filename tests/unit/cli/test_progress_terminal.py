@@ -18,6 +18,7 @@ DETAILS = "about 1 min 5 s left, writing 200 MiB/s, 12345 faults, spill 3.0 MiB 
 def test_bar_and_time_left_are_shown(
     columns: int, cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)  # without colours only what is done is drawn
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=columns, legacy_windows=False)
     monkeypatch.setattr(progress_terminal, "Console", lambda stderr: console)
