@@ -105,6 +105,55 @@ def test_an_interrupt_waits_for_sti() -> None:
         assert tiny.results(3) == (2, 1, 1 << 3)
 
 
+def test_a_masked_interrupt_comes_as_soon_as_it_may() -> None:
+    source = """
+        static u64 fixup;
+        static HANDLER void wake(struct frame *frame) { results[0]++; }
+        static HANDLER void invalid(struct frame *frame)
+        {
+            frame->rip = fixup;
+            out32(0x5a8, 0);
+        }
+        void _start(struct info *info, u64 cpu)
+        {
+            load_table(); line_on(3, wake); gate(6, invalid);
+            for (u64 i = 1; i <= 500; i++) {
+                out32(0x5a8, 0);
+                __asm__ volatile("sti; nop; jmp 1f; 1: cli" : : : "memory");
+                if (results[0] != 2 * i - 1) results[1]++;
+                /* behind an exception, when its handler returns */
+                __asm__ volatile("sti; lea 1f(%%rip), %%rax; mov %%rax, %0; ud2; 1: nop; cli"
+                    : "=m"(fixup) : : "rax", "memory");
+                if (results[0] != 2 * i) results[2]++;
+            }
+            power_off(0);
+        }"""
+    with Tiny(source) as tiny:
+        assert tiny.run() == 0
+        assert tiny.results(3) == (1000, 0, 0)
+
+
+def test_a_masked_interrupt_does_not_end_hlt() -> None:
+    source = """
+        static HANDLER void wake(struct frame *frame) { results[0]++; }
+        void _start(struct info *info, u64 cpu)
+        {
+            load_table(); line_on(3, wake);
+            out32(0x5a8, 0);
+            __asm__ volatile("hlt");
+            results[1] = 1;
+        }"""
+    with Tiny(source) as tiny:
+        tiny.board.power_on()
+        vcpu = tiny.board.hardware.vcpus[0]
+        tiny.until(lambda: vcpu.registers.halted == 1)
+        with tiny.board.lock:
+            vcpu.lines.raise_line(3)
+        time.sleep(0.05)
+        assert vcpu.registers.halted == 1
+        assert tiny.results(2) == (0, 0)
+
+
 def test_vcpus_wake_each_other_and_share_lock_units() -> None:
     source = """
         static HANDLER void woken(struct frame *frame) { }

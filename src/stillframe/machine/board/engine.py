@@ -59,19 +59,21 @@ class PortHandler(Protocol):
 class Ended:
     """Why ``Engine.run`` came back.
 
-    ``exception``: the vector that the guest ran into, or None: it halted or was stopped.
+    ``exception``: the vector that the guest ran into, or None.
+    ``stopped``: by ``stop`` or ``stop_when_enabled``; with no exception either, it halted.
     ``error_code``: of that exception, if it has one.
     """
 
-    __slots__ = ("error_code", "exception")
+    __slots__ = ("error_code", "exception", "stopped")
 
     def __init__(self) -> None:
         self.exception: int | None = None
+        self.stopped = False
         self.error_code = 0
 
 
 class Engine:
-    """Runs x86-64 instructions on guest RAM. One thread at a time, but for ``stop``."""
+    """Runs x86-64 instructions on guest RAM. One thread at a time, but for the stops."""
 
     def __init__(self, ports: PortHandler) -> None:
         self._ports = ports
@@ -82,7 +84,11 @@ class Engine:
         engine.ctl_exits_enabled(True)
         engine.ctl_set_exits([])
         self._bank = RegisterBank(engine)
-        self._stop = BlockStop(ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value or 0)
+        self._stop = BlockStop(
+            ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value or 0,
+            ctypes.cast(uclib.uc_reg_read, ctypes.c_void_p).value or 0,
+            x86.UC_X86_REG_RFLAGS,
+        )
         self._ended = Ended()
         self._refused_at: int | None = None
         self._failure: Exception | None = None
@@ -146,11 +152,16 @@ class Engine:
                 ended.error_code = take_error_code(self._uc)
         if self._failure is not None:
             raise self._failure
+        ended.stopped = self._stop.stopped
         return ended
 
     def stop(self) -> None:
         """End ``run`` in another thread soon, also one that is yet to begin."""
         self._stop.ask()
+
+    def stop_when_enabled(self) -> None:
+        """As ``stop``, but only once the guest may be interrupted."""
+        self._stop.ask_when_enabled()
 
     def clear_stop(self) -> None:
         """The next ``run`` may go on until the next ``stop``."""

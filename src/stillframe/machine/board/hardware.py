@@ -74,7 +74,6 @@ class Hardware:
                 ports,
                 self.space,
                 on_parked=on_still,
-                on_masked=self.alarm.nudge_soon,
                 on_panic=self._panicked,
                 on_failure=self._failed,
             )
@@ -83,7 +82,7 @@ class Hardware:
         lines = tuple(vcpu.lines for vcpu in self.vcpus)
         first = lines[_FIRST_VCPU]
         self.timer = Timer(clock, lines, self.alarm.look)
-        self.alarm.serve(self.timer, self.vcpus)
+        self.alarm.serve(self.timer)
         self.uart = Uart(first)
         self.serial = SerialPort(lock, self.uart, channel)
         self.entropy = Entropy(self.space, first, self._kick_entropy)

@@ -46,14 +46,12 @@ class Vcpu:
         space: AddressSpace,
         *,
         on_parked: Callable[[], None],
-        on_masked: Callable[[], None],
         on_panic: Callable[[str], None],
         on_failure: Callable[[str], None],
     ) -> None:
         """
         Args:
             on_parked: called each time it has parked.
-            on_masked: called when it has an interrupt to take and may not know: it must be nudged.
             on_panic: the guest cannot go on; takes the reason, one line.
             on_failure: the engine failed; takes the reason.
         """
@@ -69,14 +67,12 @@ class Vcpu:
         space.on_add(self._engine.map)
         self._memory = GuestMemory(self._engine, space)
         self._on_parked = on_parked
-        self._on_masked = on_masked
         self._on_panic = on_panic
         self._on_failure = on_failure
         self._wake = threading.Condition(lock)
         self._park_wanted = True
         self._quit = False
         self._running = False
-        self._stopped = False
         self._engine_is_newer = False
         self._thread: threading.Thread | None = None
 
@@ -98,19 +94,9 @@ class Vcpu:
     def park(self) -> None:
         """Make it park soon."""
         self._park_wanted = True
-        self._interrupt_run()
+        if self._running:
+            self._engine.stop()
         self._wake.notify()
-
-    def nudge(self) -> bool:
-        """Make it look for interrupts.
-
-        Returns:
-            Whether it runs on with one that it cannot take yet, and must be nudged again.
-        """
-        if self._running and self.lines.deliverable:
-            self._interrupt_run()
-            return True
-        return False
 
     @property
     def thread_id(self) -> int:
@@ -165,13 +151,7 @@ class Vcpu:
     def _interrupt_wanted(self) -> None:
         self._wake.notify()
         if self._running:
-            self._interrupt_run()
-            self._on_masked()
-
-    def _interrupt_run(self) -> None:
-        if self._running:
-            self._stopped = True
-            self._engine.stop()
+            self._engine.stop_when_enabled()
 
     # The engine's ports, in this vCPU's thread, without the lock
 
@@ -266,8 +246,9 @@ class Vcpu:
 
     def _run(self) -> None:
         self._running = True
-        self._stopped = False
         self._engine.clear_stop()
+        if self.lines.deliverable:
+            self._engine.stop_when_enabled()
         try:
             with _released(self._lock):
                 ended = self._engine.run()
@@ -276,7 +257,7 @@ class Vcpu:
         if ended.exception is not None:
             self.registers.exception = ended.exception
             self.registers.error_code = ended.error_code
-        elif not self._stopped:
+        elif not ended.stopped:
             self.registers.halted = 1
 
 
