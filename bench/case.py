@@ -23,7 +23,10 @@ _TICK_MS = 20
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """What is saved. ``rate_mib_per_s`` 0 is full speed, over a working set of ``mem_mib``."""
+    """What is saved. ``rate_mib_per_s`` 0 is full speed, over a working set of ``mem_mib``.
+
+    ``rest_us``: how long the guest rests when it has nothing to write; 0: it never does.
+    """
 
     guest: GuestKind
     ram_mib: int
@@ -31,6 +34,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     fill: Fill
     mem_mib: int
     rate_mib_per_s: int
+    rest_us: int
     memory: MemoryKind
     accelerator: Accelerator
     qemu: str | None = None
@@ -85,6 +89,7 @@ def run_case(
             populate_mib=case.populate_mib,
             rate_mib_per_s=case.rate_mib_per_s,
             fill=case.fill,
+            append=f"sf.rest_us={case.rest_us}",
             tick_ms=_TICK_MS,
             memory=case.memory,
             accelerator=case.accelerator,

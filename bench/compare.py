@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ram", type=numbers, default=[256, 1024], help="MiB of RAM, a list with commas")
     add("--rate", type=numbers, default=[20], help="MiB/s written, a list; 0 is full speed")
+    add("--rest-us", type=int, default=0, help="the guest rests so long when it need not write")
     add("--mem", type=int, default=64, help="MiB that are written over and over (working set)")
     add("--populate", default="75%", help="MiB filled once and left alone, or a part of RAM")
     add("--fill", default="random", help="with what: random, text, zero; a list")
@@ -81,6 +82,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             fill=fill,
             mem_mib=options.mem,
             rate_mib_per_s=rate,
+            rest_us=options.rest_us,
             memory=options.memory,
             accelerator=options.accel,
             qemu=options.qemu,

@@ -50,6 +50,8 @@ def case_table(result: CaseResult, peer: str) -> str:
     """One case: a column per method with median [least greatest], then ours over QEMU's own."""
     case = result.case
     rate = "full speed" if case.rate_mib_per_s == 0 else f"{case.rate_mib_per_s} MiB/s"
+    if case.rest_us:
+        rate += f" with rests of {case.rest_us} us"
     lines = [
         f"{case.ram_mib} MiB of RAM ({case.memory}, {case.accelerator}), {case.populate_mib} MiB"
         f" of {case.fill} data, {rate} written over {case.mem_mib} MiB; {result.qemu_version}"

@@ -1,7 +1,7 @@
 /* The guest's main loop, the same under Linux and on the bare machine.
  *
  * A platform gives: page_at(index) for the pages of the working set and, after them, the populated
- * ones; power_off().
+ * ones; power_off(); rest(us), which lets the processor idle.
  */
 #ifndef SF_GUEST_H
 #define SF_GUEST_H
@@ -18,10 +18,11 @@
 
 static volatile u64 *page_at(u64 index);
 static void power_off(void);
+static void rest(u64 us);
 
 struct settings {
     s64 rate_mib_per_s;
-    u64 pages, populated_pages, whole, tick_ms, pages_per_reading;
+    u64 pages, populated_pages, whole, tick_ms, pages_per_reading, rest_us;
     enum fill_kind fill;
 };
 
@@ -40,6 +41,7 @@ static void settings_read(const char *arguments)
     settings.whole = option_number(arguments, "sf.whole", 0) != 0;
     settings.tick_ms = option_number(arguments, "sf.tick_ms", 100);
     settings.pages_per_reading = option_number(arguments, "sf.clock_pages", 1);
+    settings.rest_us = option_number(arguments, "sf.rest_us", 0);
     settings.fill = option_is(arguments, "sf.fill", "text") ? FILL_TEXT
         : option_is(arguments, "sf.fill", "zero")           ? FILL_ZERO
                                                             : FILL_RANDOM;
@@ -155,6 +157,15 @@ static void write_next_page(void)
     if (++position == settings.pages) position = 0, pass++;
 }
 
+/* The time that it meant to rest is no gap; what it overslept is. */
+static void rest_now(void)
+{
+    u64 meant = settings.rest_us * clock.ticks_per_us;
+    rest(settings.rest_us);
+    u64 rested = read_ticks() - clock.last_ticks;
+    clock.last_ticks += rested < meant ? rested : meant;
+}
+
 static void run(void)
 {
     clock_start(&clock, calibrate());
@@ -177,6 +188,8 @@ static void run(void)
         if (settings.rate_mib_per_s >= 0 && settings.pages && (s64)(now - next_page) >= 0) {
             for (u64 page = 0; page < settings.pages_per_reading; page++) write_next_page();
             next_page += page_ticks * settings.pages_per_reading;
+        } else if (settings.rest_us) {
+            rest_now();
         }
         if (now < next_service) continue;
         if (uart_turn(&uart)) obey(uart.input);

@@ -6,7 +6,7 @@
 #include "../common/guest.h"
 
 enum {
-    SYS_read = 0, SYS_open = 2, SYS_close = 3, SYS_mmap = 9, SYS_iopl = 172, SYS_reboot = 169,
+    SYS_read = 0, SYS_open = 2, SYS_close = 3, SYS_mmap = 9, SYS_nanosleep = 35, SYS_iopl = 172, SYS_reboot = 169,
     SYS_mount = 165, SYS_sysinfo = 99,
 };
 enum { PROT_READ = 1, PROT_WRITE = 2, MAP_PRIVATE = 2, MAP_ANONYMOUS = 0x20, MAP_POPULATE = 0x8000 };
@@ -40,6 +40,12 @@ static void power_off(void)
 {
     syscall6(SYS_reboot, 0xfee1dead, 672274793, 0x4321fedc, 0, 0, 0);
     for (;;) {}
+}
+
+static void rest(u64 us)
+{
+    s64 time[2] = { us / 1000000, us % 1000000 * 1000 };
+    syscall3(SYS_nanosleep, (long)time, 0, 0);
 }
 
 static void read_command_line(void)

@@ -43,6 +43,12 @@ static void power_off(void)
     for (;;) __asm__ volatile("cli; hlt");
 }
 
+static void rest(u64 us)
+{
+    (void)us;
+    fail("sf.rest_us needs the Linux guest");
+}
+
 static void read_memory_map(const struct multiboot_information *information)
 {
     if (!(information->flags & HAS_MEMORY_MAP)) fail("no memory map from the boot loader");

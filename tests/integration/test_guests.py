@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +29,11 @@ def measured_rate_mib_per_s(vm: GuestVm, seconds: float) -> float:
     return (last.pages - first.pages) * 4096 / MIB / ((last.t_ms - first.t_ms) / 1000)
 
 
+def cpu_time_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def ram_report(vm: GuestVm, file: Path, *, pieces: int = 1) -> ConsistencyReport:
     """Let QEMU itself save guest-physical memory, in some pieces, and check it."""
     piece_bytes = vm.ram_mib * MIB // pieces
@@ -44,6 +50,17 @@ def test_linux_guest_writes_at_its_rate(linux_guest: GuestFactory, memory: str) 
     vm = linux_guest(memory=memory, rate_mib_per_s=20)
     assert measured_rate_mib_per_s(vm, 2) == pytest.approx(20, rel=0.1)
     assert vm.is_progressing()
+    assert vm.command("audit").startswith("audit ok pages=8192 ")
+
+
+def test_a_guest_that_rests_leaves_its_processor(linux_guest: GuestFactory) -> None:
+    vm = linux_guest(rate_mib_per_s=20, append="sf.rest_us=5000")
+    began_s, used_s = time.monotonic(), cpu_time_s(vm.pid)
+    first = vm.wait_tick()
+    time.sleep(2)
+    assert vm.wait_tick().pages > first.pages
+    # One that never rests uses all of it, or what a busy host leaves to it.
+    assert cpu_time_s(vm.pid) - used_s < 0.8 * (time.monotonic() - began_s)
     assert vm.command("audit").startswith("audit ok pages=8192 ")
 
 

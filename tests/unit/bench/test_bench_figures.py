@@ -83,6 +83,7 @@ def test_targets_tell_whether_they_are_reached(progress: float, word: str) -> No
         fill="text",
         mem_mib=64,
         rate_mib_per_s=0,
+        rest_us=0,
         memory="memfd",
         accelerator="tcg",
     )
