@@ -17,7 +17,7 @@ from stillframe.store.backends.local import LocalSink
 from stillframe.store.backends.local_source import LocalSource
 from stillframe.store.backends.memory import MemorySink, MemorySource
 from stillframe.store.backends.pipe import PipeSink
-from stillframe.store.backends.writeback import WINDOW_BYTES
+from stillframe.store.backends.write_behind import BUFFER_BYTES
 
 
 class SinkContract:
@@ -117,14 +117,12 @@ class TestLocalSink(SinkContract):
             os.umask(before)
         assert path.stat().st_mode & 0o777 == 0o600
 
-    def test_writes_past_the_early_writeback(self, sink: Sink) -> None:
-        for _ in range(5):
-            sink.write(bytes(WINDOW_BYTES // 2))
-        sink.write(b"end")
+    def test_more_than_its_buffers_hold(self, sink: Sink) -> None:
+        pieces = [os.urandom(BUFFER_BYTES * 2 // 3 + number) for number in range(13)]
+        for piece in pieces:
+            sink.write(piece)
         sink.commit()
-        content = self.content(sink)
-        assert content is not None
-        assert len(content) == WINDOW_BYTES * 5 // 2 + 3
+        assert self.content(sink) == b"".join(pieces)
 
     def test_takes_bytes_at_any_place(self, sink: Sink) -> None:
         assert isinstance(sink, SparseSink)

@@ -2,7 +2,9 @@
 
 While the destination keeps up, encoding is what takes the time, and a faster level is chosen;
 while it falls behind, a slower one that gives it less to write. Content decides with that: what
-compresses badly ends at the better levels, which cost little on it.
+compresses badly ends at the better levels, which cost little on it. zstd's fast levels differ
+little in speed on text; where even the fastest cannot feed the destination, every other frame is
+stored as it is.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ from __future__ import annotations
 import threading
 from typing import Final
 
+from stillframe.store.frames import LEVEL_NONE
+
 LEVELS: Final = (-20, -10, -5, -3, -1, 1)
+_EVERY_OTHER_STORED = -1
 _FIRST = LEVELS.index(-3)
 _LOOK_EVERY_FRAMES = 16
-_BEHIND_BYTES = 48 << 20
-_KEEPS_UP_BYTES = 20 << 20
-_BEHIND_SHARE = 0.5
-"""Share of the encoders' time that they spend waiting for the destination."""
+_KEEPS_UP_SHARE = 0.1
+_BEHIND_SHARE = 0.3
+"""Shares of the encoders' time that they spend waiting for the destination."""
 
 
 class AdaptiveLevel:
@@ -28,22 +32,29 @@ class AdaptiveLevel:
         self._at = _FIRST
         self._frames = 0
         self._encode_s = self._write_s = 0.0
+        self._stored_last = False
 
-    @property
-    def level(self) -> int:
-        return LEVELS[self._at] if self._fixed is None else self._fixed
+    def next_level(self) -> int:
+        """The level for the next frame."""
+        if self._fixed is not None:
+            return self._fixed
+        with self._lock:
+            if self._at != _EVERY_OTHER_STORED:
+                return LEVELS[self._at]
+            self._stored_last = not self._stored_last
+            return LEVEL_NONE if self._stored_last else LEVELS[0]
 
-    def note(self, *, encode_s: float, write_s: float, backlog_bytes: int) -> None:
-        """After each frame: what encoding and writing it took, and how far the disk is behind."""
+    def note(self, *, encode_s: float, write_s: float) -> None:
+        """After each frame: what encoding it took, and handing it to the destination."""
         with self._lock:
             self._frames += 1
             self._encode_s += encode_s
             self._write_s += write_s
             if self._frames < _LOOK_EVERY_FRAMES:
                 return
-            waiting = self._write_s > _BEHIND_SHARE * (self._encode_s + self._write_s)
+            waiting = self._write_s / max(self._encode_s + self._write_s, 1e-9)
             self._frames, self._encode_s, self._write_s = 0, 0.0, 0.0
-            if backlog_bytes > _BEHIND_BYTES or waiting:
+            if waiting > _BEHIND_SHARE:
                 self._at = min(self._at + 1, len(LEVELS) - 1)
-            elif backlog_bytes < _KEEPS_UP_BYTES:
-                self._at = max(self._at - 1, 0)
+            elif waiting < _KEEPS_UP_SHARE:
+                self._at = max(self._at - 1, _EVERY_OTHER_STORED)

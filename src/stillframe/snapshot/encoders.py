@@ -87,15 +87,11 @@ class Encoders:
         while not self._stop.is_set() and worker.next():
             faultpoints.reach("first-batch")
             began = time.monotonic()
-            frame = self._writer.encode(worker.raw, self._level.level)
+            frame = self._writer.encode(worker.raw, self._level.next_level())
             encoded = time.monotonic()
             self._limit.wait(len(frame.data), self._stop)
             self._writer.append(frame, worker.runs)
-            self._level.note(
-                encode_s=encoded - began,
-                write_s=time.monotonic() - encoded,
-                backlog_bytes=self._writer.backlog_bytes,
-            )
+            self._level.note(encode_s=encoded - began, write_s=time.monotonic() - encoded)
             if delay is not None:
                 delay.rest(self._over)
         self._over.set()

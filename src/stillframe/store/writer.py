@@ -83,11 +83,6 @@ class SnapshotWriter:
         """Bytes that the sink has taken so far."""
         return self._file_bytes
 
-    @property
-    def backlog_bytes(self) -> int:
-        """What the sink has taken and is not durable yet, as far as it knows."""
-        return self._sink.backlog_bytes
-
     def encode(self, raw: BytesLike, level: int | None = None) -> EncodedFrame:
         """Compress one frame, at the writer's level if none is given. Thread-safe, without side
         effects.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import resource
 import signal
@@ -16,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from stillframe.errors import HostError, NotFoundError, SinkError, UsageError
-from stillframe.store.backends import local
+from stillframe.store.backends import local, write_behind
 from stillframe.store.backends.local import LocalSink
 from stillframe.store.backends.local_source import LocalSource
-from stillframe.store.backends.writeback import WINDOW_BYTES
+from stillframe.store.backends.write_behind import BUFFER_BYTES
 
 
 def test_an_existing_file_is_refused_at_once(tmp_path: Path) -> None:
@@ -121,9 +124,9 @@ def file_size_limit() -> Iterator[int]:
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, file_size_limit: int) -> None:
     sink = LocalSink(tmp_path / "x.still")
-    sink.write(bytes(file_size_limit))
+    sink.write(bytes(file_size_limit + 1))
     with pytest.raises(SinkError, match="too large"):
-        sink.write(b"x")
+        sink.commit()
     sink.abort()
     assert list(tmp_path.iterdir()) == []
 
@@ -189,14 +192,67 @@ def test_the_sweep_spares_living_writers(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "second"]
 
 
-def test_what_is_written_goes_to_the_disk_early(tmp_path: Path) -> None:
+def test_a_write_tells_that_an_earlier_one_failed(tmp_path: Path, file_size_limit: int) -> None:
     sink = LocalSink(tmp_path / "x.still")
-    sink.write(bytes(3 * WINDOW_BYTES + 5))
-    deadline = time.monotonic() + 30
-    while sink.backlog_bytes > 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert sink.backlog_bytes == 5
-    sink.abort()
+    with pytest.raises(SinkError, match="too large"):
+        sink.write(bytes(20 * BUFFER_BYTES))
+    with pytest.raises(SinkError, match="too large"):
+        sink.commit()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=["past the page cache", "through it", "refused when it comes to writing"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which way whole buffers go."""
+    if request.param == "through it":
+        monkeypatch.setattr(write_behind, "_set_direct", lambda fd, wanted: False)
+    elif request.param == "refused when it comes to writing":
+        real = os.pwrite
+
+        def refuse(fd: int, data: memoryview, offset_bytes: int) -> int:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "scripted")
+            return real(fd, data, offset_bytes)
+
+        monkeypatch.setattr(os, "pwrite", refuse)
+    return str(request.param)
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file is in the page cache: mincore(2)."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        pages = (ctypes.c_ubyte * (-(-len(mapped) // mmap.PAGESIZE)))()
+        first = ctypes.c_char.from_buffer(mapped)
+        address, length = ctypes.addressof(first), ctypes.c_size_t(len(mapped))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), length, pages) == 0
+        del first
+        return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def test_whole_buffers_pass_the_page_cache_by(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "x.still"
+    pieces = [os.urandom(BUFFER_BYTES // 3 + number) for number in range(20)]
+    sink = LocalSink(path)
+    for piece in pieces:
+        sink.write(piece)
+    sink.commit()
+    cached = cached_bytes(path)
+    assert path.read_bytes() == b"".join(pieces)
+    if way == "past the page cache":
+        assert cached <= BUFFER_BYTES
+    else:
+        assert cached > BUFFER_BYTES
+
+
+def test_what_is_written_goes_to_the_disk_early(tmp_path: Path, way: str) -> None:
+    with (tmp_path / "x.still").open("wb") as file:
+        behind = write_behind.WriteBehind(file.fileno())
+        behind.write(bytes(3 * BUFFER_BYTES + 5))
+        deadline = time.monotonic() + 30
+        while behind.backlog_bytes > 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert behind.backlog_bytes == 5
+        behind.end()
 
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:

@@ -19,10 +19,6 @@ class Sink(Protocol):
     def description(self) -> str:
         """What error messages call it, such as its path."""
 
-    @property
-    def backlog_bytes(self) -> int:
-        """What was taken and is not durable yet, as far as is known; 0 where nothing is."""
-
     def write(self, data: BytesLike) -> None:
         """Take all of ``data``.
 

@@ -25,10 +25,6 @@ class _CountingSink:
     def description(self) -> str:
         return self._sink.description
 
-    @property
-    def backlog_bytes(self) -> int:
-        return self._sink.backlog_bytes
-
     def write(self, data: BytesLike) -> None:
         self._sink.write(data)
         self._count(data)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stillframe.errors import SinkError, UsageError
 from stillframe.store.backends.oserrors import sink_error
-from stillframe.store.backends.writeback import Writeback
+from stillframe.store.backends.write_behind import WriteBehind
 from stillframe.store.frames import BytesLike
 
 _MODE = 0o600  # RAM holds secrets
@@ -41,8 +41,7 @@ class LocalSink:
         self._path = Path(path)
         self._overwrite = overwrite
         self._state = "open"
-        self._written_bytes = 0
-        self._writeback: Writeback | None = None
+        self._behind: WriteBehind | None = None
         self._hidden_name: str | None = None
         self._fd = -1
         if not self._path.name or os.fspath(path).endswith("/"):
@@ -68,18 +67,15 @@ class LocalSink:
         """Append ``data``, and start its way to the disk.
 
         Raises:
-            SinkError: disk full, over quota, an I/O error.
+            SinkError: disk full, over quota, an I/O error; it may be of an earlier write.
         """
-        self.write_at(self._written_bytes, data)
-        self._written_bytes += memoryview(data).nbytes
-        if self._writeback is None:
-            self._writeback = Writeback(self._fd)
-        self._writeback.wrote(memoryview(data).nbytes)
-
-    @property
-    def backlog_bytes(self) -> int:
-        """What was written and is not on the disk yet."""
-        return self._writeback.backlog_bytes if self._writeback is not None else 0
+        self._check_open()
+        if self._behind is None:
+            self._behind = WriteBehind(self._fd)
+        try:
+            self._behind.write(data)
+        except OSError as error:
+            raise _as_sink_error("write to", self.description, error) from error
 
     def write_at(self, offset_bytes: int, data: BytesLike) -> None:
         """Put ``data`` at a place; not to be mixed with :meth:`write`.
@@ -118,6 +114,8 @@ class LocalSink:
         """
         self._check_open()
         try:
+            if self._behind is not None:
+                self._behind.finish()
             os.fsync(self._fd)
             if self._hidden_name is not None:
                 self._rename_hidden(self._hidden_name)
@@ -230,9 +228,9 @@ class LocalSink:
             raise
 
     def _close(self) -> None:
-        if self._writeback is not None:
-            self._writeback.end()
-            self._writeback = None
+        if self._behind is not None:
+            self._behind.end()
+            self._behind = None
         for fd in (self._fd, self._directory_fd):
             if fd >= 0:
                 with suppress(OSError):

@@ -15,10 +15,6 @@ class MemorySink:
         self._written = bytearray()
         self._state = "open"
 
-    @property
-    def backlog_bytes(self) -> int:
-        return 0
-
     def write(self, data: BytesLike) -> None:
         """Take ``data``.
 

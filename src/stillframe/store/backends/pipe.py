@@ -41,10 +41,6 @@ class PipeSink:
     def description(self) -> str:
         return self._description
 
-    @property
-    def backlog_bytes(self) -> int:
-        return 0
-
     def write(self, data: BytesLike) -> None:
         """Pass ``data`` on, waiting for the reader as long as it takes.
 
