@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from typing import Literal
 
+from stillframe.migration.speed import WINDOW_S
+
 TARGET_PAGE_BYTES = 4096
-_WINDOW_S = 0.1
-"""QEMU measures over as long (``migration/migration.c``: BUFFER_DELAY)."""
 
 Stage = Literal["precopy", "downtime", "postcopy"]
 
@@ -39,7 +39,6 @@ class Counters:
         self._window_began_s = self.began_s
         self._window_bytes = 0
         self._window_pages = 0
-        self._bytes_per_s: float | None = None
 
     @property
     def transferred_bytes(self) -> int:
@@ -73,20 +72,11 @@ class Counters:
         """Between batches: take the speed of the last tenth of a second, once it is over."""
         now = time.monotonic()
         passed = now - self._window_began_s
-        if passed < _WINDOW_S:
+        if passed < WINDOW_S:
             return
-        self._bytes_per_s = (self.transferred_bytes - self._window_bytes) / passed
-        self.mbps = self._bytes_per_s * 8 / 1e6
+        self.mbps = (self.transferred_bytes - self._window_bytes) / passed * 8 / 1e6
         self.pages_per_s = (self.pages - self._window_pages) / passed
         self._begin_window(now)
-
-    @property
-    def bytes_per_s(self) -> float:
-        """How fast the channel has lately been; never 0."""
-        if self._bytes_per_s:
-            return self._bytes_per_s
-        passed = max(1e-3, time.monotonic() - self._transfer_began_s)
-        return max(1.0, self.transferred_bytes / passed)
 
     def end(self) -> None:
         """The last byte went out; speeds are from now on those of the whole transfer."""

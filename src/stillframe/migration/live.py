@@ -16,10 +16,11 @@ from stillframe.migration.outgoing import Outgoing
 from stillframe.migration.outgoing_channel import OutgoingChannel
 from stillframe.migration.output import Buffer, GatheredOutput
 from stillframe.migration.source_link import SourceLink
+from stillframe.migration.speed import Speed
 from stillframe.migration.stream_commands import ping
 from stillframe.migration.tracked_ram import TrackedRam
 from stillframe.migration.unconfirmed import wait_stored, wait_taken
-from stillframe.model import StoppedWrite
+from stillframe.model import Downtime, StoppedWrite
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.arming import open_capture
 from stillframe.snapshot.bandwidth import BandwidthLimit
@@ -27,6 +28,8 @@ from stillframe.snapshot.bandwidth import BandwidthLimit
 _ANSWER_S = 2.0
 """How long a destination may take for its first answer; the guest runs meanwhile."""
 _ANSWER_STEP_S = 0.02
+_PING_DRAIN = 0x100
+"""Numbers from here on are of ``drain``."""
 
 
 class LiveTransfer:
@@ -55,6 +58,8 @@ class LiveTransfer:
             blocks,
             spill_bytes=0,  # nothing is copied before a write passes
         )
+        self.capture.track_finely()
+        self.speed = Speed()
         self.ram = TrackedRam(rams, self.capture, task.counters, self._told_sync)
         cleanup.callback(self.ram.close)
         self.link: SourceLink | None = None
@@ -65,6 +70,7 @@ class LiveTransfer:
         elif task.capabilities[POSTCOPY_RAM] or task.capabilities[RETURN_PATH]:
             raise HostError("Unable to open return-path for postcopy", guest_state="running")
         self._answer_by_s = 0.0
+        self._drains = 0
         self._limit = BandwidthLimit(None)
         task.handler.blocks = [(ram.idstr, ram.length_bytes) for ram in rams]
         task.handler.sender = self.ram
@@ -86,16 +92,42 @@ class LiveTransfer:
 
     def iterate(self, bytes_per_s: int) -> None:
         """Send one batch, at most so fast; 0 is unlimited. A requested page need not wait."""
-        before = self.counters.transferred_bytes
+        began_s, before = time.monotonic(), self.counters.transferred_bytes
         self.ram.limit_batch(bytes_per_s)
         self.saver.iterate(self.out, in_postcopy=self.ram.in_postcopy)
         self.out.flush()
         self.counters.measure()
         self._limit.bytes_per_s = bytes_per_s or None
+        sent_bytes = self.counters.transferred_bytes - before
+        sent_s = time.monotonic()
         self._limit.wait(
-            self.counters.transferred_bytes - before,
+            sent_bytes,
             self.link.requested if self.ram.in_postcopy and self.link else self._cancelled,
         )
+        self.speed.add(sent_bytes, busy_s=sent_s - began_s, waited_s=time.monotonic() - sent_s)
+        self._expect_downtime()
+
+    def _expect_downtime(self) -> None:
+        if self.speed.bytes_per_s and self.counters.dirty_pages_per_s:
+            self.counters.expected_downtime_ms = (
+                self.ram.synced_bytes / self.speed.bytes_per_s * 1e3
+            )
+
+    def drain(self) -> None:
+        """Wait until the destination has loaded what was sent so far, if it answers; the guest runs
+        meanwhile. The time counts for how fast the destination is.
+
+        Raises:
+            SinkError, DataError: it could not, or is gone. SnapshotCancelled: it was cancelled.
+        """
+        if self.link is None or not self.link.answered:
+            return
+        began_s = time.monotonic()
+        self._drains += 1
+        self.out.write(ping(_PING_DRAIN + self._drains))
+        self.out.flush()
+        self.link.wait_pong(_PING_DRAIN + self._drains)
+        self.speed.add(0, busy_s=time.monotonic() - began_s)
 
     @property
     def _cancelled(self) -> threading.Event:
@@ -125,10 +157,11 @@ class LiveTransfer:
         self._wait_taken()
         return True
 
-    def note_downtime(self, downtime_ms: float) -> None:
+    def note_downtime(self, downtime: Downtime) -> None:
         """The guest has stood still for so long."""
-        self.counters.downtime_ms = downtime_ms
-        self.task.control.progress.downtime_ms = downtime_ms
+        progress = self.task.control.progress
+        progress.downtime = downtime
+        progress.downtime_ms = self.counters.downtime_ms = downtime.total_ms
 
     def ask_how_far(self, number: int) -> None:
         """Wait until the destination has loaded all that was sent so far, if it says so; else

@@ -26,8 +26,8 @@ def finish_in_postcopy(live: LiveTransfer) -> None:
             stands still here and is lost at the destination.
     """
     task, counters = live.task, live.counters
-    task.enter("device", only_from=("active",))
     with GuestStandsStill(live.board) as still:
+        task.enter("device", only_from=("active",))
         counters.stage = "downtime"
         faultpoints.reach("stopped")
         live.ram.in_postcopy = True
@@ -35,6 +35,7 @@ def finish_in_postcopy(live: LiveTransfer) -> None:
         # First, so that the destination can ask for pages while it loads the devices.
         package.write(command(CommandCode.POSTCOPY_LISTEN))
         save_devices(live, package, end=None)
+        still.devices_saved()
         package.write(ping(_PING_DEVICES))
         package.write(command(CommandCode.POSTCOPY_RUN))
         live.saver.complete_precopy(
@@ -49,7 +50,7 @@ def finish_in_postcopy(live: LiveTransfer) -> None:
         live.out.write(packaged(package.content))
         live.out.write(ping(_PING_PACKAGED))
         live.out.flush()
-        live.note_downtime(still.passed_ms)
+        live.note_downtime(still.downtime)
         faultpoints.reach("switched-over")
         counters.stage = "postcopy"
         task.enter("postcopy-active", only_from=("device",))

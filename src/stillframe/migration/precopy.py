@@ -17,6 +17,7 @@ from stillframe.migration.output import Buffer
 from stillframe.migration.postcopy import finish_in_postcopy
 from stillframe.migration.standing import GuestStandsStill
 from stillframe.migration.stream_commands import command, ping, postcopy_advise
+from stillframe.migration.switchover import Switchover
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.arming import arm_capture
 from stillframe.vmstate.wire import CommandCode
@@ -36,13 +37,14 @@ def migrate_live(task: Outgoing, channel: OutgoingChannel, cleanup: ExitStack) -
     live = LiveTransfer(task, channel, cleanup)
     _set_up(live, cleanup)
     parameters = task.parameters
+    switchover = Switchover(live)
     while True:
         live.check()
         wanted = task.postcopy_wanted.is_set() and task.capabilities[POSTCOPY_RAM]
         if wanted and live.heard():
             finish_in_postcopy(live)
             return
-        if _may_stop(live) and live.heard():
+        if switchover.is_near() and live.heard() and switchover.is_due():
             _finish(live)
             return
         live.iterate(parameters.now.max_bandwidth)
@@ -67,26 +69,16 @@ def _set_up(live: LiveTransfer, cleanup: ExitStack) -> None:
     task.counters.begin_transfer()
 
 
-def _may_stop(live: LiveTransfer) -> bool:
-    """Whether what is left can be sent within the downtime limit."""
-    parameters = live.task.parameters.now
-    speed = parameters.avail_switchover_bandwidth or live.counters.bytes_per_s
-    threshold_bytes = speed * parameters.downtime_limit / 1e3
-    if live.ram.remaining_bytes > threshold_bytes:
-        return False
-    live.ram.sync()
-    live.counters.expected_downtime_ms = live.ram.remaining_bytes / speed * 1e3
-    return live.ram.remaining_bytes <= threshold_bytes
-
-
 def _finish(live: LiveTransfer) -> None:
     task, counters = live.task, live.counters
-    task.enter("device", only_from=("active",))
     with GuestStandsStill(live.board) as still:
+        task.enter("device", only_from=("active",))
         counters.stage = "downtime"
         faultpoints.reach("stopped")
+        live.ram.limit_batch(0)
         devices, end = Buffer(), Buffer()
         save_devices(live, devices, end=end)
+        still.devices_saved()
         live.saver.complete_precopy(live.out, iterable_only=True, inactivate_disks=False)
         live.out.write(devices.content)
         live.ask_how_far(_PING_LOADED)
@@ -95,5 +87,5 @@ def _finish(live: LiveTransfer) -> None:
         # It has loaded everything, and starts the guest when it reads the end of the stream.
         task.commit()
         hand_over(live, still, end.content)
-        live.note_downtime(still.passed_ms)
+        live.note_downtime(still.downtime)
     counters.end()

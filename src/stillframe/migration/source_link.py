@@ -23,6 +23,7 @@ class SourceLink:
         self._on_request = on_request
         self._changed = threading.Condition()
         self._pongs: set[int] = set()
+        self._answered = False
         self._shut: Shut | None = None
         self._failure: StillframeError | None = None
         self._hung_up = False
@@ -50,6 +51,7 @@ class SourceLink:
                     case Pong(number):
                         with self._changed:
                             self._pongs.add(number)
+                            self._answered = True
                             self._changed.notify_all()
                     case PageRequest() as request:
                         self._on_request(request)
@@ -74,7 +76,7 @@ class SourceLink:
     def answered(self) -> bool:
         """Whether it has ever answered a PING."""
         with self._changed:
-            return bool(self._pongs)
+            return self._answered
 
     def wait_answer(self, timeout_s: float) -> bool:
         """Whether it answers PINGs, as a board does and a program that only stores does not.
@@ -86,10 +88,10 @@ class SourceLink:
             SinkError, DataError: as ``check``.
         """
         with self._changed:
-            if not self._pongs and self._failure is None:
+            if not self._answered and self._failure is None:
                 self._changed.wait(timeout_s)
             self._check_locked()
-            return bool(self._pongs)
+            return self._answered
 
     @property
     def refused(self) -> bool:
@@ -125,7 +127,7 @@ class SourceLink:
             raise self._failure
 
     def wait_pong(self, number: int) -> None:
-        """Until the destination has come as far as the PING of this number.
+        """Until the destination has come as far as the PING of this number; once for each.
 
         Raises:
             SinkError, DataError: as ``check``.
@@ -136,6 +138,7 @@ class SourceLink:
                 if self._shut is not None:
                     raise DataError("the destination said that it is done before it was")
                 self._changed.wait()
+            self._pongs.remove(number)
 
     def wait_done(self) -> None:
         """Until the destination says that it has loaded everything.

@@ -9,6 +9,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from stillframe.model import Downtime
+
 if TYPE_CHECKING:
     from stillframe.machine.board.board import Board
 
@@ -24,12 +26,17 @@ class GuestStandsStill:
     def __init__(self, board: Board) -> None:
         self._board = board
         self._handed_over = False
-        self._began_s = 0.0
+        self._began_s = self._stopped_s = self._saved_s = 0.0
 
     def __enter__(self) -> GuestStandsStill:
         self._began_s = time.monotonic()
         self._board.stop("finish-migrate")
+        self._stopped_s = self._saved_s = time.monotonic()
         return self
+
+    def devices_saved(self) -> None:
+        """From here on it is what the destination does that takes time."""
+        self._saved_s = time.monotonic()
 
     def handed_over(self) -> None:
         """The guest may run elsewhere from now on, and must not go on here by itself."""
@@ -49,6 +56,10 @@ class GuestStandsStill:
         return False
 
     @property
-    def passed_ms(self) -> float:
-        """For how long it has stood still, milliseconds."""
-        return (time.monotonic() - self._began_s) * 1e3
+    def downtime(self) -> Downtime:
+        """For how long it has stood still."""
+        return Downtime(
+            stop_ms=(self._stopped_s - self._began_s) * 1e3,
+            devices_ms=(self._saved_s - self._stopped_s) * 1e3,
+            cont_ms=(time.monotonic() - self._saved_s) * 1e3,
+        )

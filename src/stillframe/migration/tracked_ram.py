@@ -57,7 +57,9 @@ class TrackedRam:
         # A deque: append and popleft are atomic, the return path's thread puts requests in.
         self._requests: deque[tuple[int, int, int]] = deque()
         self._requested_block: int | None = None
-        self._synced_s: float | None = None
+        self._synced_s = 0.0
+        self.synced_bytes = 0
+        """What was dirty when the last round began."""
         self.in_postcopy = False
         self._limit_pages = _BATCH_PAGES
         self._files: list[int] = []
@@ -81,6 +83,7 @@ class TrackedRam:
     def begin(self) -> None:
         """Everything is to be sent."""
         self.dirty.mark_all()
+        self._synced_s = time.monotonic()
         self._note_remaining()
 
     def sync(self) -> None:
@@ -89,9 +92,9 @@ class TrackedRam:
         pages = sum(pages for _, _, pages in self.written_since())
         counters = self._counters
         counters.dirty_syncs += 1
-        if self._synced_s is not None:
-            counters.dirty_pages_per_s = int(pages / max(1e-3, now - self._synced_s))
+        counters.dirty_pages_per_s = int(pages / max(1e-3, now - self._synced_s))
         self._synced_s = now
+        self.synced_bytes = self.remaining_bytes
         self._on_sync(counters.dirty_syncs)
 
     def written_since(self) -> list[tuple[str, int, int]]:

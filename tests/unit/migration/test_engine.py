@@ -24,8 +24,10 @@ from stillframe.errors import (
 from stillframe.migration import live, unconfirmed
 from stillframe.migration.descriptors import NoDescriptors
 from stillframe.migration.engine import Migration
+from stillframe.migration.ram_loader import RamLoader
 from stillframe.migration.return_path import ReturnPathWriter
 from stillframe.migration.states import StatusCell
+from stillframe.vmstate.records import Pages
 from tests.unit.migration.toy_board import PAGE, ToyBoard
 
 PROTECTIONS = ["userfaultfd", "mprotect"]
@@ -114,6 +116,73 @@ def test_to_another_board(machines: Machines, tmp_path: Path) -> None:
     assert "previous migration" in str(caught.value)
     with pytest.raises(RefusedError):
         destination.incoming(f"unix:{tmp_path}/s")
+
+
+def test_a_slow_destination_gets_most_of_it_before_the_stop(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits into buffers on the way is no measure of how fast it loads."""
+    board, source = machines.source(ram_bytes=24 << 20, pages_per_s=500)
+    other, destination = machines.destination(ram_bytes=24 << 20)
+    board.rams[0].write(0, os.urandom(24 << 20))
+    fill = RamLoader._fill
+
+    def fill_slowly(loader: RamLoader, run: Pages) -> None:
+        time.sleep(len(run.data) / (40 << 20))
+        fill(loader, run)
+
+    monkeypatch.setattr(RamLoader, "_fill", fill_slowly)
+    source.parameters.set({"max-bandwidth": 0})
+    destination.incoming(f"unix:{tmp_path}/s")
+    source.migrate(f"unix:{tmp_path}/s")
+    assert source.wait(20)
+    info = source.query()
+    assert int(str(info["downtime"])) < source.parameters.now.downtime_limit
+    ram = info["ram"]
+    assert isinstance(ram, dict)
+    assert ram["downtime-bytes"] < 8 << 20 < ram["precopy-bytes"]
+    assert destination.wait(20)
+    assert other.is_progressing()
+
+
+def test_the_downtime_is_told_in_parts(machines: Machines, tmp_path: Path) -> None:
+    board, source = machines.source()
+    board.on_save = lambda: time.sleep(0.02)
+    source.migrate(f"file:{tmp_path}/a")
+    assert source.wait(20)
+    info = source.query()
+    own = info["x-stillframe"]
+    assert isinstance(own, dict)
+    parts = own["downtime"]
+    assert parts["devices_ms"] >= 20
+    assert parts["stop_ms"] > 0
+    assert parts["cont_ms"] > 0
+    assert own["downtime_ms"] == pytest.approx(sum(parts.values()))
+    assert info["downtime"] == round(own["downtime_ms"])
+
+
+def test_the_expected_downtime_follows_what_the_guest_writes(
+    machines: Machines, tmp_path: Path
+) -> None:
+    _, source = machines.source(pages_per_s=20000)
+    source.parameters.set({"max-bandwidth": 16 << 20, "downtime-limit": 0})
+    source.migrate(f"file:{tmp_path}/a")
+    wait_for(lambda: int(str(source.query().get("expected-downtime", 0))) > 0)
+
+
+def test_the_guest_is_stopped_before_the_devices_turn_is_told(
+    machines: Machines, tmp_path: Path
+) -> None:
+    """QEMU's order (``migration/migration.c``: migration_completion_precopy)."""
+    board, source = machines.source()
+    states: list[str] = []
+    source.add_listener(
+        lambda _, data: states.append(board.run_state) if data.get("status") == "device" else None
+    )
+    source.set_capabilities({"events": True})
+    source.migrate(f"file:{tmp_path}/a")
+    assert source.wait(20)
+    assert states == ["finish-migrate"]
 
 
 def test_a_paused_guest_stays_paused(machines: Machines, tmp_path: Path) -> None:
@@ -483,12 +552,14 @@ def test_a_distant_destination_that_only_stores(
     machines: Machines, impatient: None, reads_all: bool
 ) -> None:
     board, source = machines.source(ram_bytes=1 << 20)
+    # Else it could read the end together with what it stops at.
+    at_once = 1 << 16 if reads_all else 64
 
     def store() -> None:
         connection, _ = server.accept()
         with connection:
             tail = b""
-            while part := connection.recv(1 << 16):
+            while part := connection.recv(at_once):
                 tail = (tail + part)[-1000:]
                 if not reads_all and b"globalstate" in tail:
                     return

@@ -94,6 +94,7 @@ class Pair:
         )
         stack.callback(self.capture.close)
         stack.callback(self.capture.release)
+        self.capture.track_finely()
         self.counters = Counters()
         self.syncs: list[int] = []
         self.sender = TrackedRam(self.rams, self.capture, self.counters, self.syncs.append)
@@ -254,3 +255,22 @@ def test_another_machine(here: dict[str, int], text: str) -> None:
         with pytest.raises(DataError) as caught:
             loader.load(StreamSource(io.BytesIO(out.content)))
         assert text in str(caught.value)
+
+
+def test_who_writes_here_and_there_makes_little_dirty() -> None:
+    with ExitStack() as stack:
+        pair = Pair(stack, "userfaultfd")
+        pair.sender.written_since()
+        for page in range(0, 640, 16):
+            pair.rams[0].write(page * PAGE, b"x")
+        assert sum(pages for _, _, pages in pair.sender.written_since()) == 40
+
+
+def test_who_writes_in_order_waits_seldom() -> None:
+    with ExitStack() as stack:
+        pair = Pair(stack, "userfaultfd")
+        before = int(pair.capture.statistics()["armed_faults"])
+        for page in range(512):
+            pair.rams[0].write(page * PAGE, b"x")
+        assert int(pair.capture.statistics()["armed_faults"]) - before < 80
+        assert sum(pages for _, _, pages in pair.sender.written_since()) >= 512
