@@ -81,7 +81,8 @@ class IncomingPostcopy:
         if not self._allowed:
             raise DataError(
                 "RAM postcopy is disabled but have 16 byte advise",
-                remedy="set capability postcopy-ram at the destination too",
+                remedy="start the destination with --incoming defer, set capability postcopy-ram "
+                "there too, and then migrate-incoming",
             )
         check_advise(data)
         probe_missing_pages(self._protection)

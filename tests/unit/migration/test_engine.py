@@ -479,6 +479,9 @@ def test_a_destination_without_the_capability(machines: Machines, tmp_path: Path
     with pytest.raises(StillframeError) as caught:
         destination.wait(20)
     assert "RAM postcopy is disabled but have 16 byte advise" in str(caught.value)
+    # It listened from its start, so there was no moment to set one.
+    assert "--incoming defer" in str(caught.value.remedy)
+    assert "migrate-incoming" in str(caught.value.remedy)
     assert board.is_progressing()
 
 
