@@ -17,6 +17,7 @@ from stillframe.errors import (
     SnapshotCancelled,
     StillframeError,
 )
+from stillframe.machine.board.layout import DIMM_IDSTR
 from stillframe.memory.guest_ram import GuestRam
 from stillframe.memory.own_protection import Preference
 from stillframe.migration.incoming_channel import Arrival, IncomingChannel
@@ -32,7 +33,6 @@ from stillframe.vmstate.source import StreamSource
 if TYPE_CHECKING:
     from stillframe.machine.board.board import Board
 
-_DIMM_IDSTR = "board.dimm0"
 _STOP_S = 0.2
 """How long vCPUs that do not wait for a page may take to stop."""
 
@@ -84,7 +84,7 @@ class Incoming:
         for ram in self._board.rams:
             if ram.idstr == idstr:
                 return ram
-        if idstr != _DIMM_IDSTR:
+        if idstr != DIMM_IDSTR:
             return None
         # RAM that was plugged in at the source while it ran.
         self._board.plug_dimm(length_bytes)

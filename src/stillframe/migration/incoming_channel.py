@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from typing import Protocol
 
-from stillframe.errors import HostError, NotFoundError, StillframeError, UsageError
+from stillframe.errors import HostError, NotFoundError, UsageError
 from stillframe.migration.addresses import (
     Address,
     FdAddress,
@@ -89,10 +89,7 @@ class _SnapshotChannel:
 
     def __init__(self, fd: int, path: str) -> None:
         try:
-            self._snapshot = Snapshot(LocalSource(f"/proc/self/fd/{fd}"))
-        except StillframeError as error:
-            error.what = error.what.replace(f"/proc/self/fd/{fd}", path)
-            raise
+            self._snapshot = Snapshot(LocalSource(f"/proc/self/fd/{fd}", name=path))
         finally:
             os.close(fd)
         self._pieces: Iterator[bytes] = self._snapshot.iter_stream()

@@ -16,6 +16,7 @@ from stillframe.migration.descriptors import NoDescriptors
 from stillframe.migration.incoming_channel import Arrival, expect
 from stillframe.migration.interruptible import Interrupt
 from stillframe.migration.outgoing_channel import OutgoingChannel, find_destination
+from tests.support_store.small import small_file
 
 NONE = NoDescriptors()
 
@@ -205,6 +206,19 @@ def test_a_file_that_says_it_is_a_snapshot(tmp_path: Path) -> None:
     arrival = arrived(f"file:{tmp_path}/a.still")
     with pytest.raises(StillframeError) as caught:
         arrival.open()
+    assert "/proc/" not in str(caught.value)
+
+
+def test_a_damaged_snapshot_is_called_by_its_name(tmp_path: Path) -> None:
+    content = bytearray(small_file())
+    content[len(content) // 3] ^= 1
+    (tmp_path / "a.still").write_bytes(content)
+    channel = arrived(f"file:{tmp_path}/a.still").open()
+    assert channel is not None
+    with pytest.raises(StillframeError) as caught:
+        list(iter(lambda: channel.read(1 << 20), b""))
+    channel.close()
+    assert f"{tmp_path}/a.still" in str(caught.value)
     assert "/proc/" not in str(caught.value)
 
 

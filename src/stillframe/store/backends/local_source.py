@@ -13,14 +13,17 @@ from stillframe.errors import DataError, HostError, NotFoundError, UsageError
 class LocalSource:
     """Reads one file. Never mapped: a file that shrinks would kill the reader with SIGBUS.
 
+    Args:
+        name: what messages call it, if not by its path.
+
     Raises:
         NotFoundError: no such file.
         UsageError: not a regular file.
         HostError: not permitted, or not readable.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+        self._name = name if name is not None else str(Path(path))
         self._fd = -1
         try:
             # Not blocking, so that a named pipe is refused rather than waited for.
@@ -40,7 +43,7 @@ class LocalSource:
 
     @property
     def description(self) -> str:
-        return str(self._path)
+        return self._name
 
     @property
     def size_bytes(self) -> int:
