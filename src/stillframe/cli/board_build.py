@@ -10,7 +10,7 @@ from stillframe.cli.options import FILE, json_option
 from stillframe.cli.output import Results, say
 
 
-@click.command("build")
+@click.command("build", short_help="Compile a guest in C with the board's library.")
 @click.argument("source", type=FILE)
 @click.option(
     "-o", "--output", type=FILE, metavar="FILE", help="The ELF file to make; else SOURCE's, .elf."

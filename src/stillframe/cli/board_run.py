@@ -40,7 +40,7 @@ class GuestType(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(name) for name in names] or files
 
 
-@click.command("run")
+@click.command("run", short_help="Run a guest: an ELF file, or one that comes with us.")
 @click.argument("guest", required=False, type=GuestType())
 @click.option("--ram", type=_RAM, help="The guest's RAM; 64M, or as in the snapshot.")
 @click.option("--cpus", type=click.IntRange(1, 8), help="Its processors; 1, or as in the snapshot.")

@@ -27,7 +27,7 @@ _GAP = 3
 _ROWS = 18
 
 
-@click.command("demo")
+@click.command("demo", short_help="Snapshot a running VM, restore it, and audit both.")
 @click.option(
     "-o",
     "--output",

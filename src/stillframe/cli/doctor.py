@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _COLOURS: dict[CheckStatus, Colour] = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Look at the host, or a VM, and say what to mend.")
 @click.argument("vm", type=VmType(), required=False)
 @json_option
 @click.pass_context

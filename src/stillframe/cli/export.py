@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stillframe.api import ExportFormat
 
 
-@click.command("export")
+@click.command("export", short_help="Write a snapshot in a form that other programs read.")
 @click.argument("file", type=FILE)
 @click.option(
     "--format",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stillframe.api import Compression, Source, StrPath
 
 
-@click.command("import")
+@click.command("import", short_help="Turn a QEMU migration stream into a snapshot file.")
 @click.argument("stream", type=FILE, metavar="STREAM|-")
 @output_option("The snapshot file to make; - is standard output.")
 @compression_option

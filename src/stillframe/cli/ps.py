@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _VERDICTS = {True: "yes", False: "no", None: "unknown"}
 
 
-@click.command("ps")
+@click.command("ps", short_help="List the running VMs, and whether each can be snapshotted.")
 @json_option
 def command(as_json: bool) -> None:
     """List the running VMs, and whether each can be snapshotted, else why not.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stillframe.api import RestoredVm, RestorePlan
 
 
-@click.command("restore")
+@click.command("restore", short_help="Start a new VM from a snapshot.")
 @click.argument("file", type=FILE)
 @click.argument("qemu_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGUMENTS]")
 @click.option(

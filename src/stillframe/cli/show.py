@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stillframe.model import MachineRecord
 
 
-@click.command("show")
+@click.command("show", short_help="Show a snapshot: machine, RAM blocks, devices, numbers.")
 @click.argument("file", type=FILE)
 @json_option
 def command(file: str, as_json: bool) -> None:

@@ -31,7 +31,7 @@ _POLL_S = 0.1
 _AFTER_DOWNTIME = ("saving", "syncing")
 
 
-@click.command("take")
+@click.command("take", short_help="Snapshot the running VM while it runs.")
 @click.argument("vm", type=VmType())
 @output_option("The snapshot file to make; - is standard output.")
 @compression_option

@@ -11,7 +11,7 @@ from stillframe.cli.quantities import format_bytes
 from stillframe.cli.text import facts
 
 
-@click.command("verify")
+@click.command("verify", short_help="Check every digest of a snapshot, and its stream.")
 @click.argument("file", type=FILE)
 @quiet_option
 @json_option
