@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -107,6 +107,24 @@ def test_threads_that_write_to_ram_can_take_its_faults() -> None:
             tiny.until(lambda: not any(_blocks_faults(thread_id) for thread_id in writers))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("deed", [Board.reset, lambda board: board.plug_dimm(1 << 20)])
+def test_whoever_writes_to_ram_by_a_command_can_take_its_faults(
+    tiny: Tiny, deed: Callable[[Board], None]
+) -> None:
+    run(tiny)
+    seen: list[bool] = []
+
+    def command() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGSEGV})
+        deed(tiny.board)
+        seen.append(_blocks_faults(threading.get_native_id()))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    thread.join()
+    assert seen == [False]
 
 
 def _blocks_faults(thread_id: int) -> bool:

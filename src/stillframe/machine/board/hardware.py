@@ -29,6 +29,7 @@ from stillframe.machine.board.timer import TIMER, Timer
 from stillframe.machine.board.uart import UART, Uart
 from stillframe.machine.board.vcpu import Vcpu
 from stillframe.memory.guest_ram import GuestRam
+from stillframe.memory.signal_protection import prepare_thread
 from stillframe.vmstate.handlers import SaveStateRegistry
 
 _FIRST_VCPU = 0
@@ -154,7 +155,12 @@ class Hardware:
 
         Args:
             fresh: RAM was never written.
+
+        Raises:
+            HostError: no memory for the stack that this thread needs.
         """
+        if not fresh:
+            self._prepare_to_write()
         for device in (
             self.clock,
             self.timer,
@@ -201,7 +207,13 @@ class Hardware:
         self.space.add(layout.DIMM_GPA, dimm)
         self._dimm = dimm
         if tell:
+            self._prepare_to_write()
             tell_of_dimm(self._ram, length_bytes)
+
+    def _prepare_to_write(self) -> None:
+        # RAM may be write-protected, and the thread is whose command it is: a monitor's client's,
+        # the control thread, or one of the program that the board is in.
+        prepare_thread()
 
     def close(self) -> None:
         """Wait for the threads' ends, and give RAM and files back. Without the board lock."""
