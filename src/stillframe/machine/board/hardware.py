@@ -203,11 +203,12 @@ class Hardware:
             raise UsageError(f"a board has one DIMM, of {self._dimm.length_bytes} bytes")
         if not 0 < length_bytes <= layout.DIMM_LIMIT_BYTES:
             raise UsageError(f"a DIMM cannot have {length_bytes} bytes")
+        if tell:
+            self._prepare_to_write()
         dimm = GuestRam(layout.DIMM_IDSTR, length_bytes)
         self.space.add(layout.DIMM_GPA, dimm)
         self._dimm = dimm
         if tell:
-            self._prepare_to_write()
             tell_of_dimm(self._ram, length_bytes)
 
     def _prepare_to_write(self) -> None:
