@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -78,6 +78,7 @@ __all__ = [
     "survey",
     "take",
     "verify",
+    "work_directory",
 ]
 
 _TYPES: Final = {
@@ -439,6 +440,18 @@ def check_board() -> None:
     from stillframe.hosting.running_board import check_engine
 
     check_engine()
+
+
+def work_directory(purpose: str) -> AbstractContextManager[Path]:
+    """A private directory for files that nobody wants afterwards. What a process that was killed
+    left for the same purpose is removed.
+
+    Raises:
+        HostError: it cannot be made.
+    """
+    from stillframe.hosting.work_directory import work_directory
+
+    return work_directory(purpose)
 
 
 def build_guest(source: StrPath, output: StrPath) -> str:

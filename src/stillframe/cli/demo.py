@@ -50,9 +50,9 @@ def command(output: str | None, quiet: bool, as_json: bool) -> None:
     api.check_board()
     tell = _silent if quiet or as_json else _tell
     _check_directory(output)
-    with tempfile.TemporaryDirectory(prefix="stillframe-demo-") as place:
-        ledger = run_ledger(Path(place), tell)
-        life = _keep(run_life(Path(place), tell), output)
+    with api.work_directory("demo") as place:
+        ledger = run_ledger(place, tell)
+        life = _keep(run_life(place, tell), output)
     Results(as_json=as_json).show(_as_json_object(ledger, life), _as_lines(ledger, life))
 
 

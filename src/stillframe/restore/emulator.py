@@ -28,8 +28,11 @@ class Emulator:
     If this process dies, the pipe ends, and a VMM that has not got its whole stream exits.
     """
 
-    def __init__(self, plan: RestorePlan) -> None:
+    def __init__(self, plan: RestorePlan, *, owns: int | None = None) -> None:
         """Start it.
+
+        Args:
+            owns: a descriptor that it holds as long as it lives.
 
         Raises:
             HostError: it cannot be started.
@@ -46,7 +49,7 @@ class Emulator:
                     stderr=log,
                     cwd=plan.cwd,
                     env=_own_environment() if plan.vmm == "board" else None,
-                    pass_fds=(read_end,),
+                    pass_fds=(read_end,) if owns is None else (read_end, owns),
                     start_new_session=True,
                 )
         except (OSError, ValueError) as error:

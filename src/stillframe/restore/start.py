@@ -18,6 +18,7 @@ from stillframe.restore.disk_copies import copy_disk
 from stillframe.restore.emulator import Emulator
 from stillframe.restore.feed import Progress, feed
 from stillframe.restore.overlays import make_overlays
+from stillframe.restore.owned import make_owned, remove, sweep
 from stillframe.restore.places import make_directory
 from stillframe.restore.plan import check_plan, plan_restore
 from stillframe.restore.records import RestorePlan
@@ -34,7 +35,8 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
     ``state``: QEMU's run state, ``running`` or ``paused``. ``qmp_address``: path of its monitor.
     ``sockets``: all that it listens on, the monitor among them.
     ``directory``: its sockets and log; ``disk_directory``: its overlays, if it has any. Both are
-    for the caller to remove once the VM has ended.
+    for the caller to remove once the VM has ended. Where the caller chose no directory, the next
+    restore sweeps sockets and log away; the overlays stay, since they hold what the VM wrote.
     """
 
     pid: int
@@ -100,15 +102,14 @@ def carry_out(
 ) -> RestoredVm:
     """Do what a plan says, as :func:`restore` does; same errors."""
     check_plan(plan, trust=trust)
-    with ExitStack() as on_failure:
-        _make(Path(plan.directory), on_failure)
-        if plan.overlays and plan.disk_directory != plan.directory:
-            _make(Path(plan.disk_directory), on_failure)
+    with ExitStack() as until_started, ExitStack() as on_failure:
+        owns = _make_places(plan, until_started, on_failure)
         make_overlays([disk for disk in plan.overlays if disk.kind == "overlay"])
         for disk in plan.overlays:
             if disk.kind == "copy":
                 copy_disk(disk.base, disk.overlay)
-        emulator = Emulator(plan)
+        emulator = Emulator(plan, owns=owns)
+        until_started.close()
         on_failure.callback(Path(plan.qmp_address).unlink, missing_ok=True)
         on_failure.callback(emulator.kill)
         with _connect(plan.qmp_address, emulator) as qmp:
@@ -128,6 +129,21 @@ def carry_out(
         argv=plan.argv,
         notes=plan.notes,
     )
+
+
+def _make_places(plan: RestorePlan, until_started: ExitStack, on_failure: ExitStack) -> int | None:
+    """Its directories. What is returned is for the new VM to hold: sockets and log belong to it."""
+    directory, disks = Path(plan.directory), Path(plan.disk_directory)
+    if disks == directory:  # the caller's choice, and the caller's to remove
+        _make(directory, on_failure)
+        return None
+    sweep(directory.parent)
+    owns = make_owned(directory)
+    until_started.callback(os.close, owns)
+    on_failure.callback(remove, directory)
+    if plan.overlays:
+        _make(disks, on_failure)
+    return owns
 
 
 def _make(directory: Path, on_failure: ExitStack) -> None:

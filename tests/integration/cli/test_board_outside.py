@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import stillframe
 from stillframe.version import __version__
 from tests.integration.cli.program import run
-from tests.support.board_process import BoardProcess, ledger, restored, transfers
+from tests.support.board_process import BoardProcess, end, ledger, restored, transfers
 from tests.support.ordinary_user import OrdinaryUser, ordinary_user
 from tests.support.probes import has_uffd_wp
 
@@ -119,6 +120,33 @@ def test_restore(board: BoardProcess, snapshot: Path) -> None:
         assert copy.stat().st_size == 1 << 20
     assert board.audit().startswith("AUDIT ok")
     assert transfers(board.audit()) > transfers(audit)
+
+
+def test_what_a_killed_restored_board_left_is_swept_away(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not its disks, which hold what it wrote."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    told: list[dict[str, Any]] = []
+    running: list[int] = []
+    try:
+        for _ in range(3):
+            done = run("restore", snapshot, "--json", "-q")
+            assert done.returncode == 0, done.stderr
+            told.append(json.loads(done.stdout))
+            running.append(told[-1]["pid"])
+            if len(told) == 1:
+                end(running.pop())
+                assert Path(told[0]["directory"]).exists()
+        assert not Path(told[0]["directory"]).exists()
+        assert Path(told[0]["disk_directory"], "disk0.raw").exists()
+        assert Path(told[1]["qmp"]).is_socket(), "its board runs"
+    finally:
+        for pid in running:
+            end(pid)
+        for one in told:
+            shutil.rmtree(one["disk_directory"])
 
 
 def test_the_restored_board_is_this_very_stillframe(snapshot: Path) -> None:

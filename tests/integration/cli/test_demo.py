@@ -133,6 +133,29 @@ def test_demo_on_a_terminal(temporary: Path, tmp_path: Path) -> None:
     assert "\\x1b" not in text
 
 
+def test_what_a_killed_demo_left_is_swept_away(tmp_path: Path) -> None:
+    (tmp_path / "stillframe-demo-pictures-x").mkdir()  # of one that went well: stays
+    left: list[Path] = []
+    for last in (signal.SIGKILL, signal.SIGINT):
+        with subprocess.Popen(
+            [*PROGRAM, "demo", "-o", str(tmp_path / "p")],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        ) as process:
+            assert process.stdout is not None
+            while b"ledger ready" not in process.stdout.readline():
+                assert process.poll() is None
+            assert not any(directory.exists() for directory in left)
+            left = [entry for entry in tmp_path.iterdir() if "pictures" not in entry.name]
+            assert len(left) == 1
+            process.send_signal(last)
+            process.communicate(timeout=20)
+        assert left[0].exists() == (last == signal.SIGKILL)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stillframe-demo-pictures-x"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_boards_end_with_the_demo(number: signal.Signals, tmp_path: Path) -> None:
     with subprocess.Popen(

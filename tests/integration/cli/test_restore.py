@@ -13,6 +13,7 @@ import pytest
 from tests.integration.cli.program import (
     run,
 )
+from tests.support.board_process import end
 
 pytestmark = pytest.mark.qemu
 
@@ -32,6 +33,28 @@ def test_restore(snapshot: Path, tmp_path: Path) -> None:
     finally:
         os.kill(shown["pid"], signal.SIGKILL)
         shutil.rmtree(shown["directory"])
+
+
+def test_what_a_killed_restored_vm_left_is_swept_away(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    directories, running = [], []
+    try:
+        for _ in range(3):
+            done = run("restore", snapshot, "--json", "-q", "--paused")
+            assert done.returncode == 0, done.stderr
+            shown = json.loads(done.stdout)
+            directories.append(Path(shown["directory"]))
+            running.append(shown["pid"])
+            if len(running) == len(directories) == 1:
+                end(running.pop())
+                assert directories[0].exists()
+        assert [directory.exists() for directory in directories] == [False, True, True]
+    finally:
+        for pid in running:
+            end(pid)
 
 
 def test_restore_dry_run(snapshot: Path) -> None:
