@@ -74,6 +74,7 @@ cdef extern from "_capture_sys.h" nogil:
     void sf_bump(uint32_t *word)
     uint32_t sf_word(const uint32_t *word)
     void sf_wait_briefly(uint64_t tries)
+    int64_t sf_pages_there(int fd, uint64_t offset, uint64_t length)
     int sf_has_hole(int fd, uint64_t offset, uint64_t length)
     int sf_is_zero(const uint8_t *page, uint64_t length)
     void sf_put_be64(uint8_t *p, uint64_t v)
@@ -224,6 +225,14 @@ PHASE_RELEASE = RELEASE     # un-protect without a copy: the job is being given 
 LOST_REMOVED = GONE_REMOVED     # dropped by madvise (balloon, free page reporting)
 LOST_UNMAPPED = GONE_UNMAPPED   # the block was unmapped or moved
 LOST_HOLE = GONE_HOLE           # punched out of the file behind shared memory
+
+
+def pages_there(int fd, uint64_t offset_bytes, uint64_t length_bytes):
+    """How many pages of a range of a shmem file are there, swapped out or not; or -errno."""
+    cdef int64_t pages
+    with nogil:
+        pages = sf_pages_there(fd, offset_bytes, length_bytes)
+    return pages
 
 
 # Protection by mprotect and a SIGSEGV handler, where there is no userfaultfd: see _signal_faults.h.

@@ -93,13 +93,22 @@ static inline long sf_pread(int fd, void *to, uint64_t length, uint64_t offset) 
     return n < 0 ? -errno : n;
 }
 
-/* Whether a range of a shmem file has a hole now. cachestat(2) looks at the range only;
- * SEEK_HOLE (for kernels before 6.5) may walk the whole file. */
-static inline int sf_has_hole(int fd, uint64_t offset, uint64_t length) {
+/* How many pages of a range of a shmem file are there, swapped out or not: cachestat(2).
+ * -errno for kernels before 6.5. */
+static inline int64_t sf_pages_there(int fd, uint64_t offset, uint64_t length) {
     uint64_t range[2] = {offset, length};
     uint64_t counts[5] = {0}; /* in cache, dirty, in writeback, evicted, recently evicted */
-    if (syscall(451, fd, range, counts, 0u) == 0)
-        return counts[0] + counts[3] < length / 4096;
+    if (syscall(451, fd, range, counts, 0u) != 0)
+        return -errno;
+    return (int64_t)(counts[0] + counts[3]);
+}
+
+/* Whether a range of a shmem file has a hole now. SEEK_HOLE, where cachestat is not to be had,
+ * may walk the whole file. */
+static inline int sf_has_hole(int fd, uint64_t offset, uint64_t length) {
+    int64_t pages = sf_pages_there(fd, offset, length);
+    if (pages >= 0)
+        return (uint64_t)pages < length / 4096;
     off_t hole = lseek(fd, (off_t)offset, SEEK_HOLE);
     return hole >= 0 && (uint64_t)hole < offset + length;
 }

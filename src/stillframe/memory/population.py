@@ -1,7 +1,7 @@
 """Which pages of a RAM block were ever populated; the others are zero and are never read.
 
 Called after the block was protected: a page that is populated later faults first.
-Source: Linux ``Documentation/admin-guide/mm/pagemap.rst``, lseek(2) (SEEK_DATA).
+Source: Linux ``Documentation/admin-guide/mm/pagemap.rst``, lseek(2) (SEEK_DATA), cachestat(2).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 from pathlib import Path
 
 from stillframe.errors import HostError
-from stillframe.memory._capture import Capture
+from stillframe.memory._capture import Capture, pages_there
 from stillframe.model import RamBlock
 
 _ENTRY_BYTES = 8
 _PAGEMAP_PAGE_BYTES = 4096
 _ENTRIES_A_READ = 1 << 16
+_WINDOW_BYTES = 4 << 20
 
 
 def mark_populated(
@@ -74,10 +75,24 @@ def _from_file(capture: Capture, index: int, block: RamBlock, fd: int) -> None:
             raise
         if data >= end:
             return
-        at = min(end, os.lseek(fd, data, os.SEEK_HOLE))
+        at = end_of_data(fd, data, end)
         first = (data - start) // block.page_size_bytes
         last = (at - 1 - start) // block.page_size_bytes
         capture.mark_populated(index, first, last - first + 1)
+
+
+def end_of_data(fd: int, at: int, end: int) -> int:
+    """Where the data of a shmem file that begin at ``at`` end: a hole, or ``end``; bytes.
+
+    The kernel walks from page to page to the next hole and lets nothing else have the processor
+    meanwhile, not even the real-time thread that serves the guest's faults: 34 ms for 4 GiB
+    (measured, Linux 6.18; ``mm/filemap.c``: mapping_seek_hole_data). So windows without a hole are
+    passed over before.
+    """
+    pages = _WINDOW_BYTES // _PAGEMAP_PAGE_BYTES
+    while end - at > _WINDOW_BYTES and pages_there(fd, at, _WINDOW_BYTES) == pages:
+        at += _WINDOW_BYTES
+    return min(end, os.lseek(fd, at, os.SEEK_HOLE))
 
 
 def _from_pagemap(capture: Capture, index: int, block: RamBlock, pid: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from stillframe.errors import DataError
 from stillframe.memory.guest_ram import GuestRam
+from stillframe.memory.population import end_of_data
 from stillframe.memory.ram_capture import RamCapture
 from stillframe.migration.counters import TARGET_PAGE_BYTES, Counters
 from stillframe.migration.dirty_pages import DirtyPages
@@ -190,8 +191,8 @@ class TrackedRam:
             return False, pages  # ENXIO: nothing but a hole up to the end
         if data > start:
             return False, (min(end, data) - start) // TARGET_PAGE_BYTES
-        # Kept, since finding a hole takes as long as the data before it is long.
-        hole = os.lseek(fd, start, os.SEEK_HOLE)
+        # Kept, since finding its end takes the longer the more there is.
+        hole = end_of_data(fd, start, self._pages[block] * TARGET_PAGE_BYTES)
         self._data_until[block] = (start, hole)
         return True, (min(end, hole) - start) // TARGET_PAGE_BYTES
 
