@@ -56,6 +56,22 @@ MUTATIONS = (
         (f"{TAKE}::test_never_torn_under_full_load[memfd]",),
     ),
     Mutation(
+        "faults-wait-for-the-gil",
+        3,
+        CORE,
+        "            self._fault(address)\n",
+        "            with gil:\n                self._fault(address)\n",
+        (f"{PROCESS}::test_faults_are_served_while_somebody_keeps_the_gil",),
+    ),
+    Mutation(
+        "population-learned-in-the-downtime",
+        6,
+        "src/stillframe/snapshot/instant.py",
+        "    ram.protect_written()\n",
+        "    ram.learn_population()\n    ram.protect_written()\n",
+        (f"{TAKE}::test_what_grows_with_ram_is_done_while_the_guest_runs",),
+    ),
+    Mutation(
         "claim-ignored",
         2,
         CORE,

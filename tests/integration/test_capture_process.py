@@ -116,6 +116,17 @@ def test_control_without_protection_is_caught(kind: str, broken: type[RamCapture
         assert torn
 
 
+def test_faults_are_served_while_somebody_keeps_the_gil() -> None:
+    with start("private", IDLE) as writer, armed(writer) as capture:
+        writer.send("w 0 7")
+        assert writer.answers_with_gil_held(10), "a fault of the armed phase waited"
+        writer.answer(10)
+        stop_and_fix(writer, capture)
+        writer.send("w 8192 7")
+        assert writer.answers_with_gil_held(10), "a fault of the saving phase waited"
+        writer.answer(10)
+
+
 def test_a_pass_of_arming_in_which_the_guest_writes_new_pages() -> None:
     """Pages first written while armed are in the snapshot, their neighbours stay holes, and
     neither counts as RAM that was dropped."""

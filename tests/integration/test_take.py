@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -274,6 +275,30 @@ def test_mode_stop_looks_for_populated_pages_when_the_guest_stands(
         monkeypatch.setattr(RamCapture, "learn_population", learn_and_note)
         take(vm, tmp_path / "a.still", mode="stop")
     assert looked_at == ["paused"]
+
+
+def test_what_grows_with_ram_is_done_while_the_guest_runs(
+    linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
+    seen: dict[str, list[str]] = {}
+    with connect(f"{tmp_path}/second.sock") as other:
+
+        def watch(owner: object, name: str) -> None:
+            real = getattr(owner, name)
+
+            def note(*arguments: object) -> object:
+                seen.setdefault(name, []).append(other.status())
+                return real(*arguments)
+
+            monkeypatch.setattr(owner, name, note)
+
+        for name in ("_protect_all", "learn_population", "register"):
+            watch(RamCapture, name)
+        watch(os, "fsync")
+        take(vm, tmp_path / "a.still")
+    assert seen.keys() == {"_protect_all", "learn_population", "register", "fsync"}
+    assert {status for statuses in seen.values() for status in statuses} == {"running"}
 
 
 @pytest.mark.parametrize("mode", ["background", "stop"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import select
@@ -82,6 +83,13 @@ class WriterProcess:
         """Whether an answer comes in that time (it is not read)."""
         assert self._process.stdout is not None
         return bool(select.select([self._process.stdout], [], [], within_s)[0])
+
+    def answers_with_gil_held(self, within_s: float) -> bool:
+        """As ``answers``, while no other thread of ours runs Python code."""
+        assert self._process.stdout is not None
+        poll = ctypes.PyDLL(None).poll  # its calls keep the GIL
+        wanted = (ctypes.c_int * 2)(self._process.stdout.fileno(), select.POLLIN)
+        return bool(poll(wanted, ctypes.c_ulong(1), ctypes.c_int(int(within_s * 1000))) == 1)
 
     def answer(self, within_s: float) -> WriterStatus:
         assert self._process.stdout is not None

@@ -85,7 +85,7 @@ def end_of_data(fd: int, at: int, end: int) -> int:
     """Where the data of a shmem file that begin at ``at`` end: a hole, or ``end``; bytes.
 
     The kernel walks from page to page to the next hole and lets nothing else have the processor
-    meanwhile, not even the real-time thread that serves the guest's faults: 34 ms for 4 GiB
+    meanwhile, not even the real-time thread that serves the guest's faults: 25 ms for 3 GiB
     (measured, Linux 6.18; ``mm/filemap.c``: mapping_seek_hole_data). So windows without a hole are
     passed over before.
     """

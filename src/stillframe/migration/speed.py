@@ -8,8 +8,6 @@ WINDOW_S = 0.1
 """QEMU measures over as long (``migration/migration.c``: BUFFER_DELAY)."""
 _WINDOWS = 3
 """More than one: the first may only have filled buffers on the way."""
-
-
 _SHARE = 0.5
 """Of what a channel without a limit takes: while the guest stands still there are also the devices,
 and the destination's answer."""
