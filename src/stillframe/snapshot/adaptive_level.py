@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from typing import Final
 
-from stillframe.store.frames import LEVEL_NONE
+from stillframe.still.frames import LEVEL_NONE
 
 LEVELS: Final = (-20, -10, -5, -3, -1, 1)
 _EVERY_OTHER_STORED = -1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from stillframe.memory.own_protection import WriteProtection
-from stillframe.memory.ram_capture import RamCapture
+from stillframe.capture.ram_capture import RamCapture
+from stillframe.capture.write_protection import WriteProtection
 from stillframe.model import RamBlock
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.job import JobControl
@@ -34,7 +34,6 @@ def open_capture(
         control.progress.protection = protection.kind
     ram = RamCapture(protection, pid, blocks, spill_bytes=spill_bytes)
     cleanup.callback(ram.close)
-    cleanup.callback(control.progress.keep)
     control.progress.ram = ram
     faultpoints.reach("attached")
     return ram

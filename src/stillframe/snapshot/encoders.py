@@ -8,14 +8,22 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 
+from stillframe.capture._capture import Worker
+from stillframe.capture.ram_capture import RamCapture
 from stillframe.errors import StillframeError
-from stillframe.memory.ram_capture import RamCapture
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.adaptive_level import AdaptiveLevel
-from stillframe.snapshot.bandwidth import BandwidthLimit
-from stillframe.snapshot.yielding import VcpuDelay, step_back
-from stillframe.store.writer import SnapshotWriter
+from stillframe.snapshot.comparison import Comparison
+from stillframe.snapshot.early_reader import Asking, EarlyReader
+from stillframe.snapshot.output import Output
+from stillframe.snapshot.rate import BandwidthLimit
+from stillframe.snapshot.run_delay import VcpuRunDelay, lower_priority
+from stillframe.still.frames import BytesLike
+from stillframe.still.index import PageRun
+from stillframe.still.page_origins import PageOrigins
+from stillframe.vmstate.footers import FOOTER_BYTES
 
 _MOST_WORKERS = 8
 
@@ -27,25 +35,50 @@ def worker_count(wanted: int | None) -> int:
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
 
 
+class _Asking:
+    """A worker that copies what it is asked to: an ``Asking``."""
+
+    def __init__(self, worker: Worker, hand_on: Callable[[Worker], None]) -> None:
+        self._worker = worker
+        self._hand_on = hand_on
+
+    def take(self, block: int, first_page: int, pages: int) -> None:
+        if self._worker.take(block, first_page, pages):
+            self._hand_on(self._worker)
+
+    def take_spilled(self) -> None:
+        while self._worker.take_spilled():
+            self._hand_on(self._worker)
+
+
 class Encoders:
-    """A group of workers over one capture and one writer."""
+    """A group of workers over one capture and one output."""
 
     def __init__(
         self,
         ram: RamCapture,
-        writer: SnapshotWriter,
+        output: Output,
         *,
         section_id: int,
+        footers: bool,
         workers: int,
         limit: BandwidthLimit,
-        delay: VcpuDelay,
+        delay: VcpuRunDelay,
         level: AdaptiveLevel,
+        reader: EarlyReader,
+        comparison: Comparison | None = None,
+        origins: PageOrigins | None = None,
     ) -> None:
         self._ram = ram
         self._delay = delay
         self._level = level
-        self._writer = writer
+        self._output = output
+        self._reader = reader
         self._section_id = section_id
+        self._footers = footers
+        self._comparison = comparison
+        self._origins = origins
+        self._raw_end = None if footers else -FOOTER_BYTES
         self._limit = limit
         self._stop = threading.Event()
         self._over = threading.Event()
@@ -68,7 +101,7 @@ class Encoders:
 
     def _run(self, extra: bool) -> None:
         try:
-            step_back()
+            lower_priority()
             self.drain(self._delay if extra else None)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             with self._lock:
@@ -81,20 +114,38 @@ class Encoders:
                 if self._left == 0:
                     self.idle.set()
 
-    def drain(self, delay: VcpuDelay | None = None) -> None:
+    def drain(self, delay: VcpuRunDelay | None = None) -> None:
         """Encode batches until there are none (in the calling thread); rest as ``delay`` says."""
         worker = self._ram.worker(self._section_id)
         while not self._stop.is_set() and worker.next():
             faultpoints.reach("first-batch")
-            began = time.monotonic()
-            frame = self._writer.encode(worker.raw, self._level.next_level())
-            encoded = time.monotonic()
-            self._limit.wait(len(frame.data), self._stop)
-            self._writer.append(frame, worker.runs)
-            self._level.note(encode_s=encoded - began, write_s=time.monotonic() - encoded)
+            self._hand_on(worker)
             if delay is not None:
                 delay.rest(self._over)
         self._over.set()
+
+    def new_asking(self) -> Asking:
+        """For one thread of the reader's."""
+        return _Asking(self._ram.worker(self._section_id), self._hand_on)
+
+    def _hand_on(self, worker: Worker) -> None:
+        self._reader.pages(worker.raw, worker.runs)
+        if self._origins is not None:
+            self._origins.add(worker.origins)
+        began = time.monotonic()
+        raw, runs = self._changed(worker.raw[: self._raw_end], worker.runs)
+        if not runs:
+            return
+        frame = self._output.encode(raw, self._level.next_level())
+        encoded = time.monotonic()
+        self._limit.wait(len(frame.data), self._stop)
+        self._output.append(frame, runs)
+        self._level.note(encode_s=encoded - began, write_s=time.monotonic() - encoded)
+
+    def _changed(self, raw: memoryview, runs: bytes) -> tuple[BytesLike, Sequence[PageRun] | bytes]:
+        if self._comparison is None:
+            return raw, runs
+        return self._comparison.changed(raw, runs, self._section_id, footer=self._footers)
 
     def check(self) -> None:
         """Raise what made a worker end."""

@@ -9,23 +9,22 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from types import TracebackType
 
 from stillframe.errors import BusyError, HostError
 
 
 class VmLock:
-    """Held while a snapshot of process ``pid`` is under way; the guest is not touched.
+    """Held while a snapshot of a VM is under way; the guest is not touched.
 
     Args:
-        start_time: of the process, from /proc/PID/stat; tells it from a later one of its pid.
+        vm: names it (``Machine.lock_name``).
 
     Raises:
         BusyError: somebody else holds it; the message names the process.
     """
 
-    def __init__(self, pid: int, start_time: int) -> None:
-        name = f"\0stillframe-{pid}-{start_time}"
+    def __init__(self, vm: str) -> None:
+        name = f"\0stillframe-{vm}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.bind(name)
@@ -35,25 +34,14 @@ class VmLock:
             if error.errno != errno.EADDRINUSE:
                 raise HostError("cannot lock the VM", why=error.strerror) from error
             raise BusyError(
-                f"another snapshot of VM process {pid} is under way",
-                why=f"process {_holder(name)} takes it",
-                remedy="wait for it to end, or cancel it",
+                "another snapshot of the VM is under way",
+                why=f"process {_holder(name)} takes it, or watches the VM",
+                remedy="wait for it to end, or end it",
                 guest_state="running",
             ) from error
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> VmLock:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _holder(name: str) -> str:

@@ -2,7 +2,8 @@
 
 At the ``n``-th time (default 1) that ``point`` is reached, ``action`` happens: ``raise``
 (default) raises an InternalError, ``kill`` sends this process SIGKILL, ``hang`` sleeps for a
-minute. The tests drive every point; see ``POINTS``, ``LIVE_POINTS``.
+minute. The tests drive every point; see ``POINTS``, ``STORE_POINTS``, ``WATCH_POINTS``,
+``HUMAN_POINTS``, ``LIVE_POINTS``.
 """
 
 from __future__ import annotations
@@ -21,16 +22,28 @@ POINTS = (
     "armed",
     "stopped",
     "devices",
+    "disks",
     "protected",
     "continued",
     "first-batch",
     "swept",
     "unprotected",
+    "copied",
     "manifest",
 )
 
+STORE_POINTS = ("durable", "entered")
+"""Reached in a take into a store only, at its end."""
+
+WATCH_POINTS = ("rearmed",)
+"""Reached under watch only, instead of ``unprotected``."""
+
+HUMAN_POINTS = ("handed-over", "migrating", "saved")
+"""Reached where QEMU saves itself (``snapshot.by_migration``), instead of all others but
+``guarded``."""
+
 LIVE_POINTS = ("sent", "switched-over")
-"""Reached in live migration only (``stillframe.migration``), besides most of the others."""
+"""Reached in live migration only (``stillframe.board.migration``), besides most of the others."""
 
 _seen: dict[str, int] = {}
 

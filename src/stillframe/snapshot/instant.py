@@ -1,8 +1,11 @@
-"""The downtime: stop, device state, protection, cont. Nothing here grows with RAM or disk.
+"""The downtime: stop, device state, disks, protection, cont. Nothing here grows with RAM or disk.
 
 Order (invariant 8, QEMU ``migration/migration.c``: bg_migration_thread): RAM is protected
 before the device state is saved, so what the VMM writes to RAM meanwhile is seen, belongs to the
 instant, and is protected again before the guest goes on.
+
+The disks come after the device state: saving that drains all disks once more, and QEMU 7.2 to 10.0
+may hang for good in a drain that finds a copy which has just begun.
 """
 
 from __future__ import annotations
@@ -11,14 +14,16 @@ import time
 
 import msgspec
 
+from stillframe.capture.ram_capture import RamCapture
+from stillframe.disks.point_in_time import Disks, NoDisks
 from stillframe.machine import Machine
-from stillframe.memory.ram_capture import RamCapture
 from stillframe.model import Downtime, StoppedWrite
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.guard import Guarding
-from stillframe.snapshot.standstill import Standstill
+from stillframe.snapshot.pause_watch import PauseWatch
 
 _RESET = ("RESET",)
+_NO_DISKS = NoDisks()
 
 
 class Instant(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,13 +44,18 @@ class _Laps:
         return passed
 
 
-def stop_unless_still(machine: Machine, run_state: str) -> None:
-    """Stop a guest that runs, or is paused: there it does nothing, unless somebody just resumed it.
+LIVE_STATES = ("running", "suspended")
+"""States that a stop ends and that ``cont`` brings back (QEMU >= 9.0, ``system/runstate.c``:
+runstate_is_live); a suspended guest of an older QEMU is refused before."""
 
-    Other states (suspended, io-error, ...) are left alone: QEMU from 9.0 on would make a suspended
-    guest a paused one.
+
+def stop_unless_still(machine: Machine, run_state: str) -> None:
+    """Stop a guest that is live, or paused: there it does nothing, unless somebody resumed it.
+
+    Other states (io-error, prelaunch, ...) are left alone. A suspended guest is stopped, too, for
+    saving its device state would leave it in the state ``save-vm``.
     """
-    if run_state in ("running", "paused"):
+    if run_state in (*LIVE_STATES, "paused"):
         machine.stop()
 
 
@@ -53,28 +63,32 @@ def take_instant(
     machine: Machine,
     guard: Guarding,
     ram: RamCapture,
-    standstill: Standstill,
+    pause_watch: PauseWatch,
     *,
     run_state: str,
+    with_devices: bool = True,
+    disks: Disks = _NO_DISKS,
 ) -> Instant:
     """Stop the guest, fix the instant, let it go on.
 
     Args:
-        run_state: the guest's, just asked for. One that does not run is left in its state.
+        with_devices: save the device state; without it the snapshot is for analysis only.
+        disks: fixed in one go once RAM is protected.
+        run_state: the guest's, just asked for; it is in that state again afterwards.
 
     Raises:
         StillframeError: something failed; the guest goes on, unprotected.
     """
-    was_running = run_state == "running"
-    if was_running:
+    was_live = run_state in LIVE_STATES
+    if was_live:
         guard.arm()
     try:
-        instant = _in_downtime(machine, ram, standstill, run_state)
+        instant = _in_downtime(machine, ram, pause_watch, run_state, with_devices, disks)
     except BaseException:
         # Un-protect first: a thread of the VMM that waits for a fault may hold the lock
         # that the monitor needs.
         ram.release()
-        if was_running or standstill.broken():
+        if was_live or pause_watch.broken():
             machine.resume_at_all_costs()
             guard.disarm()
         raise
@@ -83,32 +97,46 @@ def take_instant(
 
 
 def _in_downtime(
-    machine: Machine, ram: RamCapture, standstill: Standstill, run_state: str
+    machine: Machine,
+    ram: RamCapture,
+    pause_watch: PauseWatch,
+    run_state: str,
+    with_devices: bool,
+    disks: Disks,
 ) -> Instant:
     laps = _Laps()
     stop_unless_still(machine, run_state)
     stop_ms = laps.lap_ms()
+    drain_ms = pause_watch.drain_ms(stop_ms)
     faultpoints.reach("stopped")
     ram.protect_written()
     protect_ms = laps.lap_ms()
-    device_state = machine.save_device_state()
-    standstill.check(also=_RESET)
+    device_state = machine.save_device_state(disks.command()) if with_devices else b""
+    pause_watch.check(also=_RESET)
     devices_ms = laps.lap_ms()
     faultpoints.reach("devices")
+    disks.in_stop()
+    disks_ms = laps.lap_ms()
+    if run_state in LIVE_STATES:
+        # After the last other command: one in between would make the VMM forget it.
+        machine.announce_cont()
+    faultpoints.reach("disks")
     writes = ram.instant()
     protect_ms += laps.lap_ms()
     faultpoints.reach("protected")
     # Up to now RAM could still be written unseen, by a guest or a reset.
-    standstill.check(also=_RESET)
-    if run_state == "running":
+    pause_watch.check(also=_RESET)
+    if run_state in LIVE_STATES:
         machine.cont()
         # With the answer have come events that were on their way.
-        standstill.check_until_resumed(also=_RESET)
+        pause_watch.check_until_resumed(also=_RESET)
     return Instant(
         device_state=device_state,
         downtime=Downtime(
-            stop_ms=stop_ms,
+            stop_ms=stop_ms - drain_ms,
+            drain_ms=drain_ms,
             devices_ms=devices_ms,
+            disks_ms=disks_ms,
             protect_ms=protect_ms,
             cont_ms=laps.lap_ms(),
         ),

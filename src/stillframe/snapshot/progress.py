@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from stillframe.memory.ram_capture import RamCapture
+from stillframe.capture.ram_capture import RamCapture
 from stillframe.model import (
+    TARGET_PAGE_BYTES,
     Downtime,
     JobState,
     PageCounts,
@@ -14,17 +15,21 @@ from stillframe.model import (
     Statistics,
     StoppedWrite,
 )
-from stillframe.snapshot.pace import Pace
-from stillframe.store.writer import SnapshotWriter
+from stillframe.snapshot.comparison import Comparison
+from stillframe.snapshot.job_state import StateMachine
+from stillframe.snapshot.output import Output
+from stillframe.snapshot.rate import RateMeter
 
-_TARGET_PAGE_BYTES = 4096
+_SPAN_S = 5.0
+_TOO_EARLY_S = 0.999
+"""A rate of the first second says nothing about the time that is left."""
 
 
 class Progress:
     """Collects what a job knows; ``statistics`` may be called from any thread."""
 
-    def __init__(self) -> None:
-        self.state: JobState = "none"
+    def __init__(self, states: StateMachine) -> None:
+        self._states = states
         self.phase = "none"
         self.downtime = Downtime()
         self.downtime_ms = 0.0
@@ -34,42 +39,58 @@ class Progress:
         self.file_bytes = 0
         self.protection: ProtectionKind | None = None
         self.writes_while_stopped: tuple[StoppedWrite, ...] = ()
+        self.disks = ""
+        self.disk_bytes = 0
+        self.disk_done_bytes = 0
         self.ram: RamCapture | None = None
-        self.writer: SnapshotWriter | None = None
+        self.output: Output | None = None
+        self.comparison: Comparison | None = None
         self._began = time.monotonic()
-        self._pace: Pace | None = None
+        self._pace: RateMeter | None = None
         self._last: dict[str, Any] = {}
 
-    def begin(self, state: JobState, phase: str) -> None:
+    def begin(self, phase: str) -> None:
         """Enter a phase."""
-        self.state = state
         self.phase = phase
         if phase == "saving":
-            self._pace = Pace()
+            self._pace = RateMeter(_SPAN_S)
+
+    def end(self, state: JobState) -> None:
+        """The job has ended."""
+        self.phase = state
+        self.keep()
+        self.output = None  # it holds the whole index
+
+    def saved_elsewhere(self, data_pages: int, zero_pages: int) -> None:
+        """The VMM saved RAM itself: what it wrote."""
+        self._last = {"pages_data": data_pages, "pages_zero": zero_pages}
 
     def keep(self) -> None:
         """Keep the capture's last numbers; it is about to be closed."""
         if self.ram is not None:
             self._last = self.ram.statistics() | {"spill_limit_bytes": self.ram.spill_bytes}
             self.ram = None
-        if self.writer is not None:
-            self.file_bytes = self.writer.file_bytes
-            if self.state in ("completed", "failed", "cancelled"):
-                self.writer = None  # it holds the whole index
+        if self.output is not None:
+            self.file_bytes = self.output.file_bytes
         self.total_ms = (time.monotonic() - self._began) * 1e3
 
     def statistics(self) -> Statistics:
         """The numbers now."""
-        ram, writer = self.ram, self.writer
+        ram, output = self.ram, self.output
         numbers = self._last
         if ram is not None:
             numbers = ram.statistics() | {"spill_limit_bytes": ram.spill_bytes}
-        done_bytes = int(numbers.get("pages_done", 0)) * _TARGET_PAGE_BYTES
-        file_bytes = writer.file_bytes if writer is not None else self.file_bytes
+        unchanged = int(numbers.get("pages_unchanged", 0))
+        done_bytes = (int(numbers.get("pages_done", 0)) + unchanged) * TARGET_PAGE_BYTES
+        file_bytes = output.file_bytes if output is not None else self.file_bytes
         rate, eta_s = self._rate(numbers, file_bytes)
         zero, data = int(numbers.get("pages_zero", 0)), int(numbers.get("pages_data", 0))
+        if self.comparison is not None:
+            alike_zero, alike_data = self.comparison.zero_pages, self.comparison.data_pages
+            zero, data = zero - alike_zero, data - alike_data
+            unchanged += alike_zero + alike_data
         return Statistics(
-            state=self.state,
+            state=self._states.value,
             phase=self.phase,
             downtime_ms=self.downtime_ms,
             downtime=self.downtime,
@@ -79,11 +100,12 @@ class Progress:
             ram_done_bytes=done_bytes,
             file_bytes=file_bytes,
             pages=PageCounts(
-                total=zero + data,
+                total=zero + data + unchanged,
                 zero=zero,
                 data=data,
                 faulted=int(numbers.get("pages_faulted", 0)),
                 never_populated=int(numbers.get("pages_never_populated", 0)),
+                unchanged=unchanged,
             ),
             faults=int(numbers.get("faults", 0)),
             fault_p50_us=float(numbers.get("fault_p50_us", 0.0)),
@@ -97,17 +119,28 @@ class Progress:
             eta_s=eta_s,
             protection=self.protection,
             writes_while_stopped=self.writes_while_stopped,
+            disks=self.disks,
+            disk_bytes=self.disk_bytes,
+            disk_done_bytes=self.disk_done_bytes,
         )
 
     def _rate(self, numbers: dict[str, Any], file_bytes: int) -> tuple[float, float | None]:
-        """Bytes per second to the destination, and the seconds left, if that can be told."""
-        if self._pace is None or self.state != "active":
+        """Bytes per second to the destination, and the seconds left, if that can be told.
+
+        Pages that were never populated are passed over in no time, so they are no part of it:
+        counted, they make a slow job look fast, and then the rest of it endless.
+        """
+        if self._pace is None or self._states.value != "active":
             return 0.0, None
         # Of what has left: pages that were saved first may wait in the spill for long.
         done = int(numbers.get("pages_data", 0)) + int(numbers.get("pages_zero", 0))
         done -= int(numbers.get("pages_never_populated", 0))
-        rate, written = self._pace.note(done * _TARGET_PAGE_BYTES, file_bytes)
+        self._pace.note(done * TARGET_PAGE_BYTES, file_bytes)
+        if self._pace.covered_s < _TOO_EARLY_S:
+            return 0.0, None
+        rate, written = self._pace.rates()
         populated = numbers.get("pages_populated")
         if rate <= 0 or populated is None:
             return written, None
-        return written, max(0, int(populated) - done) * _TARGET_PAGE_BYTES / rate
+        left = max(0, min(int(populated), int(numbers["pages_wanted"])) - done)
+        return written, left * TARGET_PAGE_BYTES / rate

@@ -8,18 +8,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from stillframe.disks.point_in_time import Disks
 from stillframe.machine import Machine
 from stillframe.model import Downtime
 from stillframe.snapshot import faultpoints
 from stillframe.snapshot.guard import Guarding
-from stillframe.snapshot.instant import Instant, stop_unless_still
-from stillframe.snapshot.standstill import Standstill
+from stillframe.snapshot.instant import LIVE_STATES, Instant, stop_unless_still
+from stillframe.snapshot.pause_watch import PauseWatch
 
 
 def hold_still(
-    machine: Machine, guard: Guarding, standstill: Standstill, *, run_state: str
+    machine: Machine,
+    guard: Guarding,
+    pause_watch: PauseWatch,
+    *,
+    run_state: str,
+    disks: Disks,
+    with_devices: bool = True,
 ) -> tuple[Instant, Callable[[], Downtime]]:
-    """Stop the guest and save its device state.
+    """Stop the guest, fix its disks and save its device state.
 
     Returns:
         The instant, and how to let the guest go on: call it on every path, twice does nothing;
@@ -28,40 +35,46 @@ def hold_still(
     Raises:
         StillframeError: it failed; the guest goes on.
     """
-    was_running = run_state == "running"
+    was_live = run_state in LIVE_STATES
     began = time.monotonic()
-    stop_ms = devices_ms = 0.0
+    stop_ms = drain_ms = disks_ms = devices_ms = 0.0
     ended: list[Downtime] = []
 
     def resume() -> Downtime:
         if ended:
             return ended[0]
         saved = time.monotonic()
-        if was_running or standstill.broken():
+        if was_live or pause_watch.broken():
             machine.resume_at_all_costs()
         guard.disarm()
         now = time.monotonic()
         # All that passed in between is copying; it stands where protecting would.
         ended.append(
             Downtime(
-                stop_ms=stop_ms,
+                stop_ms=stop_ms - drain_ms,
+                drain_ms=drain_ms,
                 devices_ms=devices_ms,
-                protect_ms=(saved - began) * 1e3 - stop_ms - devices_ms,
+                disks_ms=disks_ms,
+                protect_ms=(saved - began) * 1e3 - stop_ms - disks_ms - devices_ms,
                 cont_ms=(now - saved) * 1e3,
             )
         )
         return ended[0]
 
-    if was_running:
+    if was_live:
         guard.arm()
     try:
         stop_unless_still(machine, run_state)
         stop_ms = (time.monotonic() - began) * 1e3
+        drain_ms = pause_watch.drain_ms(stop_ms)
         faultpoints.reach("stopped")
-        device_state = machine.save_device_state()
-        standstill.check()
+        device_state = machine.save_device_state(disks.command()) if with_devices else b""
+        pause_watch.check()
         devices_ms = (time.monotonic() - began) * 1e3 - stop_ms
         faultpoints.reach("devices")
+        disks.in_stop()
+        disks_ms = (time.monotonic() - began) * 1e3 - stop_ms - devices_ms
+        faultpoints.reach("disks")
     except BaseException:
         resume()
         raise

@@ -6,56 +6,65 @@ Everything that is set up is undone in reverse order, on every path (DESIGN sect
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 
 import msgspec
 
-from stillframe.errors import (
-    GuestState,
-    MachineError,
-    RefusedError,
-    SnapshotFailed,
-    StillframeError,
+from stillframe.disks.point_in_time import Disks, disks_of
+from stillframe.errors import HostError
+from stillframe.machine import Machine
+from stillframe.model import (
+    TARGET_PAGE_BYTES,
+    CapturedDisk,
+    Downtime,
+    GpaRange,
+    MachineRecord,
+    Manifest,
+    ParentRecord,
+    RamBlock,
+    Statistics,
 )
-from stillframe.machine import Machine, Watch
-from stillframe.memory.ram_capture import RamCapture
-from stillframe.model import Downtime, Manifest, RamBlock, Statistics
 from stillframe.snapshot import faultpoints
-from stillframe.snapshot.adaptive_level import AdaptiveLevel
-from stillframe.snapshot.arming import arm_capture, open_capture
-from stillframe.snapshot.bandwidth import BandwidthLimit
-from stillframe.snapshot.encoders import Encoders, worker_count
-from stillframe.snapshot.exclusive import VmLock
-from stillframe.snapshot.guard import guard_of
+from stillframe.snapshot.blockers import check_fit, check_saved, refuse
+from stillframe.snapshot.early_reader import EarlyReader, NoReader
+from stillframe.snapshot.guard import Guarding
+from stillframe.snapshot.guest_state import guest_told
+from stillframe.snapshot.hold import Hold
 from stillframe.snapshot.instant import take_instant
 from stillframe.snapshot.job import JobControl
+from stillframe.snapshot.memory_limit import (
+    first_to_be_killed,
+    spill_within_limit,
+)
 from stillframe.snapshot.options import SnapshotOptions
-from stillframe.snapshot.standstill import Standstill
+from stillframe.snapshot.output import Output
+from stillframe.snapshot.pause_watch import PauseWatch
+from stillframe.snapshot.ram_blocks import check_instant
+from stillframe.snapshot.saving import Saving
 from stillframe.snapshot.stopped import hold_still
-from stillframe.snapshot.stream_parts import TARGET_PAGE_BYTES, StreamParts, block_records
-from stillframe.snapshot.yielding import VcpuDelay
-from stillframe.store.backends import Sink
-from stillframe.store.frames import LEVEL_NONE
-from stillframe.store.writer import SnapshotWriter
+from stillframe.snapshot.stream_framing import StreamFraming, block_records
+from stillframe.snapshot.taken import TakenSnapshot
+from stillframe.still.host_mark import HostKey
+from stillframe.still.sinks import Sink
+from stillframe.still.writer import SnapshotWriter
 from stillframe.version import __version__
 
-_TICK_S = 0.1
-
-
-class TakenSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished snapshot: its id (BLAKE3, hex), its file, the job's numbers, and notes."""
-
-    id: str
-    file: str
-    statistics: Statistics
-    notes: tuple[str, ...] = ()
+_NO_READER = NoReader()
 
 
 def take_snapshot(
-    control: JobControl, machine: Machine, sink: Sink, options: SnapshotOptions
+    control: JobControl,
+    machine: Machine,
+    sink: Sink,
+    options: SnapshotOptions,
+    reader: EarlyReader = _NO_READER,
 ) -> TakenSnapshot:
     """Take a snapshot of ``machine`` into ``sink``; the sink is committed or aborted.
+
+    Args:
+        reader: as for :func:`take_into`.
 
     Raises:
         RefusedError: the pre-flight found why it would not be safe; nothing was touched.
@@ -63,25 +72,63 @@ def take_snapshot(
         SnapshotCancelled, SnapshotFailed, MachineError, SinkError, HostError: the guest
             runs, unprotected, and nothing was left behind; see ``guest_state``.
     """
-    try:
-        with ExitStack() as cleanup:
-            writer = cleanup.enter_context(SnapshotWriter(sink))
-            control.progress.writer = writer
-            cleanup.callback(control.progress.keep)
-            return _Taking(control, machine, sink, options, writer, cleanup).run()
-    except StillframeError as error:
-        error.guest_state = _guest_state(machine, error.guest_state)
-        raise
+    writer = SnapshotWriter(sink, key=options.key, increment=options.parent is not None)
+    return take_into(control, machine, writer, options, reader)
 
 
-def _guest_state(machine: Machine, supposed: GuestState) -> GuestState:
-    """What the guest does now, after all cleanup, as the machine itself says."""
-    if not machine.process_alive():
-        return "none"
-    try:
-        return "running" if machine.status() == "running" else "paused"
-    except StillframeError:
-        return supposed
+def take_into(
+    control: JobControl,
+    machine: Machine,
+    output: Output,
+    options: SnapshotOptions,
+    reader: EarlyReader = _NO_READER,
+) -> TakenSnapshot:
+    """As :func:`take_snapshot`, into any output, which is finished or aborted.
+
+    Args:
+        reader: uses what is captured before the end. One that asks for pages: of a guest that runs
+            only (``background``).
+    """
+    with guest_told(machine), closing(Hold(machine)) as hold:
+        return _take(control, hold, output, options, reader)
+
+
+def take_held(
+    control: JobControl, hold: Hold, output: Output, options: SnapshotOptions
+) -> TakenSnapshot:
+    """As :func:`take_into`, of a machine that is held: an increment to ``hold.last``, if any.
+
+    After a refusal, and after a failure from the instant on, RAM is un-protected, and the hold of
+    no more use; after another one before it everything is as before.
+
+    Args:
+        output: made for an increment, if it is to be one.
+        options: with a parent only for a hold's first snapshot.
+    """
+    with guest_told(hold.machine):
+        return _take(control, hold, output, options, _NO_READER)
+
+
+def _take(
+    control: JobControl,
+    hold: Hold,
+    output: Output,
+    options: SnapshotOptions,
+    reader: EarlyReader,
+) -> TakenSnapshot:
+    with ExitStack() as cleanup:
+        if hold.machine.pid != os.getpid():
+            cleanup.enter_context(first_to_be_killed())
+        cleanup.callback(output.abort)
+        control.progress.output = output
+        cleanup.callback(control.progress.keep)
+        return _Taking(control, hold, output, options, cleanup, reader).run()
+
+
+def sees_our_files(pid: int) -> bool:
+    """Whether the files that a process names are those of this host: the command line of one with
+    another root directory (a container's) says nothing about them. OSError: not permitted."""
+    return os.path.samefile(f"/proc/{pid}/root", "/")  # noqa: PTH121
 
 
 class _Taking:
@@ -90,198 +137,210 @@ class _Taking:
     def __init__(
         self,
         control: JobControl,
-        machine: Machine,
-        sink: Sink,
+        hold: Hold,
+        output: Output,
         options: SnapshotOptions,
-        writer: SnapshotWriter,
         cleanup: ExitStack,
+        reader: EarlyReader,
     ) -> None:
         self._control = control
         self._progress = control.progress
-        self._machine = machine
-        self._sink = sink
+        self._hold = hold
+        self._machine = hold.machine
+        self._output = output
         self._options = options
-        self._writer = writer
         self._cleanup = cleanup
+        self._reader = reader
         self._background = options.mode == "background"
+        self._spill_bytes = options.spill_bytes
         self._notes: list[str] = []
 
     def run(self) -> TakenSnapshot:
-        machine = self._machine
+        machine, hold = self._machine, self._hold
         self._control.enter("setup", "preflight")
-        self._cleanup.enter_context(VmLock(machine.pid, machine.start_time))
-        faultpoints.reach("locked")
-        self._preflight()
-        record = machine.describe()
-        blocks = tuple(machine.ram_blocks())
-        memory_map = machine.memory_map(blocks)
-        signature = machine.blocks_signature()
+        hold.lock()
+        found = check_fit(hold, self._options)
+        self._notes += found.notes
+        hold.list_blocks()
+        if machine.pid != os.getpid():
+            if hold.look_at_swap():
+                self._notes.append("a part of its RAM is in swap: it is read, and left there")
+            self._spill_bytes = spill_within_limit(machine.pid, self._options.spill_bytes)
+        blocks = hold.blocks
         self._progress.ram_bytes = sum(block.used_length_bytes for block in blocks)
 
-        guard = guard_of(machine.monitor_fd())
-        self._cleanup.callback(guard.close)
-        faultpoints.reach("guarded")
+        guard = hold.guard()
+        disks = self._prepare_disks(guard)
         self._cleanup.callback(machine.finish_device_state)
-        machine.prepare_device_state()
-        ram = self._attach(blocks)
-        watch = machine.watch()
-        self._cleanup.callback(watch.close)
+        if not self._options.for_analysis:  # saving can kill a VM that has such a device
+            machine.prepare_device_state()
+        # Before the guest pays for anything, and after all else that takes its time.
+        self._cleanup.callback(self._reader.undo)
+        self._reader.prepare(
+            lambda: msgspec.structs.replace(
+                self._manifest(blocks, hold.memory_map, machine.describe()),
+                captured_disks=disks.planned,
+            )
+        )
+        ram = hold.arm(self._control, self._options, self._spill_bytes, may_drop=found.may_drop)
+        watch = hold.watch()
+        record = machine.describe()
+        self._notes += record.differences
         self._control.check_cancelled()
         ram.check()
-        machine.refuse_unsavable()
+        refuse(machine.preflight(self._options.mode, "stop"), hold, self._options)
+        disks.before_stop()
 
         # Asked now and not earlier: attaching and arming take time, and others use the VM too.
         # Watched from before the question: a resume after the answer must not go unseen.
-        standstill = Standstill(watch)
+        self._control.enter("active", self._progress.phase)
+        pause_watch = PauseWatch(watch)
         run_state = machine.status()
+        with_devices = not self._options.for_analysis
+        parent = hold.begin_instant()
+        parent_record = None if parent is None else ParentRecord(id=parent.id, path=parent.file)
+        if self._options.parent is not None:
+            parent_record = self._options.parent.record
         if self._background:
-            instant = take_instant(machine, guard, ram, standstill, run_state=run_state)
+            self._cleanup.callback(hold.give_up)
+            instant = take_instant(
+                machine,
+                guard,
+                ram,
+                pause_watch,
+                run_state=run_state,
+                with_devices=with_devices,
+                disks=disks,
+            )
             self._note_downtime(instant.downtime)
-            free_guest: Callable[[], object] = ram.release
+            free_guest: Callable[[], object] = hold.give_up
         else:
-            instant, resume = hold_still(machine, guard, standstill, run_state=run_state)
+            instant, resume = hold_still(
+                machine,
+                guard,
+                pause_watch,
+                run_state=run_state,
+                with_devices=with_devices,
+                disks=disks,
+            )
             free_guest = resume
             self._cleanup.callback(resume)
             # Only now: a page that was touched before the stop is a part of the instant.
             ram.learn_population()
-        faultpoints.reach("continued")
         self._progress.writes_while_stopped = instant.writes
 
-        parts = StreamParts(
+        def after_instant() -> None:
+            if self._background:
+                disks.thaw()
+            disks.after_instant()
+            faultpoints.reach("continued")
+            hold.check_tracking(parent)
+            check_instant(hold.signature, machine.blocks_signature())
+            # Overlays of ours are other media; what else changed cannot be told from them.
+            if not disks.planned and machine.describe().command_line != record.command_line:
+                self._notes.append("devices or media changed at about the instant: check them")
+
+        parts = StreamFraming(
             blocks,
             instant.device_state,
             machine_type=record.machine_type,
             run_state=run_state,
+            argv=record.argv,
         )
-        self._save(ram, parts, free_guest)
-        self._check_unchanged(signature, watch)
+        saving = Saving(
+            self._control, hold, self._output, self._options, self._reader, self._cleanup
+        )
+        saving.run(ram, parts, free_guest=free_guest, after_instant=after_instant)
+        self._notes += check_saved(hold, self._options, watch)
         if not self._background:
-            standstill.check(also=("RESET",))
+            pause_watch.check(also=("RESET",))
             self._note_downtime(resume())
+            disks.thaw()  # only a guest that runs can do it
 
-        manifest = Manifest(
+        captured = self._finish_disks(disks)
+        if disks.quiesced:
+            self._notes.append(
+                "the guest's file systems are frozen in it: restore and fork have its agent thaw"
+                " them, any other loader has to ask for that (guest-fsfreeze-thaw)"
+            )
+        key = self._host_key()
+        manifest = msgspec.structs.replace(
+            self._manifest(blocks, hold.memory_map, record),
+            stream_bytes=self._output.stream_bytes,
+            statistics=self._final_statistics(),
+            notes=tuple(self._notes),
+            captured_disks=captured,
+            without_disks=disks.without,
+            quiesced=disks.quiesced,
+            parent=parent_record,
+            page_origins=saving.origins.encode(),
+        )
+        faultpoints.reach("manifest")
+        self._control.enter("active", "syncing")
+        self._control.commit()
+        snapshot_id = self._output.finish(manifest, key=key)
+        disks.keep()
+        self._reader.keep()
+        self._progress.keep()
+        taken = TakenSnapshot(
+            id=snapshot_id,
+            file=self._output.description,
+            statistics=self._final_statistics("completed"),
+            notes=tuple(self._notes),
+        )
+        hold.complete(taken)
+        return taken
+
+    def _manifest(
+        self, blocks: Sequence[RamBlock], memory_map: tuple[GpaRange, ...], record: MachineRecord
+    ) -> Manifest:
+        return Manifest(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
             mode=self._options.mode,
             stillframe_version=__version__,
             target_page_bytes=TARGET_PAGE_BYTES,
-            stream_bytes=self._writer.stream_bytes,
+            stream_bytes=0,
             blocks=block_records(blocks),
             memory_map=memory_map,
             machine=record,
-            statistics=self._final_statistics(),
-            notes=tuple(self._notes),
-        )
-        faultpoints.reach("manifest")
-        self._control.enter("active", "syncing")
-        snapshot_id = self._writer.finish(manifest)
-        self._progress.keep()
-        self._progress.begin("completed", "completed")
-        return TakenSnapshot(
-            id=snapshot_id,
-            file=self._sink.description,
-            statistics=self._progress.statistics(),
-            notes=tuple(self._notes),
+            for_analysis=self._options.for_analysis,
         )
 
-    def _preflight(self) -> None:
-        hindrances = self._machine.preflight(self._options.mode)
-        refusals = tuple(h for h in hindrances if h.severity == "refuse")
-        self._notes += [f"{h.name}: {h.reason}" for h in hindrances if h.severity == "warn"]
-        if refusals:
-            first = refusals[0]
-            more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
-            raise RefusedError(
-                f"{first.name}{more}",
-                why=first.reason,
-                remedy=first.remedy,
-                guest_state="running" if self._machine.status() == "running" else "paused",
-                reasons=tuple((h.name, h.reason, h.remedy) for h in refusals),
-            )
+    def _host_key(self) -> HostKey | None:
+        """What marks the snapshot as taken here."""
+        try:
+            return HostKey.load_or_make() if sees_our_files(self._machine.pid) else None
+        except (HostError, OSError) as error:
+            self._notes.append(f"it has no mark, so its restore will ask for trust: {error}")
+            return None
 
-    def _attach(self, blocks: tuple[RamBlock, ...]) -> RamCapture:
-        self._control.enter("setup", "attaching")
-        ram = open_capture(
-            self._control,
-            self._cleanup,
-            self._machine.open_userfaultfd() if self._background else None,
-            self._machine.pid,
-            blocks,
-            spill_bytes=self._options.spill_bytes,
-        )
-        if self._background:
-            arm_capture(self._control, self._cleanup, ram, arm=self._options.arm)
-        return ram
+    def _prepare_disks(self, guard: Guarding) -> Disks:
+        self._control.enter("setup", "preparing disks")
+        disks = disks_of(self._machine, self._options.disks, guard)
+        self._cleanup.callback(disks.undo)
+        disks.prepare()
+        self._progress.disks = disks.words
+        if disks.words and self._options.disks.kind != "none":
+            self._notes.append(f"disks: {disks.words}")
+        return disks
+
+    def _finish_disks(self, disks: Disks) -> tuple[CapturedDisk, ...]:
+        """Wait for the copies; the guest runs."""
+        self._control.enter("active", "copying disks")
+
+        def step(done: int, total: int) -> None:
+            self._control.check_cancelled()
+            if total:
+                self._progress.disk_done_bytes, self._progress.disk_bytes = done, total
+            self._control.tell()
+
+        captured = disks.finish(step)
+        faultpoints.reach("copied")
+        return captured
 
     def _note_downtime(self, downtime: Downtime) -> None:
         self._progress.downtime = downtime
         self._progress.downtime_ms = downtime.total_ms
 
-    def _save(self, ram: RamCapture, parts: StreamParts, free_guest: Callable[[], object]) -> None:
-        control = self._control
-        control.enter("active", "saving")
-        self._writer.append_stream(parts.head())
-        delay = VcpuDelay(self._machine.pid)
-        self._cleanup.callback(delay.close)
-        encoders = Encoders(
-            ram,
-            self._writer,
-            section_id=parts.section_id,
-            workers=worker_count(self._options.workers),
-            limit=BandwidthLimit(self._options.max_bandwidth_bytes_per_s),
-            delay=delay,
-            level=self._level(),
-        )
-        self._cleanup.callback(encoders.stop)
-        # Undone before that: an encoder may hang in a blocked sink, and the guest must not wait.
-        self._cleanup.callback(free_guest)
-        encoders.start()
-        while not encoders.idle.wait(_TICK_S):
-            control.check_cancelled()
-            ram.check()
-            if not self._machine.process_alive():
-                raise MachineError("the VM exited while its RAM was saved", guest_state="none")
-            control.tell()
-        encoders.check()
-        control.check_cancelled()
-        faultpoints.reach("swept")
-        if self._background:
-            ram.finish()
-            faultpoints.reach("unprotected")
-            encoders.drain()
-        ram.check()
-        self._writer.append_stream(parts.tail())
-        self._check_complete(ram)
-
-    def _level(self) -> AdaptiveLevel:
-        wanted = self._options.compression_level
-        if wanted == "adaptive":
-            return AdaptiveLevel(None)
-        return AdaptiveLevel(LEVEL_NONE if wanted is None else wanted)
-
-    def _check_complete(self, ram: RamCapture) -> None:
-        done_bytes = int(ram.statistics()["pages_done"]) * TARGET_PAGE_BYTES
-        if done_bytes < self._progress.ram_bytes:
-            raise SnapshotFailed(
-                "the snapshot is incomplete",
-                why=f"{done_bytes} of {self._progress.ram_bytes} bytes of RAM were saved",
-                guest_state="running",
-            )
-
-    def _check_unchanged(self, signature: object, watch: Watch) -> None:
-        """Blocks that appeared, vanished or were resized make the snapshot wrong; the rest of
-        what happened is noted."""
-        if self._machine.blocks_signature() != signature:
-            raise SnapshotFailed(
-                "the VM's RAM blocks changed while they were saved",
-                why="hotplug, or a reset that resized one",
-                remedy="take another snapshot once it has settled",
-                guest_state="running",
-            )
-        self._notes += [
-            f"{event.name} came while RAM was saved"
-            for event in watch.seen()
-            if event.name not in ("STOP", "RESUME")
-        ]
-
-    def _final_statistics(self) -> Statistics:
-        return msgspec.structs.replace(self._progress.statistics(), state="completed", phase="")
+    def _final_statistics(self, phase: str = "") -> Statistics:
+        return msgspec.structs.replace(self._progress.statistics(), state="completed", phase=phase)

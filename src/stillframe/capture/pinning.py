@@ -1,0 +1,41 @@
+"""Which RAM may be pinned while it is saved (``_pins.pxd``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from stillframe.model import TARGET_PAGE_BYTES, RamBlock
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+_CHOSEN = re.compile(r"\[(\w+)\]")
+_NEVER = frozenset({"never", "deny"})
+
+
+def may_be_pinned(block: RamBlock) -> bool:
+    """Whether a page of it that is punched out of its file leaves the page itself as it is.
+
+    A part of a large folio does not: the kernel overwrites it with zeroes, and cannot split a folio
+    that somebody holds (Linux ``mm/truncate.c``: truncate_inode_partial_folio). So it is for small
+    pages of memfds only, and where the kernel makes no others of them.
+    """
+    small = block.page_size_bytes == TARGET_PAGE_BYTES and block.backing == "memfd"
+    return small and not any(mode not in _NEVER for mode in _modes())
+
+
+def _modes() -> Iterator[str]:
+    """``always``, ``never``, ... for shared memory, by size; ``inherit`` is what is first."""
+    overall = _chosen(_HUGE_PAGES / "shmem_enabled")
+    yield overall
+    for size in _HUGE_PAGES.glob("hugepages-*/shmem_enabled"):
+        mode = _chosen(size)
+        yield overall if mode == "inherit" else mode
+
+
+def _chosen(file: Path) -> str:
+    try:
+        found = _CHOSEN.search(file.read_text())
+    except FileNotFoundError:
+        return "never"  # a kernel without them
+    return found[1] if found else "unknown"

@@ -1,0 +1,98 @@
+"""How fast a job is, and a limit on how fast it may be."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+
+WINDOW_S = 0.1
+"""QEMU measures over as long (``migration/migration.c``: BUFFER_DELAY)."""
+_BURST_S = 0.1
+_EPSILON_S = 1e-6
+
+
+class RateMeter:
+    """Rates of one or more counts, in windows of a tenth of a second. Safe to use from any thread.
+
+    Args:
+        span_s: the windows of so long are kept, the last one in any case.
+    """
+
+    def __init__(self, span_s: float = WINDOW_S) -> None:
+        self._span_s = span_s
+        self._lock = threading.Lock()
+        self._windows: deque[tuple[float, tuple[float, ...]]] = deque()
+        self._now: tuple[float, tuple[float, ...]] = 0.0, ()
+        self._seen: tuple[float, tuple[float, ...]] | None = None
+        self.covered_s = 0.0
+        """How long the kept windows are together."""
+
+    def add(self, passed_s: float, *amounts: float) -> None:
+        """So much came in so much time."""
+        with self._lock:
+            self._add(passed_s, amounts)
+
+    def _add(self, passed_s: float, amounts: tuple[float, ...]) -> None:
+        before_s, before = self._now
+        passed_s += before_s
+        amounts = tuple(map(sum, zip(before, amounts, strict=True))) if before else amounts
+        self._now = passed_s, amounts
+        if passed_s < WINDOW_S - _EPSILON_S:
+            return
+        self._now = 0.0, ()
+        self._windows.append((passed_s, amounts))
+        self.covered_s += passed_s
+        while len(self._windows) > 1 and self.covered_s > self._span_s + _EPSILON_S:
+            self.covered_s -= self._windows.popleft()[0]
+
+    def note(self, *totals: float) -> None:
+        """The counts stand here now, by the monotonic clock."""
+        now_s = time.monotonic()
+        with self._lock:
+            if self._seen is None:
+                self._seen = now_s, totals
+                return
+            seen_s, seen = self._seen
+            if now_s - seen_s >= WINDOW_S - _EPSILON_S:
+                grown = tuple(new - old for new, old in zip(totals, seen, strict=True))
+                self._add(now_s - seen_s, grown)
+                self._seen = now_s, totals
+
+    @property
+    def windows(self) -> list[tuple[float, tuple[float, ...]]]:
+        """The kept windows, oldest first: seconds, and the amounts that came in them."""
+        with self._lock:
+            return list(self._windows)
+
+    def rates(self) -> tuple[float, ...]:
+        """Of each count, per second, over the kept windows; empty before the first is over."""
+        windows = self.windows
+        passed_s = sum(passed for passed, _ in windows)
+        return tuple(sum(each) / passed_s for each in zip(*(w for _, w in windows), strict=True))
+
+
+class BandwidthLimit:
+    """Token bucket of a tenth of a second; ``None`` is unlimited, QEMU's default for
+    background snapshots.
+
+    Attributes:
+        bytes_per_s: may be changed at any time, and holds from the next ``wait`` on.
+    """
+
+    def __init__(self, bytes_per_s: int | None) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at = time.monotonic()
+
+    def wait(self, length_bytes: int, stop: threading.Event) -> None:
+        """Return when ``length_bytes`` may be written, or ``stop`` is set."""
+        rate = self.bytes_per_s
+        if rate is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now - _BURST_S) + length_bytes / rate
+            delay = self._free_at - now
+        if delay > 0:
+            stop.wait(delay)
