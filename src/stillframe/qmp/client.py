@@ -20,46 +20,30 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import msgspec
 
-from stillframe.errors import InternalError, MachineError, UsageError
-from stillframe.qmp.connection import (
-    Address,
-    address_text,
-    greeting_error,
-    no_qmp_error,
-    open_socket,
-)
-from stillframe.qmp.events import EventLog, QmpEvent
+from stillframe.errors import InternalError, MachineError, UsageError, host_error
+from stillframe.qmp.command import Command, QmpCommandError, command_body
+from stillframe.qmp.command_writer import CommandWriter
+from stillframe.qmp.connection import Address, address_text, open_socket
+from stillframe.qmp.events import EventSubscribers, QmpEvent
 from stillframe.qmp.framing import FramingError
+from stillframe.qmp.greeting import negotiate, version_of
 from stillframe.qmp.link import Link, Message
+from stillframe.qmp.replies import as_int, as_map
 
 logger = logging.getLogger(__name__)
 
-_LOOK_REMEDY = "look whether the VM still runs"
+_LOOK_REMEDY = "check whether the VM still runs"
 _STUCK_REMEDY = f"its main loop may be stuck; {_LOOK_REMEDY}"
 _JOIN_S = 2.0
 _ANNOUNCE_S = 1.0
 
 Waiter = queue.SimpleQueue[Message | None]
-"""Where an asker waits: its answer, or None when the connection ends."""
-
-
-class QmpCommandError(MachineError):
-    """The VMM answered a command with an error. The guest's state is what it was before.
-
-    ``command``: what was asked. ``error_class``: QMP's class, usually ``GenericError``.
-    ``description``: the VMM's own words.
-    """
-
-    def __init__(self, command: str, error_class: str, description: str) -> None:
-        super().__init__(f"the VM refused '{command}'", why=description, guest_state="unknown")
-        self.command = command
-        self.error_class = error_class
-        self.description = description
+"""Delivers the reply to the waiting caller; None when the connection ends."""
 
 
 class AddedFd(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +54,7 @@ class AddedFd(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def path(self) -> str:
-        """What to give a QMP command as a file name (QEMU ``util/osdep.c``: qemu_open)."""
+        """File name for QMP commands (QEMU ``util/osdep.c``: qemu_open)."""
         return f"/dev/fdset/{self.fdset_id}"
 
 
@@ -80,16 +64,14 @@ class QmpClient:
     def __init__(self, address: Address, sock: socket.socket) -> None:
         self._address = address
         self._link = Link(sock)
-        self._events = EventLog()
+        self._writer = CommandWriter(self._link)
+        self._events = EventSubscribers()
         self._greeting: Mapping[str, object] = {}
         self._waiters: dict[object, Waiter] = {}
-        self._write_lock = threading.Lock()
-        self._announced: bytes | None = None
         self._state_lock = threading.Lock()
         self._fd_lock = threading.Lock()
         self._alive = False
         self._closed = False
-        self._lost_callbacks: list[Callable[[], None]] = []
         self._thread = threading.Thread(
             target=self._read, name=f"qmp {address_text(address)}", daemon=True
         )
@@ -110,39 +92,31 @@ class QmpClient:
         """
         deadline_s = time.monotonic() + timeout_s
         sock = open_socket(address, timeout_s)
-        self = cls(address, sock)
+        return cls.over(sock, address, timeout_s=deadline_s - time.monotonic())
+
+    @classmethod
+    def over(cls, sock: socket.socket, address: Address, *, timeout_s: float = 5.0) -> QmpClient:
+        """Negotiate over a connected socket, which is the client's from now on.
+
+        Args:
+            address: what errors call it.
+
+        Raises:
+            HostError: no descriptor is left. BusyError, MachineError: as ``connect``.
+        """
         try:
-            self._negotiate(deadline_s, timeout_s)
+            self = cls(address, sock)
+        except OSError as error:
+            sock.close()
+            raise host_error(f"cannot connect to {address_text(address)}", error) from error
+        try:
+            self._greeting = negotiate(self._link, address, timeout_s)
         except BaseException:
             self.close()
             raise
         self._alive = True
         self._thread.start()
         return self
-
-    def _negotiate(self, deadline_s: float, timeout_s: float) -> None:
-        try:
-            # No server says more than one thing before it is asked.
-            greeting = self._link.receive(deadline_s)[0].get("QMP")
-            if not isinstance(greeting, Mapping):
-                raise no_qmp_error(self._address)
-            self._greeting = greeting
-            self._link.send(b'{"execute": "qmp_capabilities"}\n', deadline_s)
-            if "return" not in self._first_answer(deadline_s):
-                raise no_qmp_error(self._address)
-        except FramingError as error:
-            raise no_qmp_error(self._address) from error
-        except (OSError, EOFError) as error:
-            raise greeting_error(
-                self._address, error, timeout_s, greeted=bool(self._greeting)
-            ) from error
-
-    def _first_answer(self, deadline_s: float) -> Message:
-        """What answers the negotiation; the server may send an event just before."""
-        while True:
-            for message in self._link.receive(deadline_s):
-                if "event" not in message:
-                    return message
 
     # What the connection is
 
@@ -162,20 +136,13 @@ class QmpClient:
 
     @property
     def alive(self) -> bool:
-        """Whether the connection stands, as far as is known now."""
+        """Whether the connection is up, as far as known."""
         return self._alive
 
     @property
     def version(self) -> tuple[int, int, int]:
         """The VMM's version from the greeting: (major, minor, micro)."""
-        numbers = _as_map(_as_map(self._greeting.get("version")).get("qemu"))
-        major, minor, micro = (_as_int(numbers.get(k)) for k in ("major", "minor", "micro"))
-        return (major, minor, micro)
-
-    @property
-    def package(self) -> str:
-        """The VMM's package string from the greeting, such as ``Debian 1:7.2+dfsg-7``."""
-        return str(_as_map(self._greeting.get("version")).get("package") or "")
+        return version_of(self._greeting)
 
     # Commands
 
@@ -185,10 +152,16 @@ class QmpClient:
         arguments: Mapping[str, object] | None = None,
         *,
         timeout_s: float = 30.0,
+        announce: Command | None = None,
     ) -> object:
         """Run one QMP command and return its ``return`` value. Callable from any thread.
 
         The guest's state afterwards is what the command makes of it.
+
+        Args:
+            announce: the likely next command; see :meth:`announce`. Its beginning is sent right
+                behind this one, and a QEMU with out-of-band commands reads it meanwhile, in a
+                thread of its own (``monitor/qmp.c``: handle_qmp_command).
 
         Raises:
             QmpCommandError: the VMM answered with an error.
@@ -198,16 +171,18 @@ class QmpClient:
         """
         if threading.get_ident() == self._thread.ident:
             raise InternalError("a QMP command was called for from an event callback")
-        body = _body(command, arguments)
+        body = command_body(command, arguments)
+        behind = None if announce is None else command_body(*announce)
         deadline_s = time.monotonic() + timeout_s
         waiter: Waiter = queue.SimpleQueue()
         with self._state_lock:
             if not self._alive:
                 raise self._lost_error(command)
-            # Of one that never answered the number stays taken: its answer may come yet.
+            # The id of a timed-out command stays reserved: its answer may still come.
             command_id = next(n for n in itertools.count() if n not in self._waiters)
             self._waiters[command_id] = waiter
-        self._write(command, body + b',"id":%d}' % command_id, deadline_s)
+        with self._losing(command):
+            self._writer.write(body + b',"id":%d}' % command_id, deadline_s, behind=behind)
         try:
             reply = waiter.get(timeout=max(0.0, deadline_s - time.monotonic()))
         except queue.Empty:
@@ -220,7 +195,7 @@ class QmpClient:
             raise self._lost_error(command)
         failure = reply.get("error")
         if failure is not None:
-            error_class, description = (str(_as_map(failure).get(key)) for key in ("class", "desc"))
+            error_class, description = (str(as_map(failure).get(key)) for key in ("class", "desc"))
             raise QmpCommandError(command, error_class, description)
         return reply.get("return")
 
@@ -243,7 +218,7 @@ class QmpClient:
         )
 
     def announce(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
-        """Send the beginning of a command that is likely to be the next; it is not run yet.
+        """Send the beginning of the likely next command; it does not run yet.
 
         ``execute`` of the same command and arguments then only has to complete it; any other one
         makes the VMM forget it first. The guest is not touched.
@@ -252,38 +227,16 @@ class QmpClient:
             MachineError: the connection was lost.
             UsageError: as ``execute``.
         """
-        body = _body(command, arguments)
-        with self._write_lock:
-            self._send(command, self._forgetting() + body, time.monotonic() + _ANNOUNCE_S)
-            self._announced = body
+        body = command_body(command, arguments)
+        with self._losing(command):
+            self._writer.announce(body, time.monotonic() + _ANNOUNCE_S)
 
-    def _forgetting(self) -> bytes:
-        """What makes the VMM drop an announced command, if there is one.
-
-        The byte ends any JSON; the VMM answers with an error that nobody waits for (QEMU
-        ``docs/interop/qmp-spec.rst``, synchronization).
-        """
-        announced, self._announced = self._announced, None
-        return b"" if announced is None else b"\xff\n"
-
-    def _write(
-        self, command: str, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()
-    ) -> None:
-        with self._write_lock:
-            announced = self._announced
-            if announced is not None and data.startswith(announced):
-                data, self._announced = data[len(announced) :], None
-            else:
-                data = self._forgetting() + data
-            self._send(command, data, deadline_s, fds)
-
-    def _send(
-        self, command: str, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()
-    ) -> None:
+    @contextmanager
+    def _losing(self, command: str) -> Iterator[None]:
+        """What cannot be sent ends the connection."""
         try:
-            self._link.send(data, deadline_s, fds)
+            yield
         except (OSError, ValueError) as error:
-            # Half a command may be out: nothing that follows would be understood.
             self._end()
             raise self._lost_error(command) from error
 
@@ -306,18 +259,12 @@ class QmpClient:
             waiter.put(message)
 
     def _end(self) -> None:
-        """The connection is over: wake all who wait, and tell, once."""
+        """The connection ended: wake all waiters."""
         with self._state_lock:
-            was_alive, self._alive = self._alive, False
+            self._alive = False
             waiters = list(self._waiters.values())
-            callbacks = list(self._lost_callbacks) if was_alive and not self._closed else []
         for waiter in waiters:
             waiter.put(None)
-        for callback in callbacks:
-            try:
-                callback()
-            except Exception:
-                logger.exception("a callback failed")
 
     # Descriptors
 
@@ -340,8 +287,9 @@ class QmpClient:
             )
         if not self._alive:
             raise self._lost_error("send_fd")
-        # QEMU takes descriptors with any byte, and a blank between commands means nothing.
-        self._write("send_fd", b" ", time.monotonic() + timeout_s, (fd,))
+        # QEMU accepts descriptors with any byte, and ignores blanks between commands.
+        with self._losing("send_fd"):
+            self._writer.write(b" ", time.monotonic() + timeout_s, (fd,))
 
     def add_fd(self, fd: int, *, opaque: str = "stillframe") -> AddedFd:
         """Hand a descriptor to the VMM as a new fd set. The caller may close its own copy.
@@ -351,8 +299,8 @@ class QmpClient:
         """
         with self._fd_lock:  # a descriptor and its add-fd belong together
             self.send_fd(fd)
-            reply = _as_map(self.execute("add-fd", {"opaque": opaque}))
-        return AddedFd(fdset_id=_as_int(reply.get("fdset-id")), fd=_as_int(reply.get("fd")))
+            reply = as_map(self.execute("add-fd", {"opaque": opaque}))
+        return AddedFd(fdset_id=as_int(reply.get("fdset-id")), fd=as_int(reply.get("fd")))
 
     def remove_fd(self, added: AddedFd) -> None:
         """Make the VMM close a descriptor given by ``add_fd``.
@@ -367,26 +315,12 @@ class QmpClient:
 
     # Events
 
-    @property
-    def events(self) -> EventLog:
-        """The events that came since ``connect``."""
-        return self._events
-
-    def drain_events(self) -> list[QmpEvent]:
-        """Take the events that came since the last call, oldest first."""
-        return self._events.drain()
-
     def subscribe(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
-        """Have each event given to ``callback`` in the client's thread; returns the undoing.
+        """Call ``callback`` for each event in the client's thread; returns the unsubscriber.
 
         The callback must be quick and must not run QMP commands.
         """
         return self._events.subscribe(callback)
-
-    def on_lost(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, in the client's thread, if the connection is lost."""
-        with self._state_lock:
-            self._lost_callbacks.append(callback)
 
     # The end
 
@@ -410,29 +344,5 @@ class QmpClient:
     def __enter__(self) -> QmpClient:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
-
-
-def _body(command: str, arguments: Mapping[str, object] | None) -> bytes:
-    """A command without its id and its end."""
-    message: Message = {"execute": command}
-    if arguments is not None:
-        message["arguments"] = arguments
-    try:
-        return msgspec.json.encode(message)[:-1]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"cannot send '{command}'", why=str(error)) from error
-
-
-def _as_map(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _as_int(value: object) -> int:
-    return value if isinstance(value, int) else 0

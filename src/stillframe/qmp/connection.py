@@ -1,4 +1,4 @@
-"""The socket under a QMP connection, and clear words when it cannot be had."""
+"""Opens the socket of a QMP connection, with clear errors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from stillframe.errors import (
     NotFoundError,
     StillframeError,
     UsageError,
+    host_error,
 )
 
 Address = str | tuple[str, int]
@@ -30,10 +31,17 @@ _RETRY_S = 0.02
 
 _ONE_CLIENT = "a QMP monitor serves one client at a time"
 _OTHER_MONITOR = "give the VM a second -qmp socket, or stop the other client (libvirt, a QMP shell)"
+QMP_OPTION = "-qmp unix:PATH,server=on,wait=off"
+HUMAN_REMEDY = (
+    "say 'migrate \"exec:cat >/PATH/FILE\"' and then 'cont' in its human monitor, and"
+    " 'stillframe import /PATH/FILE -o SNAPSHOT'"
+)
+"""The human monitor saves no device state (``xen-save-devices-state`` is QMP's), but migrates; the
+guest stands still at the end of it until ``cont``."""
 
 
 def address_text(address: Address) -> str:
-    """The address as people write it."""
+    """The address as text."""
     if isinstance(address, str):
         return address
     host, port = address
@@ -114,6 +122,8 @@ def _connect_error(address: Address, error: OSError) -> StillframeError:
         return HostError(
             f"may not connect to {where}", why="permission denied", remedy="run as the VM's user"
         )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return host_error(f"cannot connect to {where}", error)
     if error.errno == errno.EAGAIN:
         return BusyError(f"the monitor {where} is busy", why=_ONE_CLIENT, remedy=_OTHER_MONITOR)
     if error.errno == errno.ECONNREFUSED and not _may_be_socket(address):
@@ -139,13 +149,13 @@ def _may_be_socket(address: Address) -> bool:
 def greeting_error(
     address: Address, cause: OSError | EOFError, timeout_s: float, *, greeted: bool
 ) -> StillframeError:
-    """Why a connected monitor did not greet us, as well as can be told from outside."""
+    """Error for a monitor that did not send its greeting; best guess at why."""
     where = address_text(address)
     if isinstance(cause, TimeoutError):
         if greeted:
             return MachineError(
                 f"the monitor {where} greeted, but did not answer within {timeout_s:g} s",
-                remedy="the VM's main loop may be stuck; look whether the VM still runs",
+                remedy="the VM's main loop may be stuck; check whether the VM still runs",
             )
         if has_client(address):
             return BusyError(
@@ -158,14 +168,14 @@ def greeting_error(
             why=f"another client may hold it ({_ONE_CLIENT}), or the VM's main loop is stuck",
             remedy=_OTHER_MONITOR,
         )
-    return MachineError(f"the monitor {where} hung up", remedy="look whether the VM still runs")
+    return MachineError(f"the monitor {where} hung up", remedy="check whether the VM still runs")
 
 
 def no_qmp_error(address: Address) -> MachineError:
-    """Something else than a QMP server is behind the socket."""
+    """Error: whatever listens there is no QMP server."""
     return MachineError(
         f"{address_text(address)} does not speak QMP",
-        remedy="name a -qmp (or -mon mode=control) socket, not the human monitor",
+        remedy=f"name a -qmp (or -mon mode=control) socket; a VM without one: {HUMAN_REMEDY}",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a QMP command answers when it fails."""
+"""Errors of QMP commands."""
 
 from __future__ import annotations
 

@@ -1,19 +1,15 @@
-"""QMP events as they came, bounded, readable from any thread."""
+"""QMP events and their subscribers."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 
 import msgspec
 
 logger = logging.getLogger(__name__)
-
-_KEPT = 4096
-"""Events kept until somebody drains them; the oldest go first, and that is counted."""
 
 
 class QmpEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,41 +25,24 @@ class QmpEvent(msgspec.Struct, frozen=True, kw_only=True):
     received_s: float
 
 
-class EventLog:
-    """A bounded log of events with subscribers."""
+class EventSubscribers:
+    """Passes events on; subscribe from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._log: deque[QmpEvent] = deque(maxlen=_KEPT)
         self._subscribers: list[Callable[[QmpEvent], None]] = []
-        self._dropped = 0
 
     def note(self, message: Mapping[str, object]) -> None:
-        """Take one event message of the wire, and tell the subscribers."""
+        """Parse an event message and notify the subscribers."""
         event = _event_of(message)
         with self._lock:
-            if len(self._log) == _KEPT:
-                self._dropped += 1
-            self._log.append(event)
             subscribers = tuple(self._subscribers)
         for subscriber in subscribers:
             try:
                 subscriber(event)
             except Exception:
-                # A subscriber's mistake must not end the connection.
+                # A failing subscriber must not end the connection.
                 logger.exception("a subscriber failed at event %s", event.name)
-
-    def drain(self) -> list[QmpEvent]:
-        """Take out all events, oldest first."""
-        with self._lock:
-            events = list(self._log)
-            self._log.clear()
-        return events
-
-    @property
-    def dropped(self) -> int:
-        """Events lost because nobody drained the log."""
-        return self._dropped
 
     def subscribe(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
         """Call ``callback`` for each event from now on; returns the function that undoes it."""

@@ -1,4 +1,4 @@
-"""QMP messages out of a byte stream (QEMU ``docs/interop/qmp-spec.rst``).
+"""Splits a byte stream into QMP messages (QEMU ``docs/interop/qmp-spec.rst``).
 
 A server ends each message with CR LF. Between them a plain monitor sends one line, and a
 ``-qmp-pretty`` one sends many, of which only the last begins with the closing brace.
@@ -13,11 +13,11 @@ _decode = msgspec.json.Decoder(dict[str, object]).decode
 
 
 class FramingError(Exception):
-    """What came is no QMP message."""
+    """The input is no QMP message."""
 
 
 class Framer:
-    """Takes bytes as they come and gives whole messages."""
+    """Incremental parser of messages."""
 
     def __init__(self) -> None:
         self._rest: list[bytes] = []
@@ -26,7 +26,7 @@ class Framer:
         self._held_bytes = 0
 
     def feed(self, data: bytes) -> list[dict[str, object]]:
-        """Messages that are whole now, in order.
+        """Messages completed by ``data``, in order.
 
         Raises:
             FramingError: what came is no message, or an absurdly long one.
@@ -45,7 +45,7 @@ class Framer:
         return messages
 
     def _line(self, line: bytes) -> dict[str, object] | None:
-        """One more line: the message that it completes, if it does."""
+        """The message that this line completes, if any."""
         if not self._lines:
             if not line.strip():
                 return None

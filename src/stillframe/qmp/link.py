@@ -1,4 +1,4 @@
-"""The bytes of a QMP connection: whole messages in and out, with deadlines.
+"""Sends and receives whole QMP messages, with deadlines.
 
 The socket's description may be shared with a guard process, so it is never shut down.
 """
@@ -63,7 +63,7 @@ class Link:
         return messages
 
     def receive_until_stopped(self, take: Callable[[Message], None]) -> None:
-        """Give every message to ``take`` until the other side hangs up, or ``stop`` is called.
+        """Pass each message to ``take`` until the peer hangs up or ``stop`` is called.
 
         Raises:
             OSError, FramingError: as ``receive``.
@@ -86,7 +86,7 @@ class Link:
         os.eventfd_write(self._stop_fd, 1)
 
     def close(self) -> None:
-        """Close our side; nobody may be receiving any more."""
+        """Close the socket; no thread may be receiving."""
         self.socket.close()
         os.close(self._stop_fd)
 

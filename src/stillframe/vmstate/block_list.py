@@ -10,12 +10,12 @@ from stillframe.vmstate.wire import RamFlag
 
 BLOCK_COUNT_LIMIT = 4096
 RAM_LIMIT_BYTES = 1 << 46
-"""64 TiB: more than any VM has; beyond it the stream is not a VM's."""
+"""64 TiB; no VM has more."""
 _PAGE_SIZE_RANGE_BYTES = range(1 << 10, (1 << 40) + 1)
 
 
 class BlockListReader:
-    """Reads the list; what it holds depends on the stream's capabilities.
+    """Reads the block list, whose form depends on the stream's capabilities.
 
     Args:
         page_bytes: the target's page size.
@@ -94,7 +94,7 @@ class BlockListReader:
                 )
 
     def _page_size(self) -> int | None:
-        """A block's page size, which is only there if it is not the host's own.
+        """A block's page size; sent only if it differs from the host's.
 
         What else may follow is the next block's name, whose length is not 0, or the EOS
         record, whose value is no page size.

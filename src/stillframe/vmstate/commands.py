@@ -1,4 +1,4 @@
-"""COMMAND records: those that only inform are handed on, the others are refused by name.
+"""COMMAND records: informational ones pass, others are refused by name.
 
 Source: QEMU ``migration/savevm.c``, ``qemu_vm_cmd`` and ``mig_cmd_args``.
 """
@@ -21,7 +21,7 @@ _LENGTHS = {
     CommandCode.POSTCOPY_RESUME: (0,),
     CommandCode.SWITCHOVER_START: (0,),
 }
-"""The lengths of their data, where they are fixed."""
+"""Data lengths of commands with a fixed length."""
 
 _INFORMING = frozenset(
     {
@@ -31,11 +31,11 @@ _INFORMING = frozenset(
         CommandCode.SWITCHOVER_START,
     }
 )
-"""Commands that a stream in a file may have."""
+"""Commands allowed in a stored stream."""
 
 
 def take_command(source: StreamSource) -> Command:
-    """Read the record whose type byte was just taken, whatever command it is.
+    """Read any command; its type byte has been consumed.
 
     Raises:
         DataError: truncated, malformed or unknown.
@@ -45,7 +45,7 @@ def take_command(source: StreamSource) -> Command:
 
 
 def read_command(source: StreamSource) -> Command:
-    """As :func:`take_command`, for a stream that nobody can answer.
+    """Like :func:`take_command`, for a stored stream, whose commands cannot be answered.
 
     Raises:
         DataError: truncated, malformed, unknown, or a command of a postcopy or COLO stream,
@@ -63,7 +63,7 @@ def read_command(source: StreamSource) -> Command:
 
 
 def _head(source: StreamSource) -> tuple[CommandCode, int, int]:
-    """Code, where the record starts, and length of its data."""
+    """Command code, offset of the record, data length."""
     start = source.offset - 1
     number = source.u16("a command")
     length = source.u16("a command")

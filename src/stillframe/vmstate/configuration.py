@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
-
 from stillframe.errors import DataError
-from stillframe.vmstate.fields import StateDescription, describe_state, u32, variable_buffer
 from stillframe.vmstate.records import Configuration
 from stillframe.vmstate.source import StreamSource
 from stillframe.vmstate.wire import NAME_LIMIT_BYTES, SectionType
@@ -22,7 +17,7 @@ _PREFIX = "configuration/"
 
 
 def read_configuration(source: StreamSource) -> Configuration:
-    """Read the section whose type byte was just taken.
+    """Read the section; its type byte has been consumed.
 
     Raises:
         DataError: truncated, malformed, or with a subsection or capability that is not known.
@@ -69,29 +64,6 @@ def read_configuration(source: StreamSource) -> Configuration:
     return Configuration(
         name=name, capabilities=capabilities, target_page_bits=page_bits, uuid=uuid
     )
-
-
-def describe_configuration(machine_type: str) -> dict[str, Any]:
-    """The section's entry in the vmdescription, as QEMU 8.2 and later write it."""
-    return describe_state(_DESCRIPTION, _Written(machine_type.encode("ascii")))
-
-
-class _Written(msgspec.Struct):
-    """The section's fields, as the description names them."""
-
-    name: bytes
-
-    @property
-    def len(self) -> int:
-        return len(self.name)
-
-
-_DESCRIPTION = StateDescription(
-    name="configuration",
-    version_id=1,
-    minimum_version_id=1,
-    fields=(u32("len"), variable_buffer("name", "len", limit_bytes=NAME_LIMIT_BYTES)),
-)
 
 
 def _read_capabilities(source: StreamSource) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The vmdescription: where it is in the stream's tail, and the lengths that it tells.
+"""Locates the vmdescription in the stream's tail and reads section lengths from it.
 
 Sources: QEMU ``migration/savevm.c`` (``qemu_savevm_state_vmdesc``), ``migration/vmstate.c``
 (``vmsd_desc_field_start``), ``scripts/analyze-migration.py``.
@@ -6,8 +6,7 @@ Sources: QEMU ``migration/savevm.c`` (``qemu_savevm_state_vmdesc``), ``migration
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import TypeAlias
 
 import msgspec
 
@@ -17,12 +16,12 @@ from stillframe.vmstate.wire import SectionType
 
 DESCRIPTION_LIMIT_BYTES = 64 << 20
 PARSE_LIMIT_BYTES = 16 << 20
-"""A larger description is kept, but not looked into: real ones have up to a few MB."""
+"""Larger descriptions are kept but not parsed; real ones have a few MB at most."""
 
 _HEAD_BYTES = 5
 _TEXT_BYTES = bytes(range(0x20, 0x100))
 _SUBSECTION_HEAD_BYTES = 6
-"""Type byte, length of the name, version; the name comes on top."""
+"""Type byte, name length, version; without the name itself."""
 
 
 class _Field(msgspec.Struct):
@@ -61,7 +60,7 @@ def split_description(tail: bytes, *, tail_offset: int) -> tuple[int, bytes | No
         DataError: the stream is truncated, something follows it, or the description is
             larger than any is.
     """
-    # The text has no control characters, so the last one is one of the five bytes before it.
+    # JSON text has no control characters: the last one belongs to the header before it.
     last_control = len(tail.rstrip(_TEXT_BYTES))
     for start in range(last_control - 1, max(last_control - 1 - _HEAD_BYTES, 0), -1):
         length = int.from_bytes(tail[start + 1 : start + _HEAD_BYTES], "big")
@@ -89,25 +88,12 @@ def split_description(tail: bytes, *, tail_offset: int) -> tuple[int, bytes | No
     return len(tail) - 1, None
 
 
-def parse_description(text: bytes) -> dict[str, Any]:
-    """The description as Python objects.
-
-    Raises:
-        DataError: it is not JSON, not an object, nested too deeply or too large.
-    """
-    if len(text) > PARSE_LIMIT_BYTES:
-        raise DataError(f"the vmdescription has {len(text)} bytes, too many to be shown")
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError("the vmdescription is not JSON", why=str(error)) from error
-    if not isinstance(parsed, dict):
-        raise DataError("the vmdescription is not a JSON object")
-    return parsed
+Sizes: TypeAlias = dict[tuple[str, int], list[int]]
+"""Payload lengths by (idstr, instance id); repeated keys in section order."""
 
 
-def described_sizes(text: bytes, *, text_offset: int) -> dict[tuple[str, int], int] | None:
-    """Payload lengths by (idstr, instance id), or None if the text is too large.
+def described_sizes(text: bytes, *, text_offset: int) -> Sizes | None:
+    """Payload lengths from the description; None if it is too large.
 
     Args:
         text_offset: where the text is in the stream, for errors.
@@ -119,10 +105,11 @@ def described_sizes(text: bytes, *, text_offset: int) -> dict[tuple[str, int], i
         return None
     try:
         root = msgspec.json.decode(text, type=_Root)
-        return {
-            (device.name, device.instance_id): _size(device.fields, device.subsections)
-            for device in root.devices
-        }
+        sizes: Sizes = {}
+        for device in root.devices:
+            size = _size(device.fields, device.subsections)
+            sizes.setdefault((device.name, device.instance_id), []).append(size)
+        return sizes
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise DataError(
             "the vmdescription is malformed", why=str(error), offset_bytes=text_offset
@@ -138,7 +125,7 @@ def _size(fields: tuple[_Field, ...], subsections: tuple[_Subsection, ...]) -> i
 
 
 def follow_sizes(
-    tail: bytes, eof: int, sizes: dict[tuple[str, int], int], *, footers: bool | None
+    tail: bytes, eof: int, sizes: Sizes, *, footers: bool | None
 ) -> tuple[SectionSpan, ...] | None:
     """Cut the tail by the described lengths; None if they do not fit it.
 
@@ -147,17 +134,15 @@ def follow_sizes(
         footers: whether sections have footers; None to let the first one decide.
     """
     spans: list[SectionSpan] = []
-    seen: set[tuple[str, int]] = set()
+    left = {key: iter(lengths) for key, lengths in sizes.items()}
     position = 0
     while position < eof:
         header = read_header(tail, position)
         if header is None or tail[position] != SectionType.FULL:
             return None
-        key = (header.idstr, header.instance_id)
-        size = sizes.get(key)
-        if size is None or size < 0 or key in seen:
+        size = next(left.get((header.idstr, header.instance_id), iter(())), -1)
+        if size < 0:
             return None
-        seen.add(key)
         payload_end = header.payload_start + size
         if payload_end > eof:
             return None

@@ -1,4 +1,4 @@
-"""Device sections: cut the device state into them, patch the run state, describe them.
+"""Device sections: split device state, patch the run state, describe sections.
 
 Sources: QEMU ``migration/savevm.c`` (``qemu_save_device_state``, ``save_section_header``),
 ``migration/global_state.c``, ``scripts/analyze-migration.py``.
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from stillframe.errors import DataError, UsageError
-from stillframe.vmstate.footers import SectionSpan, find_chain
+from stillframe.vmstate.footers import FOOTER_BYTES, SectionSpan, cut_sections
 from stillframe.vmstate.wire import NAME_LIMIT_BYTES, STREAM_MAGIC, STREAM_VERSION, SectionType
 
 EARLY_SUFFIX = "virtio-mem-device-early"
@@ -21,9 +21,10 @@ EARLY_SUFFIX = "virtio-mem-device-early"
 
 GLOBAL_STATE_IDSTR = "globalstate"
 GLOBAL_STATE_BYTES = 104
-"""be32 size of the name with its NUL, then 100 bytes, in all versions."""
+"""be32 length of the name with its NUL, then 100 bytes, in all versions."""
+_ESSENTIAL = frozenset({GLOBAL_STATE_IDSTR, "cpu", "vmcoreinfo"})
 RUN_STATE_LIMIT_BYTES = 31
-"""From QEMU 9.0 on the name has 32 bytes of the 100, with its NUL."""
+"""Since QEMU 9.0 the name has 32 of the 100 bytes, including its NUL."""
 
 _STREAM_HEADER = Struct(">II")
 _U32 = Struct(">I")
@@ -36,7 +37,7 @@ class DeviceSection(msgspec.Struct, frozen=True, kw_only=True):
     """One FULL section of the stream.
 
     ``payload``: what the device's handler wrote. ``raw``: the whole section, from its type
-    byte to the end of its footer.
+    byte to the end of its footer, if it has one.
     """
 
     section_id: int
@@ -46,11 +47,23 @@ class DeviceSection(msgspec.Struct, frozen=True, kw_only=True):
     payload: bytes
     raw: bytes
 
+    @property
+    def has_footer(self) -> bool:
+        """Whether a footer ends it; none does with ``send-section-footer`` off."""
+        header_bytes = _HEAD.size + len(self.idstr) + _TAIL.size
+        return len(self.raw) == header_bytes + len(self.payload) + FOOTER_BYTES
+
 
 def make_section(
-    *, section_id: int, idstr: str, instance_id: int, version_id: int, payload: bytes
+    *,
+    section_id: int,
+    idstr: str,
+    instance_id: int,
+    version_id: int,
+    payload: bytes,
+    footer: bool = True,
 ) -> DeviceSection:
-    """Build a FULL section with header and footer.
+    """Build a FULL section.
 
     Raises:
         UsageError: a number does not fit its field, or the name is empty, too long or not ASCII.
@@ -62,7 +75,7 @@ def make_section(
         instance_id=instance_id,
         version_id=version_id,
     )
-    raw = b"".join((header, payload, section_footer(section_id)))
+    raw = header + payload + (section_footer(section_id) if footer else b"")
     return DeviceSection(
         section_id=section_id,
         idstr=idstr,
@@ -76,7 +89,7 @@ def make_section(
 def section_header(
     kind: SectionType, *, section_id: int, idstr: str, instance_id: int, version_id: int
 ) -> bytes:
-    """The header of a section of any kind; PART and END have no more than the id.
+    """A section header of any kind; PART and END carry the id only.
 
     Raises:
         UsageError: a number does not fit its field, or the name is empty, too long or not ASCII.
@@ -115,7 +128,7 @@ def encode_name(name: str) -> bytes:
 
 
 def section_from_span(data: bytes, span: SectionSpan) -> DeviceSection:
-    """The section that ``span`` delimits in ``data``."""
+    """The section of ``data`` at ``span``."""
     header = span.header
     return DeviceSection(
         section_id=header.section_id,
@@ -127,14 +140,36 @@ def section_from_span(data: bytes, span: SectionSpan) -> DeviceSection:
     )
 
 
-def split_device_state(data: bytes) -> tuple[DeviceSection, ...]:
-    """Cut what ``xen-save-devices-state`` wrote into its sections, in order.
+def split_description(data: bytes) -> tuple[bytes, bytes]:
+    """A device state up to its EOF, and the vmdescription section behind it; empty if none is.
 
-    The data is the stream header, FULL sections with footers, and an EOF byte; see
+    Raises:
+        DataError: it ends with neither.
+    """
+    if data[-1:] == bytes((SectionType.EOF,)):
+        return data, b""
+    marker = bytes((SectionType.EOF, SectionType.VMDESCRIPTION))
+    at = data.rfind(marker)
+    while at >= 0:  # its text has no NUL, its length may
+        (length,) = _U32.unpack(data[at + 2 : at + 6].ljust(4, b"\0"))
+        if at + 6 + length == len(data):
+            return data[: at + 1], data[at + 1 :]
+        at = data.rfind(marker, 0, at)
+    raise DataError(
+        "the device state does not end with EOF",
+        why="it is truncated, or something follows it",
+        offset_bytes=max(0, len(data) - 1),
+    )
+
+
+def split_device_state(data: bytes) -> tuple[DeviceSection, ...]:
+    """Split the output of ``xen-save-devices-state`` into sections, in order.
+
+    The data is the stream header, FULL sections and an EOF byte; see
     :mod:`stillframe.vmstate.footers` for how the sections' ends are found.
 
     Raises:
-        DataError: not such data, damaged, ambiguous, or written without section footers.
+        DataError: not such data, damaged, or ambiguous.
     """
     start = _STREAM_HEADER.size
     if len(data) < start + 1:
@@ -164,13 +199,23 @@ def split_device_state(data: bytes) -> tuple[DeviceSection, ...]:
         )
     if last == start:
         return ()
-    spans = find_chain(data, start, eof=last)
+    spans = cut_sections(data, start, eof=last, essential=is_essential)
     return tuple(section_from_span(data, span) for span in spans)
+
+
+def is_early_idstr(idstr: str) -> bool:
+    """Whether a section of this name belongs before the RAM pages."""
+    return idstr.endswith(EARLY_SUFFIX)
 
 
 def is_early(section: DeviceSection) -> bool:
     """Whether the section belongs before the RAM pages."""
-    return section.idstr.endswith(EARLY_SUFFIX)
+    return is_early_idstr(section.idstr)
+
+
+def is_essential(idstr: str) -> bool:
+    """Whether we parse or move this section instead of passing it through."""
+    return idstr in _ESSENTIAL or is_early_idstr(idstr)
 
 
 def find_section(
@@ -226,6 +271,23 @@ def unpack_run_state(size: int, field: bytes) -> str:
     return name[:-1].decode("ascii")
 
 
+def make_global_state(state: str, *, section_id: int, footer: bool = True) -> DeviceSection:
+    """A ``globalstate`` section that stores a run state.
+
+    Raises:
+        UsageError: the state's name is empty, too long or not ASCII.
+    """
+    size, name = pack_run_state(state)
+    return make_section(
+        section_id=section_id,
+        idstr=GLOBAL_STATE_IDSTR,
+        instance_id=0,
+        version_id=1,
+        payload=(_U32.pack(size) + name).ljust(GLOBAL_STATE_BYTES, b"\0"),
+        footer=footer,
+    )
+
+
 def with_run_state(section: DeviceSection, state: str) -> DeviceSection:
     """A copy of the ``globalstate`` section that stores another run state.
 
@@ -238,7 +300,7 @@ def with_run_state(section: DeviceSection, state: str) -> DeviceSection:
     """
     _check_global_state(section)
     size, name = pack_run_state(state)
-    # The bytes after the name's 32 hold other fields since QEMU 9.0: they stay.
+    # Since QEMU 9.0 other fields follow the name's 32 bytes: keep them.
     payload = _U32.pack(size) + name + section.payload[4 + len(name) :]
     return make_section(
         section_id=section.section_id,
@@ -246,6 +308,7 @@ def with_run_state(section: DeviceSection, state: str) -> DeviceSection:
         instance_id=section.instance_id,
         version_id=section.version_id,
         payload=payload,
+        footer=section.has_footer,
     )
 
 

@@ -1,9 +1,9 @@
-"""Finding where device sections end, by their footers.
+"""Cuts a stream's tail into device sections.
 
-The stream has no section lengths: a device's payload is whatever its handler wrote, and
-only the footer (``7e`` and the section's own id, big-endian) follows. A payload may contain
-these five bytes by chance or because a guest put them there, so one footer proves nothing;
-a chain of sections that covers the data exactly up to its end does. Format: QEMU
+The stream has no section lengths. A section ends with a footer (``7e`` and its own id,
+big-endian) unless the machine has ``send-section-footer`` off, as all machine types up to 2.3
+have. Guest data in a payload may look like a footer or a header, so a single footer proves
+nothing; a chain of sections up to the very end of the data does. Format: QEMU
 ``migration/savevm.c``, ``save_section_header`` and ``save_section_footer``.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from struct import Struct
 from typing import NamedTuple
 
@@ -20,13 +21,17 @@ from stillframe.vmstate.wire import SectionType
 
 FOOTER_BYTES = 5
 BOUNDARY_LIMIT = 1 << 16
-"""Real streams have one boundary per section. More than this many are an attack."""
+"""A stream has one boundary per section; one with more than this is hostile."""
 STEP_LIMIT = 1 << 17
-VERSION_LIMIT = 0xFFFF
+CHAIN_LIMIT = 64
+VERSION_LIMIT = 0x7FFFFFFF
+"""QEMU's ``version_id`` is an int; the ``eeprom`` section's is 20061112."""
 
 _HEAD = Struct(">BIB")
 _TAIL = Struct(">II")
-_BOUNDARY = re.compile(rb"\x7e(?=(.{4})\x04.{4}[^\x00][ -~])", re.DOTALL)
+HEADER_LIMIT_BYTES = _HEAD.size + 255 + _TAIL.size
+_BOUNDARY = re.compile(rb"\x7e(?=.{4}\x04.{4}[^\x00][ -~])", re.DOTALL)
+_HEADER = re.compile(rb"\x04(?=\x00\x00..[^\x00][0-9A-Za-z/])", re.DOTALL)
 _PRINTABLE = re.compile(rb"[ -~]+")
 
 
@@ -74,6 +79,59 @@ def read_header(data: bytes | memoryview, start: int) -> SectionHeader | None:
     )
 
 
+def cut_sections(
+    data: bytes,
+    start: int,
+    *,
+    eof: int,
+    essential: Callable[[str], bool],
+    footers: bool | None = None,
+    data_offset: int = 0,
+) -> tuple[SectionSpan, ...]:
+    """Cut the FULL sections that follow each other from ``start`` to ``eof``.
+
+    If the data can be read in several ways, one of those with the fewest repeated names is
+    taken: QEMU up to 7.2 registers every user network as ``slirp``, instance 0. The bytes and
+    their order are the same in all of them.
+
+    Args:
+        data: everything from the first section to the end of the stream.
+        start: byte offset of the first section's type byte.
+        eof: byte offset of the EOF byte that ends the device sections.
+        essential: whether the section of this name must be the same in all readings.
+        footers: whether sections have footers; None to find out.
+        data_offset: where ``data`` is in the stream, for errors.
+
+    Raises:
+        DataError: there is no reading, or they differ in an essential section (a guest may have
+            planted one in a device's buffer), or there are unreasonably many.
+    """
+    first = read_header(data, start)
+    if first is None or data[start] != SectionType.FULL:
+        raise DataError("no device section where one must start", offset_bytes=data_offset + start)
+    if footers is False:
+        return _spans_between(_headers(data, first, eof, data_offset), eof)
+    search = _ChainSearch(data, start, eof, data_offset)
+    if search.leads_on(first):
+        chains = _chains(search, first)
+        if chains:
+            return _choose(chains, essential, data_offset + start)
+        raise DataError(
+            "two device sections have the same id",
+            why="the device state is damaged",
+            offset_bytes=data_offset + start,
+        )
+    headers = _headers(data, first, eof, data_offset)
+    if footers is None and len(headers) > 1 and not _any_footer(data, headers, eof):
+        return _spans_between(headers, eof)
+    lost = _last_with_footer(data, headers)
+    raise DataError(
+        f"device section '{lost.idstr}' does not end",
+        why="the device state is truncated or damaged",
+        offset_bytes=data_offset + lost.start,
+    )
+
+
 class _ChainSearch:
     """All possible boundaries of the data, and which of them lead to its end.
 
@@ -107,15 +165,10 @@ class _ChainSearch:
         for match in _BOUNDARY.finditer(self.data, start, eof):
             footer = match.start()
             header = read_header(self.data, footer + FOOTER_BYTES)
-            if header is None:
-                continue
-            if len(found) == BOUNDARY_LIMIT:
-                raise DataError(
-                    "the device sections are not a real VM's",
-                    why=f"more than {BOUNDARY_LIMIT} places could be the end of a section",
-                    offset_bytes=self.data_offset + footer,
-                )
-            found.append(_Boundary(footer, header))
+            if header is not None:
+                if len(found) == BOUNDARY_LIMIT:
+                    raise _too_many(BOUNDARY_LIMIT, self.data_offset + footer)
+                found.append(_Boundary(footer, header))
         return found
 
     def leads_on(self, header: SectionHeader) -> bool:
@@ -133,57 +186,17 @@ class _ChainSearch:
         return bisect_right(positions, -header.payload_start)
 
 
-def find_chain(
-    data: bytes, start: int, *, eof: int, data_offset: int = 0
-) -> tuple[SectionSpan, ...]:
-    """Split FULL sections that follow each other from ``start`` to ``eof``.
-
-    Args:
-        data: everything from the first section to the end of the stream.
-        start: byte offset of the first section's type byte.
-        eof: byte offset of the EOF byte that ends the device sections.
-        data_offset: where ``data`` is in the stream, for errors.
-
-    Raises:
-        DataError: there is no such chain, or more than one with unique ids and names
-            (a guest may have planted one in a device's buffer), or the data makes the
-            search unreasonably long.
-    """
-    first = read_header(data, start)
-    if first is None or data[start] != SectionType.FULL:
-        raise DataError("no device section where one must start", offset_bytes=data_offset + start)
-    search = _ChainSearch(data, start, eof, data_offset)
-    paths = _paths(search, first)
-    if len(paths) > 1:
-        raise DataError(
-            "the device sections can be read in more than one way",
-            why="a device's state contains what looks like the end of its section",
-            remedy="take the snapshot again, when the guest has moved on",
-            offset_bytes=data_offset + start,
-        )
-    if not paths and search.leads_on(first):
-        raise DataError(
-            "two device sections have the same id or the same name",
-            why="the device state is damaged",
-            offset_bytes=data_offset + start,
-        )
-    if not paths:
-        raise _lost(data, first, data_offset)
-    return paths[0]
-
-
-def _paths(search: _ChainSearch, first: SectionHeader) -> list[tuple[SectionSpan, ...]]:
-    """At most two chains in which section ids and (idstr, instance) are unique."""
-    paths: list[tuple[SectionSpan, ...]] = []
+def _chains(search: _ChainSearch, first: SectionHeader) -> list[tuple[SectionSpan, ...]]:
+    """All chains in which section ids are unique."""
+    chains: list[tuple[SectionSpan, ...]] = []
     headers = [first]
     ends: list[int] = []
     choices = [search.onward(first)]
     ids = {first.section_id}
-    names = {(first.idstr, first.instance_id)}
     steps = 0
-    while choices and len(paths) < 2:
+    while choices:
         steps += 1
-        if steps > STEP_LIMIT:
+        if steps > STEP_LIMIT or len(chains) > CHAIN_LIMIT:
             raise DataError(
                 "the device sections are not a real VM's",
                 why="they can be read in too many ways",
@@ -192,60 +205,85 @@ def _paths(search: _ChainSearch, first: SectionHeader) -> list[tuple[SectionSpan
         boundary = next(choices[-1], None)
         if boundary is None:
             choices.pop()
-            gone = headers.pop()
-            ids.discard(gone.section_id)
-            names.discard((gone.idstr, gone.instance_id))
+            ids.discard(headers.pop().section_id)
             if ends:
                 ends.pop()
-            continue
-        following = boundary.next_header
-        if following is None:
-            closed = [*ends, boundary.footer]
-            paths.append(
-                tuple(
-                    SectionSpan(h, e, e + FOOTER_BYTES)
-                    for h, e in zip(headers, closed, strict=True)
-                )
-            )
-            continue
-        name = (following.idstr, following.instance_id)
-        if following.section_id in ids or name in names:
-            continue
-        ids.add(following.section_id)
-        names.add(name)
-        headers.append(following)
-        ends.append(boundary.footer)
-        choices.append(search.onward(following))
-    return paths
+        elif boundary.next_header is None:
+            closed = zip(headers, [*ends, boundary.footer], strict=True)
+            chains.append(tuple(SectionSpan(h, e, e + FOOTER_BYTES) for h, e in closed))
+        elif boundary.next_header.section_id not in ids:
+            ids.add(boundary.next_header.section_id)
+            headers.append(boundary.next_header)
+            ends.append(boundary.footer)
+            choices.append(search.onward(boundary.next_header))
+    return chains
 
 
-def _lost(data: bytes, first: SectionHeader, data_offset: int) -> DataError:
-    """Say at which section the chain broke: follow the first plausible footers."""
-    header = first
-    while True:
-        footer_bytes = b"\x7e" + header.section_id.to_bytes(4, "big")
-        footer = data.find(footer_bytes, header.payload_start)
-        following = None
-        while footer >= 0:
-            after = footer + FOOTER_BYTES
-            if data[after : after + 1] == b"\x04":
-                following = read_header(data, after)
-                if following is not None:
-                    break
-            footer = data.find(footer_bytes, footer + 1)
-        if following is None:
-            break
-        header = following
-    if header is first and data.find(footer_bytes, header.payload_start) < 0:
-        return DataError(
-            "the device sections have no footers",
-            why=f"section '{header.idstr}' is not followed by one: the machine was started with "
-            "send-section-footer off, or the data is damaged",
-            remedy="start it without -global migration.send-section-footer=off",
-            offset_bytes=data_offset + header.payload_start,
+def _choose(
+    chains: list[tuple[SectionSpan, ...]], essential: Callable[[str], bool], offset_bytes: int
+) -> tuple[SectionSpan, ...]:
+    names = [len({(s.header.idstr, s.header.instance_id) for s in chain}) for chain in chains]
+    repeated = [len(chain) - count for chain, count in zip(chains, names, strict=True)]
+    best = [c for c, count in zip(chains, repeated, strict=True) if count == min(repeated)]
+    if len({tuple(s for s in chain if essential(s.header.idstr)) for chain in best}) > 1:
+        raise DataError(
+            "the device sections can be read in more than one way",
+            why="a device's state contains what looks like a section's end",
+            remedy="take another snapshot a moment later",
+            offset_bytes=offset_bytes,
         )
+    return best[0]
+
+
+def _headers(data: bytes, first: SectionHeader, eof: int, data_offset: int) -> list[SectionHeader]:
+    """Whatever looks like a section's header outside of other headers, each id once."""
+    found = [first]
+    ids = {first.section_id}
+    for number, match in enumerate(_HEADER.finditer(data, first.payload_start, eof)):
+        if number == STEP_LIMIT:
+            raise _too_many(STEP_LIMIT, data_offset + match.start())
+        header = read_header(data, match.start())
+        if (
+            header is not None
+            and header.section_id not in ids
+            and found[-1].payload_start <= header.start
+            and header.payload_start <= eof
+        ):
+            found.append(header)
+            ids.add(header.section_id)
+    return found
+
+
+def _spans_between(headers: list[SectionHeader], eof: int) -> tuple[SectionSpan, ...]:
+    """Sections without footers: each ends where the next one starts."""
+    ends = [*(header.start for header in headers[1:]), eof]
+    return tuple(SectionSpan(h, end, end) for h, end in zip(headers, ends, strict=True))
+
+
+def _any_footer(data: bytes, headers: list[SectionHeader], eof: int) -> bool:
+    """Whether a footer is where one must be if there were any."""
+    ids = {header.section_id for header in headers}
+    return any(_footer_id(data, end) in ids for end in (*(h.start for h in headers[1:]), eof))
+
+
+def _last_with_footer(data: bytes, headers: list[SectionHeader]) -> SectionHeader:
+    """The section where the chain broke: the first that has no footer before the next header."""
+    for header, following in pairwise(headers):
+        if _footer_id(data, following.start) != header.section_id:
+            return header
+    return headers[-1]
+
+
+def _footer_id(data: bytes, end: int) -> int | None:
+    """The id in the footer that ends at ``end``; None if none does."""
+    footer = data[max(end - FOOTER_BYTES, 0) : end]
+    is_footer = len(footer) == FOOTER_BYTES and footer[0] == SectionType.FOOTER
+    return int.from_bytes(footer[1:], "big") if is_footer else None
+
+
+def _too_many(limit: int, offset_bytes: int) -> DataError:
     return DataError(
-        f"device section '{header.idstr}' does not end",
-        why="the device state is truncated or damaged",
-        offset_bytes=data_offset + header.start,
+        "the device sections are not a real VM's",
+        why=f"more than {limit} places could be the end of a section",
+        offset_bytes=offset_bytes,
     )

@@ -36,7 +36,7 @@ class MappedBlock(NamedTuple):
 def read_mapped_header(
     source: StreamSource, used_length_bytes: int, page_bytes: int
 ) -> MappedBlock:
-    """Read the header after a block's entry, and go to what follows the block's pages.
+    """Read a block's mapped-ram header and skip past the block's pages.
 
     Raises:
         DataError: truncated, malformed, or the source cannot seek.

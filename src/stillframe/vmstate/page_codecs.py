@@ -1,4 +1,4 @@
-"""Pages that came packed: XBZRLE deltas and zlib."""
+"""Decoders for XBZRLE deltas and zlib-compressed pages."""
 
 from __future__ import annotations
 

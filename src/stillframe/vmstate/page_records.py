@@ -1,4 +1,4 @@
-"""Page records of QEMU's ``ram`` section, made in runs: pure functions that return bytes.
+"""Page records of QEMU's ``ram`` section, encoded in runs: pure functions that return bytes.
 
 Source: QEMU ``migration/ram.c``, ``save_page_header`` and ``save_zero_page``.
 """
@@ -16,7 +16,7 @@ _WORD_BYTES = 8
 _ZERO_RECORD_BYTES = _WORD_BYTES + 1
 _FLAG_BITS = 0x3FF
 _OFFSET_LIMIT = 1 << 64
-# Plain numbers: an IntFlag keeps every new combination for good.
+# Plain ints: an IntFlag caches every new combination forever.
 _PAGE = int(RamFlag.PAGE)
 _ZERO = int(RamFlag.ZERO)
 _CONTINUE = int(RamFlag.CONTINUE)

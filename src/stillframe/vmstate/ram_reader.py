@@ -18,10 +18,10 @@ from stillframe.vmstate.source import StreamSource
 from stillframe.vmstate.wire import XBZRLE_ENCODING, RamFlag
 
 PageLookup: TypeAlias = Callable[[int, int], bytes]
-"""Gives a page's present content, from (block index, offset in bytes)."""
+"""Returns a page's current content by (block index, byte offset)."""
 
 RUN_LIMIT_BYTES = 1 << 20
-"""Neighbouring pages are handed on in runs of up to this many bytes."""
+"""Adjacent pages are yielded in runs of up to this many bytes."""
 ZERO_RUN_LIMIT_PAGES = 1 << 18
 
 _WORD = Struct(">Q")
@@ -52,7 +52,7 @@ RamEvent: TypeAlias = RamBlocks | Pages | ZeroRun
 
 
 class RamReader:
-    """State of the RAM section across its parts."""
+    """Parser state that persists across the RAM section's parts."""
 
     def __init__(
         self, source: StreamSource, *, page_bytes: int, page_lookup: PageLookup | None
@@ -119,7 +119,7 @@ class RamReader:
             yield run
 
     def check_complete(self) -> None:
-        """Refuse a stream whose data pages all went elsewhere.
+        """Refuse a stream whose data pages went through other channels.
 
         QEMU up to 8.0 does not mark multifd streams; but it sends the zero pages, and only
         these, in the main one. No VM has a block that is partly sent and not a byte of data.
@@ -142,7 +142,7 @@ class RamReader:
         page_bytes = self._page_bytes
         while True:
             yield from self._read_page_runs()
-            # What is left is rare: another block, another kind, the end.
+            # The rare cases: another block, another record kind, the end.
             source = self._source
             start = source.offset
             word = source.u64("a RAM record")

@@ -1,4 +1,4 @@
-"""Reading QEMU's migration stream, version 3: strict, in bounded memory.
+"""Strict parser for QEMU's migration stream, version 3; memory is bounded.
 
 Streams of QEMU 6 to 10.2 are read: configuration, RAM with whole, zero, XBZRLE and compressed
 pages, mapped-ram, device sections, informing commands, description. Refused by name, since
@@ -26,21 +26,16 @@ from stillframe.vmstate.description import (
     follow_sizes,
     split_description,
 )
-from stillframe.vmstate.devices import section_from_span
-from stillframe.vmstate.early import is_early_header, peek_full_header, read_early_section
-from stillframe.vmstate.footers import find_chain
+from stillframe.vmstate.devices import is_essential, section_from_span
+from stillframe.vmstate.early import read_early_section
+from stillframe.vmstate.footers import cut_sections
 from stillframe.vmstate.ram_reader import PageLookup, RamReader
 from stillframe.vmstate.records import (
-    BlockSummary,
     Configuration,
     Description,
     Device,
     Eof,
     Event,
-    Pages,
-    RamBlocks,
-    StreamSummary,
-    ZeroRun,
 )
 from stillframe.vmstate.source import Source, StreamSource
 from stillframe.vmstate.stream_header import read_stream_header
@@ -57,7 +52,7 @@ DEFAULT_PAGE_BYTES = 4096
 
 _COMMAND_LIMIT = 1 << 16
 _EARLY_LIMIT = 4096
-"""More commands or early sections than this are an attack: each is an event."""
+"""A stream with more commands or early sections is hostile; each is an event."""
 
 
 class StreamReader:
@@ -94,8 +89,18 @@ class StreamReader:
         """Bytes of the stream parsed so far."""
         return self._source.offset
 
+    @property
+    def footers(self) -> bool | None:
+        """Whether sections have footers; None until the first RAM section was read."""
+        return self._footers
+
+    @property
+    def ram_section_id(self) -> int:
+        """Of the RAM sections; 0 before the first."""
+        return self._ram_id
+
     def events(self) -> Iterator[Event]:
-        """What the stream holds, in order, as it is read.
+        """Yield the stream's content in order while reading it.
 
         Raises:
             DataError: the stream is damaged, truncated, hostile or of a kind that is refused;
@@ -129,8 +134,12 @@ class StreamReader:
             elif kind in (SectionType.PART, SectionType.END):
                 yield from self._ram_part()
             elif kind == SectionType.FULL:
-                header = peek_full_header(source)
-                if not is_early_header(header):
+                section = read_early_section(
+                    source,
+                    limit_bytes=self._device_limit_bytes,
+                    footer=self._footers is not False,
+                )
+                if section is None:
                     break
                 if early_sections == _EARLY_LIMIT:
                     raise DataError(
@@ -138,9 +147,7 @@ class StreamReader:
                         offset_bytes=start,
                     )
                 early_sections += 1
-                yield Device(
-                    read_early_section(source, header, limit_bytes=self._device_limit_bytes)
-                )
+                yield Device(section)
             elif kind == SectionType.EOF:
                 break
             elif kind is None:
@@ -161,8 +168,8 @@ class StreamReader:
         version_id = source.u32("a section's header")
         if idstr != RAM_IDSTR:
             raise DataError(
-                f"the stream has a section '{idstr}' that was sent in several parts",
-                why="only RAM is read in parts; block migration, dirty bitmaps and VFIO are not",
+                f"the stream has a section '{idstr}' in several parts",
+                why="only RAM may be in parts, not block migration, dirty bitmaps or VFIO",
                 offset_bytes=start,
             )
         if (instance_id, version_id) != (RAM_INSTANCE_ID, RAM_VERSION) or section_id == 0:
@@ -202,7 +209,7 @@ class StreamReader:
         self._footer()
 
     def _footer(self) -> None:
-        """Footers are there for all sections or for none; the first RAM section decides."""
+        """All sections have footers or none does; the first RAM section tells."""
         source = self._source
         has_footer = source.peek() == SectionType.FOOTER
         if self._footers is None:
@@ -243,77 +250,16 @@ class StreamReader:
         if spans is None and eof == 0:
             spans = ()
         if spans is None:
-            if self._footers is False:
-                raise DataError(
-                    "the device sections cannot be told apart",
-                    why="the stream has no section footers, and no description that fits it",
-                    offset_bytes=start,
-                )
-            spans = find_chain(tail, 0, eof=eof, data_offset=start)
+            spans = cut_sections(
+                tail,
+                0,
+                eof=eof,
+                essential=is_essential,
+                footers=self._footers,
+                data_offset=start,
+            )
         for span in spans:
             yield Device(section_from_span(tail, span))
         yield Eof()
         if text is not None:
             yield Description(text=text, sizes_agree=sizes_agree)
-
-
-def verify_stream(
-    source: Source,
-    *,
-    page_lookup: PageLookup | None = None,
-    device_limit_bytes: int = DEVICE_LIMIT_BYTES,
-) -> StreamSummary:
-    """Parse a stream to its end and count what it holds.
-
-    Raises:
-        DataError: as :meth:`StreamReader.events`.
-    """
-    reader = StreamReader(source, page_lookup=page_lookup, device_limit_bytes=device_limit_bytes)
-    machine_type: str | None = None
-    capabilities: tuple[str, ...] = ()
-    blocks: tuple[tuple[str, int], ...] = ()
-    data_pages: list[int] = []
-    zero_pages: list[int] = []
-    devices: list[str] = []
-    device_bytes = 0
-    description: Description | None = None
-    for event in reader.events():
-        match event:
-            case Pages():
-                data_pages[event.block_index] += len(event.data) // reader.page_bytes
-            case ZeroRun():
-                zero_pages[event.block_index] += event.pages
-            case Configuration():
-                machine_type = event.name
-                capabilities = event.capabilities
-            case RamBlocks():
-                blocks = tuple((b.idstr, b.used_length_bytes) for b in event.blocks)
-                data_pages = [0] * len(blocks)
-                zero_pages = [0] * len(blocks)
-            case Device():
-                devices.append(event.section.idstr)
-                device_bytes += len(event.section.raw)
-            case Description():
-                description = event
-            case _:
-                pass
-    return StreamSummary(
-        stream_bytes=reader.offset_bytes,
-        machine_type=machine_type,
-        capabilities=capabilities,
-        target_page_bytes=reader.page_bytes,
-        blocks=tuple(
-            BlockSummary(
-                idstr=idstr,
-                used_length_bytes=used_length_bytes,
-                pages=used_length_bytes // reader.page_bytes,
-                data_pages=data_pages[index],
-                zero_pages=zero_pages[index],
-            )
-            for index, (idstr, used_length_bytes) in enumerate(blocks)
-        ),
-        devices=tuple(devices),
-        device_bytes=device_bytes,
-        has_description=description is not None,
-        description_sizes_agree=description.sizes_agree if description else None,
-    )

@@ -1,4 +1,4 @@
-"""What the stream reader yields: one frozen record for each thing in a migration stream."""
+"""Events of the stream reader, as frozen records."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class StreamBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RamBlocks(msgspec.Struct, frozen=True, kw_only=True):
-    """The list of RAM blocks; ``block_index`` of later records counts in it."""
+    """The list of RAM blocks, to which ``block_index`` of later events refers."""
 
     blocks: tuple[StreamBlock, ...]
 
 
 class Pages(msgspec.Struct, frozen=True):
-    """A run of neighbouring pages with their content.
+    """A run of adjacent pages with content.
 
     A later run may hold a page again; the later one counts.
     """
@@ -59,7 +59,7 @@ class Pages(msgspec.Struct, frozen=True):
 
 
 class ZeroRun(msgspec.Struct, frozen=True):
-    """A run of neighbouring target pages that hold only zeroes."""
+    """A run of adjacent zero pages (target pages)."""
 
     block_index: int
     offset_bytes: int
@@ -98,38 +98,3 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 Event: TypeAlias = (
     Header | Configuration | RamBlocks | Pages | ZeroRun | Device | Command | Eof | Description
 )
-
-
-class BlockSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """How often pages of one block came in the stream, target pages.
-
-    ``pages``: how many the block has. A page that came twice is counted twice.
-    """
-
-    idstr: str
-    used_length_bytes: int
-    pages: int
-    data_pages: int
-    zero_pages: int
-
-    @property
-    def missing_pages(self) -> int:
-        """Pages that did not come: exact if none came twice, else at least so many.
-
-        They are ignored shared RAM, unplugged memory, or the stream is an incremental one.
-        """
-        return max(0, self.pages - self.data_pages - self.zero_pages)
-
-
-class StreamSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a whole stream holds."""
-
-    stream_bytes: int
-    machine_type: str | None
-    capabilities: tuple[str, ...]
-    target_page_bytes: int
-    blocks: tuple[BlockSummary, ...]
-    devices: tuple[str, ...]
-    device_bytes: int
-    has_description: bool
-    description_sizes_agree: bool | None

@@ -1,4 +1,4 @@
-"""Buffered reading of a stream that may end, lie or be endless."""
+"""Buffered reads from an untrusted stream."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _SeekableSource(Source, Protocol):
 
 
 class StreamSource:
-    """Takes bytes and numbers from a source, with the position for errors.
+    """Reads bytes and integers from a source and tracks the offset for errors.
 
     ``buffer`` and ``position`` are open to the RAM loop, which is too hot for calls.
 
@@ -51,12 +51,12 @@ class StreamSource:
 
     @property
     def offset(self) -> int:
-        """Bytes of the stream taken so far."""
+        """Bytes consumed so far."""
         return self._buffer_offset + self.position
 
     @property
     def available(self) -> int:
-        """Bytes in the buffer that were not taken yet."""
+        """Unread bytes in the buffer."""
         return len(self.buffer) - self.position
 
     def prefetch(self, size: int) -> bool:
@@ -77,7 +77,7 @@ class StreamSource:
         return missing <= 0
 
     def prefetch_if_stored(self, size: int) -> bool:
-        """As ``prefetch``, to have longer runs at hand; does not wait for a live writer."""
+        """Like ``prefetch``, but never waits for a live writer; allows longer runs."""
         return not self._live and self.prefetch(size)
 
     def _read(self, size: int) -> bytes:
@@ -127,7 +127,7 @@ class StreamSource:
         return int(_U64.unpack(self.take(8, what))[0])
 
     def name(self, what: str) -> str:
-        """A name with a one-byte length in front: 1 to 255 printable ASCII characters."""
+        """A length-prefixed name: 1 to 255 printable ASCII characters."""
         return self.text(self.u8(what), what)
 
     def text(self, size: int, what: str) -> str:

@@ -1,4 +1,4 @@
-"""The stream's first eight bytes, and what else a file may turn out to be.
+"""The stream header; recognizes other file types by their magic.
 
 Source: QEMU ``migration/savevm.c``, ``qemu_loadvm_state_header``.
 """

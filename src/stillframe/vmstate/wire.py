@@ -10,6 +10,7 @@ from enum import IntEnum, IntFlag
 
 STREAM_MAGIC = 0x5145564D
 """``QEVM``."""
+STREAM_START = STREAM_MAGIC.to_bytes(4, "big")
 STREAM_VERSION = 3
 
 MULTIFD_MAGIC = 0x11223344

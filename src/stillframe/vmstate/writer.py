@@ -1,4 +1,4 @@
-"""QEMU's migration stream, version 3, written piece by piece: pure functions that return bytes.
+"""Encoder for the pieces of QEMU's migration stream, version 3: pure functions.
 
 A whole stream is, in this order: :func:`stream_header`, :func:`configuration_section`,
 :func:`ram_start_section`, early device sections, RAM parts (:func:`ram_part_prefix`, page
@@ -60,12 +60,15 @@ def configuration_section(machine_type: str) -> bytes:
     return bytes((SectionType.CONFIGURATION,)) + _U32.pack(len(name)) + name
 
 
-def ram_start_section(blocks: Sequence[tuple[str, int]], *, section_id: int) -> bytes:
+def ram_start_section(
+    blocks: Sequence[tuple[str, int]], *, section_id: int, footer: bool = True
+) -> bytes:
     """The START section of RAM: the list of all blocks, without any page.
 
     Args:
         blocks: (idstr, used length in bytes) of every migratable block.
-        section_id: from :func:`choose_ram_section_id`.
+        section_id: from :func:`choose_section_id`.
+        footer: whether the stream's sections have footers.
 
     Raises:
         UsageError: a name is malformed or there twice, a length is no multiple of the smallest
@@ -82,7 +85,7 @@ def ram_start_section(blocks: Sequence[tuple[str, int]], *, section_id: int) -> 
                 version_id=RAM_VERSION,
             ),
             ram_block_list(blocks),
-            section_footer(section_id),
+            section_footer(section_id) if footer else b"",
         )
     )
 
@@ -119,16 +122,16 @@ def ram_part_prefix(section_id: int) -> bytes:
     return _TYPE_ID.pack(SectionType.PART, section_id)
 
 
-def ram_part_suffix(section_id: int) -> bytes:
+def ram_part_suffix(section_id: int, *, footer: bool = True) -> bytes:
     """The end of a RAM part: EOS record and footer."""
     _check_section_id(section_id)
-    return ram_eos() + section_footer(section_id)
+    return ram_eos() + (section_footer(section_id) if footer else b"")
 
 
-def ram_end_section(section_id: int) -> bytes:
+def ram_end_section(section_id: int, *, footer: bool = True) -> bytes:
     """A whole END section of RAM, without page records."""
-    _check_section_id(section_id)
-    return _TYPE_ID.pack(SectionType.END, section_id) + ram_part_suffix(section_id)
+    suffix = ram_part_suffix(section_id, footer=footer)
+    return _TYPE_ID.pack(SectionType.END, section_id) + suffix
 
 
 def ram_page_record(offset_bytes: int, page: bytes, *, block: str | None) -> bytes:
@@ -155,14 +158,14 @@ def eof() -> bytes:
 def vmdescription(description: Mapping[str, Any]) -> bytes:
     """The description that follows EOF, as QEMU's compact JSON writer writes it."""
     text = json.dumps(description, separators=(", ", ": "), ensure_ascii=True).encode("ascii")
-    # scripts/analyze-migration.py takes the first such byte after the last NUL for the JSON's.
+    # scripts/analyze-migration.py looks for the JSON's start after the last NUL.
     while b"{" in _U32.pack(len(text)):
         text = b"{ " + text[1:]
     return _TYPE_ID.pack(SectionType.VMDESCRIPTION, len(text)) + text
 
 
-def choose_ram_section_id(device_sections: Iterable[DeviceSection]) -> int:
-    """A section id for RAM that no device section has, and that is not 0.
+def choose_section_id(device_sections: Iterable[DeviceSection]) -> int:
+    """A non-zero section id that no device section uses; QEMU's own for RAM if free.
 
     QEMU's loader matches RAM parts by this id alone, and an entry that was not loaded yet
     has id 0 there.
@@ -182,7 +185,7 @@ def _name(name: str) -> bytes:
 def _word(offset_bytes: int, flags: RamFlag) -> bytes:
     if offset_bytes & _FLAG_BITS or not 0 <= offset_bytes < _OFFSET_LIMIT:
         raise UsageError(f"offset or length {offset_bytes} is no multiple of a page")
-    # int(): an IntFlag keeps every new combination for good.
+    # int(): an IntFlag caches every new combination forever.
     return _U64.pack(offset_bytes | int(flags))
 
 

@@ -29,7 +29,7 @@ _XMM = Struct(">QQ")
 _SYSTEM = Struct(">6Q")
 
 _A20_MASKS = frozenset({-1, ~(1 << 20)})
-"""The address line 20 is open or masked; any other value means that this is no x86-64 CPU."""
+"""A20 enabled or masked; any other value is no x86-64 CPU's."""
 
 
 class X86Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +92,7 @@ class X86CpuState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Fields:
-    """Takes fixed structures from the payload, one after the other."""
+    """Reads consecutive structures from the payload."""
 
     def __init__(self, payload: bytes) -> None:
         self._payload = payload

@@ -1,0 +1,1 @@
+"""The board's hardware: vCPUs, devices, the machine that joins them."""

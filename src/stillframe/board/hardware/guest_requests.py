@@ -1,0 +1,68 @@
+"""The control thread: does what the guest asks for and cannot do itself, since its vCPUs must
+be stopped for it; and ends the board, for whoever cannot wait for that.
+
+Source: QEMU ``softmmu/runstate.c`` (main_loop_should_exit), for the order of events.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from stillframe.board.hardware.board_thread import BoardThread
+from stillframe.board.hardware.power import NOTHING, Power
+from stillframe.board.hardware.run_control import RunControl
+from stillframe.board.hardware.vcpu import Vcpu
+
+logger = logging.getLogger(__name__)
+
+
+class GuestRequests(BoardThread):
+    def __init__(
+        self,
+        control: RunControl,
+        power: Power,
+        vcpus: tuple[Vcpu, ...],
+        serve: Callable[[int], None],
+        end: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            serve: does what is asked for; called while everything is stopped.
+            end: ends the board; called without the board lock, as the thread's last deed.
+        """
+        super().__init__("control", control.lock)
+        self._control = control
+        self._power = power
+        self._vcpus = vcpus
+        self._serve = serve
+        self._end = end
+
+    def asked(self) -> None:
+        """There is a request. The guest goes no further before it is served."""
+        for vcpu in self._vcpus:
+            vcpu.park()
+        self._wake.notify()
+
+    def _waiting(self) -> bool:
+        return self._control.running and self._power.request != NOTHING
+
+    def _loop(self) -> None:
+        with self._control.lock:
+            while not self._quit:
+                if not self._waiting():
+                    self._wake.wait()
+                    continue
+                with self._control.quiesced():
+                    # Somebody may have stopped, reset or quit the board first.
+                    if self._waiting():
+                        request, self._power.request = self._power.request, NOTHING
+                        self._serve_safely(request)
+        self._end()
+
+    def _serve_safely(self, request: int) -> None:
+        try:
+            self._serve(request)
+        except Exception:  # this thread is needed to end the board
+            logger.exception("request %d of the guest has failed", request)
+            self._control.set_state("internal-error")

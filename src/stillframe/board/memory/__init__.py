@@ -1,0 +1,1 @@
+"""Guest RAM of this process."""

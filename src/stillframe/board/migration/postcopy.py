@@ -1,0 +1,80 @@
+"""The switch-over to postcopy: the guest goes on at the destination, and its RAM follows, what it
+waits for first.
+
+Source: QEMU ``migration/migration.c``: postcopy_start, migration_completion_postcopy.
+"""
+
+from __future__ import annotations
+
+import io
+
+from stillframe.board.migration.live import LiveTransfer, StoppedGuest, check_still, save_devices
+from stillframe.board.migration.stream_commands import command, packaged, ping, ram_discard
+from stillframe.snapshot import faultpoints
+from stillframe.vmstate.wire import CommandCode
+
+_PING_DISCARDED = 2
+_PING_DEVICES = 3
+_PING_PACKAGED = 4
+
+
+def finish_in_postcopy(live: LiveTransfer) -> None:
+    """Switch over, then send what is left; the guest is stopped here afterwards.
+
+    Raises:
+        StillframeError: it failed. Before the switch-over the guest goes on here; after it, it
+            is stopped here and is lost at the destination.
+    """
+    task, counters = live.task, live.counters
+    with StoppedGuest(live.board) as still:
+        task.control.enter("device", "stopped")
+        counters.stage = "downtime"
+        faultpoints.reach("stopped")
+        live.ram.in_postcopy = True
+        package = io.BytesIO()
+        # First, so that the destination can ask for pages while it loads the devices.
+        package.write(command(CommandCode.POSTCOPY_LISTEN))
+        save_devices(live, package, end=None)
+        still.devices_saved()
+        package.write(ping(_PING_DEVICES))
+        package.write(command(CommandCode.POSTCOPY_RUN))
+        live.saver.complete_precopy(
+            live.out, iterable_only=True, inactivate_disks=False, in_postcopy=True
+        )
+        _discard(live)
+        live.ask_how_far(_PING_DISCARDED)
+        check_still(live)
+        # The destination runs the guest once it has the package.
+        task.control.commit()
+        still.handed_over()
+        live.out.write(packaged(package.getvalue()))
+        live.out.write(ping(_PING_PACKAGED))
+        live.out.flush()
+        live.note_downtime(still.downtime)
+        faultpoints.reach("switched-over")
+        counters.stage = "postcopy"
+        task.control.enter("postcopy-active", "saving")
+        _send_the_rest(live)
+    counters.end()
+
+
+def _discard(live: LiveTransfer) -> None:
+    """Tell which pages the destination has in an old version, or not at all."""
+    for index, (idstr, _) in enumerate(live.task.handler.blocks):
+        for record in ram_discard(idstr, list(live.ram.dirty.runs(index))):
+            live.out.write(record)
+
+
+def _send_the_rest(live: LiveTransfer) -> None:
+    while live.ram.remaining_bytes:
+        live.check()
+        if live.link is not None:
+            # Cleared before the requests are looked at: one that comes after that sets it again.
+            live.link.requested.clear()
+        live.iterate(live.task.parameters.now.max_postcopy_bandwidth)
+    # The destination has some of it as it was, and some as it is now: better no guest than that.
+    check_still(live)
+    live.saver.complete_postcopy(live.out)
+    live.out.flush()
+    live.wait_done()
+    live.channel.commit()

@@ -1,0 +1,1 @@
+"""Declared device state: fields, handlers, save and load."""
