@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import platform
 import select
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from stillframe.doctor.checks import Check, CheckStatus, from_error
 from stillframe.errors import HostError, InternalError, StillframeError
-from stillframe.machine.outside.vm_info import may_trace_anybody
-from stillframe.memory.own_protection import open_own_protection, own_userfaultfd
-from stillframe.memory.remote_attach import attach
-from stillframe.memory.userfaultfd import Userfaultfd
-from stillframe.store.frames import compress_frame, decompress_frame
+from stillframe.kernel.remote_attach import attach
+from stillframe.kernel.userfaultfd import Userfaultfd
+from stillframe.machine.process.vm_info import may_trace_anybody
+from stillframe.still.frames import compress_frame, decompress_frame
+from stillframe.wings import hooks
 
 _KERNEL_WANTED: Final = (6, 4)
 _LITTLE_SPACE_BYTES: Final = 1 << 30
@@ -33,14 +32,34 @@ _SECCOMP_MODE_FILTER: Final = 2
 _BPF_ALLOW: Final = (6, 0, 0, 0x7FFF0000)  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
 
 
-def host_checks(directory: Path, *, for_board: bool = False) -> list[Check]:
+Look = Callable[[], Check]
+
+
+class KindChecks(Protocol):
+    """What a wing's VMs need of the host (``stillframe.wings``).
+
+    ``vmm``: their kind. ``always``: checks besides our own, by name. ``alone``: those in place of
+    our own where only such a VM is to be snapshotted.
+    """
+
+    vmm: str
+    always: Mapping[str, Look]
+    alone: Mapping[str, Look]
+
+
+def host_checks(directory: Path, *, vmm: str | None = None) -> list[Check]:
     """Look at everything. No guest is touched.
 
     Args:
         directory: where snapshots would go.
-        for_board: only a board is to be snapshotted, which needs less.
+        vmm: only a VM of this kind is to be snapshotted, which may need less.
     """
-    looks = _CHECKS | _CHECKS_FOR_BOARD if for_board else _CHECKS
+    looks = dict(_CHECKS)
+    kinds: list[KindChecks] = hooks("doctor")
+    for kind in kinds:
+        looks |= kind.always
+        if kind.vmm == vmm:
+            looks |= kind.alone
     checks = [_tried(name, look) for name, look in looks.items()]
     return [*checks, _space(directory)]
 
@@ -52,7 +71,7 @@ def _tried(name: str, look: Callable[[], Check]) -> Check:
         return from_error("host", name, error)
 
 
-def _check(name: str, status: CheckStatus, found: str, remedy: str = "") -> Check:
+def host_check(name: str, status: CheckStatus, found: str, remedy: str = "") -> Check:
     return Check(subject="host", name=name, status=status, found=found, remedy=remedy)
 
 
@@ -60,39 +79,26 @@ def _kernel() -> Check:
     release = platform.release()
     numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return _check(
+        return host_check(
             "kernel",
             "fail",
             f"{platform.system()} {release} on {platform.machine()}",
             "run on x86-64 Linux",
         )
     if numbers < _KERNEL_WANTED:
-        return _check(
+        return host_check(
             "kernel",
             "warn",
             f"Linux {release}",
             "use Linux 6.4 or newer; a distribution may have brought the features to this one",
         )
-    return _check("kernel", "ok", f"Linux {release}")
+    return host_check("kernel", "ok", f"Linux {release}")
 
 
-def _userfaultfd() -> Check:
+def check_userfaultfd() -> Check:
     with Userfaultfd.for_this_process() as uffd:
         uffd.handshake()
-    return _check("userfaultfd", "ok", "write protection of all kinds of memory that we need")
-
-
-def _userfaultfd_for_board() -> Check:
-    with own_userfaultfd() as uffd:
-        pass
-    if uffd.kind == "userfaultfd":
-        return _userfaultfd()
-    return _check(
-        "userfaultfd",
-        "warn",
-        "for boards only: of faults in user mode",
-        "run as root, or set vm.unprivileged_userfaultfd=1, for other VMs",
-    )
+    return host_check("userfaultfd", "ok", "write protection of all kinds of memory that we need")
 
 
 def _ptrace() -> Check:
@@ -101,7 +107,7 @@ def _ptrace() -> Check:
     found = f"ptrace_scope {scope}" if scope is not None else "no restriction by Yama"
     if scope in (None, 0) or (powerful and scope != 3):
         who = "VMs of any user" if powerful else "VMs of this user"
-        return _check(
+        return host_check(
             "ptrace",
             "ok" if powerful else "warn",
             f"{found}; {who} can be attached to",
@@ -110,49 +116,43 @@ def _ptrace() -> Check:
     remedy = "run as root, or set kernel.yama.ptrace_scope=0"
     if scope == 3:
         remedy = "restart the host with kernel.yama.ptrace_scope below 3"
-    return _check("ptrace", "fail", f"{found}: a running VM may not be attached to", remedy)
+    return host_check("ptrace", "fail", f"{found}: a running VM may not be attached to", remedy)
 
 
 def _attach() -> Check:
-    with _waiting_child() as pid:
+    with waiting_child() as pid:
         attach(pid).close()
-    return _check("attach", "ok", "a userfaultfd was made in another process and fetched")
-
-
-def _attach_for_board() -> Check:
-    with _waiting_child() as pid:
-        attach(pid, user_mode_will_do=True).close()
-    return _check("attach", "ok", "a userfaultfd was made in another process and fetched")
+    return host_check("attach", "ok", "a userfaultfd was made in another process and fetched")
 
 
 def _seccomp() -> Check:
     try:
-        with _waiting_child(filtered=True) as pid:
+        with waiting_child(filtered=True) as pid:
             attach(pid).close()
     except StillframeError as error:
         return from_error("host", "seccomp", error, "warn")
-    return _check("seccomp", "ok", "a process under a seccomp filter (QEMU's -sandbox), too")
+    return host_check("seccomp", "ok", "a process under a seccomp filter (QEMU's -sandbox), too")
 
 
 def _memfd() -> Check:
     try:
         os.close(os.memfd_create("stillframe-doctor", os.MFD_CLOEXEC))
     except OSError as error:
-        return _check(
+        return host_check(
             "memfd",
             "fail",
             f"memfd_create: {error.strerror}",
             "use a kernel with CONFIG_MEMFD_CREATE, and allow it in this container",
         )
-    return _check("memfd", "ok", "device state can be passed in memory")
+    return host_check("memfd", "ok", "device state can be passed in memory")
 
 
 def _zstd() -> Check:
     sample = bytes(4096)
     if decompress_frame(compress_frame(sample, 1).data, len(sample)) != sample:
-        return _check("zstd", "fail", "the library does not work", "install stillframe anew")
+        return host_check("zstd", "fail", "the library does not work", "install stillframe anew")
     program = shutil.which("zstd")
-    return _check(
+    return host_check(
         "zstd",
         "ok",
         "the library works; "
@@ -171,7 +171,7 @@ def _qemu() -> Check:
         }
     )
     if not programs:
-        return _check(
+        return host_check(
             "qemu",
             "warn",
             "no qemu-system-* program on the PATH",
@@ -182,25 +182,7 @@ def _qemu() -> Check:
         programs[0] if "qemu-system-x86_64" not in programs else "qemu-system-x86_64"
     )
     more = f", and {len(programs) - 1} more QEMU programs" if len(programs) > 1 else ""
-    return _check("qemu", "ok", version + more)
-
-
-def _board() -> Check:
-    """Our own VM needs no right at all; without userfaultfd it protects its RAM by mprotect."""
-    try:
-        version = importlib.metadata.version("unicorn")
-    except importlib.metadata.PackageNotFoundError:
-        return _check(
-            "board",
-            "warn",
-            "the Unicorn engine is not installed: our own VM cannot be run",
-            "pip install 'stillframe[board]'",
-        )
-    protection = open_own_protection()
-    protection.close()
-    return _check(
-        "board", "ok", f"Unicorn {version}; our own VM protects its RAM by {protection.kind}"
-    )
+    return host_check("qemu", "ok", version + more)
 
 
 def _version_of(program: str) -> str:
@@ -223,15 +205,15 @@ def _space(directory: Path) -> Check:
     try:
         free_bytes = shutil.disk_usage(where).free
     except OSError as error:
-        return _check("space", "warn", f"{where}: {error.strerror}", "choose another directory")
+        return host_check("space", "warn", f"{where}: {error.strerror}", "choose another directory")
     found = f"{free_bytes / (1 << 30):.1f} GiB free in {where}"
     if free_bytes < _LITTLE_SPACE_BYTES:
-        return _check("space", "warn", found, "free some space, or write snapshots elsewhere")
-    return _check("space", "ok", found)
+        return host_check("space", "warn", found, "free some space, or write snapshots elsewhere")
+    return host_check("space", "ok", found)
 
 
 @contextmanager
-def _waiting_child(*, filtered: bool = False) -> Iterator[int]:
+def waiting_child(*, filtered: bool = False) -> Iterator[int]:
     """A small process of ours that waits; to be attached to as a VM would be.
 
     Args:
@@ -261,7 +243,9 @@ def _wait_until_it_runs(process: subprocess.Popen[bytes]) -> None:
     if process.stdin is None or process.stdout is None:
         raise InternalError("a pipe is missing")
     process.stdin.write(b".")
-    if not select.select([process.stdout], [], [], _END_TIMEOUT_S)[0]:
+    ready = select.poll()  # takes descriptors of any number
+    ready.register(process.stdout, select.POLLIN)
+    if not ready.poll(_END_TIMEOUT_S * 1e3):
         raise HostError("a small process to try it on does not answer")
     process.stdout.read(1)
 
@@ -284,18 +268,13 @@ def _number(path: str) -> int | None:
         return None
 
 
-_CHECKS: Final[dict[str, Callable[[], Check]]] = {
+_CHECKS: Final[dict[str, Look]] = {
     "kernel": _kernel,
-    "userfaultfd": _userfaultfd,
+    "userfaultfd": check_userfaultfd,
     "ptrace": _ptrace,
     "attach": _attach,
     "seccomp": _seccomp,
     "memfd": _memfd,
     "zstd": _zstd,
     "qemu": _qemu,
-    "board": _board,
-}
-_CHECKS_FOR_BOARD: Final[dict[str, Callable[[], Check]]] = {
-    "userfaultfd": _userfaultfd_for_board,
-    "attach": _attach_for_board,
 }

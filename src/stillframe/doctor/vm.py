@@ -8,13 +8,19 @@ from typing import Final
 
 import msgspec
 
-from stillframe.doctor.checks import Check, CheckStatus, from_error
+from stillframe.doctor.checks import (
+    BEING_FILLED,
+    Check,
+    CheckStatus,
+    from_error,
+    is_of_filler,
+)
 from stillframe.errors import HostError, NotFoundError, RefusedError, StillframeError, UsageError
-from stillframe.machine.outside.machine import OutsideMachine
-from stillframe.machine.outside.vm_info import Vmm
-from stillframe.machine.running import connect
+from stillframe.machine.finding import connect
+from stillframe.machine.process.machine import ProcessMachine
 from stillframe.model import RamBlock
 from stillframe.qmp.connection import address_text
+from stillframe.restore.restored import find_restored
 
 _ARM_NS_PER_PAGE: Final = 62
 """Measured: 61 to 65 ns to protect a populated 4 KiB page."""
@@ -25,14 +31,14 @@ class VmChecks(msgspec.Struct, frozen=True):
     """What was found of a VM; ``vmm`` is None if its monitor could not be connected to."""
 
     checks: tuple[Check, ...]
-    vmm: Vmm | None = None
+    vmm: str | None = None
 
 
 def vm_checks(ref: str) -> VmChecks:
     """Look at one VM.
 
     Args:
-        ref: as ``machine.running.connect`` takes it.
+        ref: as ``machine.finding.connect`` takes it.
 
     Raises:
         NotFoundError, UsageError: there is no such VM.
@@ -47,14 +53,18 @@ def vm_checks(ref: str) -> VmChecks:
     with machine:
         try:
             checks.append(_monitor(machine))
+            filled = _is_being_filled(machine.pid)
+            if filled:
+                checks.append(_check("image", "warn", BEING_FILLED))
             checks += [
                 _check(
-                    hindrance.name,
-                    "fail" if hindrance.severity == "refuse" else "warn",
-                    hindrance.reason,
-                    hindrance.remedy,
+                    blocker.name,
+                    "warn" if blocker.severity == "warn" else "fail",
+                    blocker.reason,
+                    blocker.remedy,
                 )
-                for hindrance in machine.preflight()
+                for blocker in machine.preflight()
+                if not (filled and is_of_filler(blocker.name))
             ]
             checks.append(_right(machine))
             blocks = machine.ram_blocks()
@@ -64,12 +74,19 @@ def vm_checks(ref: str) -> VmChecks:
     return VmChecks(tuple(checks), machine.info.vmm)
 
 
+def _is_being_filled(pid: int) -> bool:
+    try:
+        return find_restored(str(pid)).is_being_filled
+    except (NotFoundError, UsageError):
+        return False
+
+
 def _check(name: str, status: CheckStatus, found: str, remedy: str = "") -> Check:
     return Check(subject="vm", name=name, status=status, found=found, remedy=remedy)
 
 
-def _monitor(machine: OutsideMachine) -> Check:
-    vmm = "QEMU" if machine.info.vmm == "qemu" else "board"
+def _monitor(machine: ProcessMachine) -> Check:
+    vmm = "QEMU" if machine.info.vmm == "qemu" else machine.info.vmm
     return _check(
         "monitor",
         "ok",
@@ -78,7 +95,7 @@ def _monitor(machine: OutsideMachine) -> Check:
     )
 
 
-def _right(machine: OutsideMachine) -> Check:
+def _right(machine: ProcessMachine) -> Check:
     try:
         machine.check_right()
     except (HostError, RefusedError) as error:

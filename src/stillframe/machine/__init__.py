@@ -1,6 +1,6 @@
 """Machines: what can be snapshotted. This module states the contract that each kind fulfils.
 
-``machine.qemu`` is a running stock QEMU; ``machine.board`` is our own VM.
+``machine.qemu`` is a running stock QEMU; ``board`` is our own VM.
 """
 
 from __future__ import annotations
@@ -10,25 +10,32 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from stillframe.memory.own_protection import WriteProtection
+from stillframe.capture.write_protection import WriteProtection
 from stillframe.model import GpaRange, MachineRecord, RamBlock
+from stillframe.qmp.command import Command
 
 Mode = Literal["background", "stop"]
 """How a snapshot is taken: in the background, or with the VM stopped throughout."""
 
+Moment = Literal["first", "stop", "saved"]
+"""When the pre-flight is asked: before anything is done; right before the stop, for what would kill
+the VM or keep it from going on; and once RAM is saved, for what can have written it unseen. Others
+use the VM meanwhile, too."""
 
-class Hindrance(msgspec.Struct, frozen=True, kw_only=True):
+
+class Blocker(msgspec.Struct, frozen=True, kw_only=True):
     """Something about a VM that stands in the way of a snapshot (invariant 7).
 
     ``name``: short and stable, such as ``vfio``. ``reason``: what was found and why it matters.
-    ``remedy``: what to do about it. ``severity``: ``refuse`` if a snapshot could be wrong,
-    ``warn`` if it will be noticed in time or is merely worth knowing.
+    ``remedy``: what to do about it. ``severity``: ``refuse`` if a snapshot could be wrong or the
+    guest harmed, ``busy`` if so for as long as something else is under way, ``warn`` if it will be
+    noticed in time or is merely worth knowing.
     """
 
     name: str
     reason: str
     remedy: str
-    severity: Literal["refuse", "warn"]
+    severity: Literal["refuse", "busy", "warn"]
 
 
 class MachineEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,14 +71,15 @@ class Machine(Protocol):
         """The process whose address space holds the guest's RAM."""
 
     @property
-    def start_time(self) -> int:
-        """When that process started, in the kernel's ticks; tells it from a later one."""
+    def lock_name(self) -> str:
+        """Names this VM among all of the host, also later ones, so that one snapshot of it is taken
+        at a time."""
 
     def monitor_fd(self) -> int | None:
         """Descriptor of the connected QMP socket, for the guard process to share; None for a
         machine of this process, which nobody has to let go on if we die."""
 
-    def open_userfaultfd(self) -> WriteProtection:
+    def open_write_protection(self) -> WriteProtection:
         """What protects the machine's RAM: a userfaultfd of its process that only we hold, or for
         a machine of this process what else there is. The guest is not touched.
 
@@ -83,7 +91,8 @@ class Machine(Protocol):
         """Whether the machine's process still runs."""
 
     def resume_at_all_costs(self) -> None:
-        """Continue the guest; connect anew if the monitor was lost. For clean-up after errors.
+        """Continue the guest if it is paused, and not if it stopped by itself (an I/O error, a
+        panic); connect anew if the monitor was lost. For clean-up after errors.
 
         Raises:
             MachineError: the machine did not answer; ``guest_state`` is ``unknown``.
@@ -92,8 +101,9 @@ class Machine(Protocol):
     def describe(self) -> MachineRecord:
         """What the machine is, enough to start it again. The guest is not touched."""
 
-    def preflight(self, mode: Mode = "background") -> list[Hindrance]:
-        """Everything that stands in the way of a snapshot now. The guest is not touched."""
+    def preflight(self, mode: Mode = "background", moment: Moment = "first") -> list[Blocker]:
+        """Everything that stands in the way of a snapshot now, refusals first. The guest is not
+        touched."""
 
     def ram_blocks(self) -> list[RamBlock]:
         """All migratable RAM blocks, in the machine's own order. The guest is not touched."""
@@ -111,24 +121,22 @@ class Machine(Protocol):
         """The run state in QEMU's words: ``running``, ``paused``, ..."""
 
     def stop(self) -> None:
-        """Stop the vCPUs, and drain and flush the disks. The guest is paused afterwards."""
+        """Stop the vCPUs, and drain and flush the disks. The guest is paused afterwards; one that
+        was suspended is suspended again after ``cont``."""
+
+    def announce_cont(self) -> None:
+        """``cont`` is the next command: let what can be done for it be done while the caller works.
+        The guest stays paused."""
 
     def cont(self) -> None:
         """Continue. The guest runs afterwards."""
 
-    def refuse_unsavable(self) -> None:
-        """Look once more, right before the stop, for what would make saving the device state
-        harm the machine. Cheap. The guest is not touched.
-
-        Raises:
-            RefusedError: a device cannot be saved. BusyError: a migration is under way.
-        """
-
     def prepare_device_state(self) -> None:
         """Do what saving needs and what takes time, before the downtime. Guest not touched."""
 
-    def save_device_state(self) -> bytes:
-        """The state of everything but RAM, as a stream: header, FULL sections, EOF.
+    def save_device_state(self, then: Command | None = None) -> bytes:
+        """The state of everything but RAM, as a stream: header, FULL sections, EOF, and the
+        vmdescription if the machine has one. ``then``: the likely next command of its monitor.
 
         Call it while the guest is paused; it is paused afterwards.
         """

@@ -1,4 +1,4 @@
-"""What a QEMU command line says: name, RAM, accelerator, QMP monitors (QEMU ``qemu-options.hx``).
+"""What a QEMU command line says: name, RAM, accelerator, monitors (QEMU ``qemu-options.hx``).
 
 Only what is needed to list and find VMs. It reads; it never runs or rewrites anything.
 """
@@ -19,7 +19,7 @@ enable-sync-profile xen-attach xen-domid-restrict usb no-audio async-teardown pe
 virtfs_synth audio-help
 no-kvm-irqchip no-kvm-pit no-kvm-pit-reinjection
 """
-_WITHOUT_VALUE = frozenset(_FLAGS.split())
+WITHOUT_VALUE = frozenset(_FLAGS.split())
 _ON = frozenset({"", "on", "yes", "y", "true"})
 _DEFAULT_RAM_BYTES = 128 << 20
 _SUFFIX_BYTES = {"": 1 << 20, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -35,13 +35,15 @@ class Chardev(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CommandLine(msgspec.Struct, frozen=True, kw_only=True):
-    """The facts of one command line. ``accelerators``: in the order in which QEMU tries them."""
+    """The facts of one command line. ``accelerators``: in the order in which QEMU tries them.
+    ``monitors``: those that speak QMP; ``human_monitors``: those for people."""
 
     name: str
     ram_bytes: int
     machine: str
     accelerators: tuple[str, ...]
     monitors: tuple[Chardev, ...]
+    human_monitors: tuple[Chardev, ...]
 
 
 def options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -51,18 +53,19 @@ def options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not word.startswith("-") or word == "-":
             continue  # a disk image
         option = word[2:] if word.startswith("--") else word[1:]
-        yield option, "" if option in _WITHOUT_VALUE else next(words, "")
+        yield option, "" if option in WITHOUT_VALUE else next(words, "")
 
 
 def key_values(text: str, implied: str) -> dict[str, str]:
-    """``a=b,c`` as a dict; a comma in a value is written twice (QEMU ``util/keyval.c``)."""
+    """``a=b,c`` as a dict; ``c`` alone is on; a comma in a value is written twice (QEMU
+    ``util/keyval.c``)."""
     found: dict[str, str] = {}
     # An argument cannot hold a NUL byte, so one can stand for the doubled comma.
     parts = text.replace(",,", "\0").split(",") if text else []
     for index, part in enumerate(parts):
         key, equals, value = part.replace("\0", ",").partition("=")
-        if index == 0 and not equals:
-            key, value = implied, key
+        if not equals:
+            key, value = (implied, key) if index == 0 else (key, "on")
         found[key] = value
     return found
 
@@ -73,7 +76,9 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     accelerators: list[str] = []
     chardevs: dict[str, Chardev] = {}
     control: list[str] = []
+    readline: list[str] = []
     monitors: list[Chardev] = []
+    human: list[Chardev] = []
     for option, value in options(argv):
         if option == "name":
             name = key_values(value, "guest").get("guest", name)
@@ -95,22 +100,25 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
                 chardevs[chardev_options.get("id", "")] = chardev
         elif option == "mon":
             mon = key_values(value, "chardev")
-            if mon.get("mode") == "control":
-                control.append(mon.get("chardev", ""))
-        elif option in ("qmp", "qmp-pretty"):
+            named = control if mon.get("mode") == "control" else readline
+            named.append(mon.get("chardev", ""))
+        elif option in ("qmp", "qmp-pretty", "monitor"):
+            named, listed = (readline, human) if option == "monitor" else (control, monitors)
             if value.startswith("chardev:"):
-                control.append(value.removeprefix("chardev:"))
+                named.append(value.removeprefix("chardev:"))
             elif (listener := _legacy_chardev(value)) is not None:
-                monitors.append(listener)
+                listed.append(listener)
     if not accelerators and argv and argv[0].rpartition("/")[2] in ("kvm", "qemu-kvm"):
         accelerators.append("kvm")
     monitors += [chardevs[identity] for identity in control if identity in chardevs]
+    human += [chardevs[identity] for identity in readline if identity in chardevs]
     return CommandLine(
         name=name,
         ram_bytes=ram_bytes,
         machine=machine,
         accelerators=tuple(a for a in accelerators if a) or ("tcg",),
         monitors=tuple(monitors),
+        human_monitors=tuple(human),
     )
 
 

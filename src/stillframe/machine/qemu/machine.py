@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stillframe.machine import Hindrance, Mode
-from stillframe.machine.outside.machine import OutsideMachine
-from stillframe.machine.outside.vm_info import VmInfo
+import msgspec
+
+from stillframe.machine import Blocker, Mode, Moment
+from stillframe.machine.process.inspection import fd_targets
+from stillframe.machine.process.machine import ProcessMachine
+from stillframe.machine.process.vm_info import VmInfo
+from stillframe.machine.qemu.disks import read_disks
+from stillframe.machine.qemu.live_line import live_line
 from stillframe.machine.qemu.preflight import preflight
 from stillframe.machine.qemu.ramblocks import QemuRamTable
+from stillframe.machine.qemu.start_directory import start_directory
+from stillframe.model import MachineRecord
 from stillframe.qmp.client import QmpClient
 
 
-class QemuMachine(OutsideMachine):
-    """A connection to one QEMU: its monitor, and its process. Made by ``running.connect``."""
+class QemuMachine(ProcessMachine):
+    """A connection to one QEMU: its monitor, and its process. Made by ``finding.connect``."""
 
     def __init__(self, info: VmInfo, qmp: QmpClient) -> None:
         """Prepare; the guest is not touched.
@@ -31,11 +38,32 @@ class QemuMachine(OutsideMachine):
             return "kvm"
         return self.info.accelerator
 
-    def preflight(self, mode: Mode = "background") -> list[Hindrance]:
+    def describe(self) -> MachineRecord:
+        """What the VM is, with what was plugged, unplugged and changed since its start.
+
+        The guest is not touched.
+
+        Raises:
+            MachineError: the monitor or the process went away. HostError: not permitted.
+        """
+        record = super().describe()
+        directory = start_directory(self.pid, self.info.argv)
+        disks = read_disks(self.qmp, fd_targets(self.pid))
+        line = live_line(self.qmp, self.info.argv, directory, disks)
+        return msgspec.structs.replace(
+            record,
+            cwd=str(directory),
+            disks=disks,
+            command_line=line.words if line.words != record.argv else (),
+            config_files=line.files,
+            differences=line.differences,
+        )
+
+    def preflight(self, mode: Mode = "background", moment: Moment = "first") -> list[Blocker]:
         """Everything that stands in the way of a snapshot now. The guest is not touched.
 
         Raises:
             MachineError: the monitor or the process went away. HostError: not permitted.
             RefusedError: the RAM blocks cannot be told for certain.
         """
-        return preflight(self.info, self.qmp, self._ram_list, mode)
+        return preflight(self.info, self.qmp, self._ram_list, mode, moment)

@@ -4,50 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stillframe.machine import Hindrance
-from stillframe.machine.outside.evidence import Evidence
-from stillframe.machine.outside.preflight import Check
+from stillframe.machine import Blocker
+from stillframe.machine.process.inspection import Inspection
+from stillframe.machine.process.preflight_host import Check
 
 
-def vfio(evidence: Evidence) -> Iterator[Hindrance]:
+def vfio(inspection: Inspection) -> Iterator[Blocker]:
     """A passed-through device writes RAM without any page table of ours."""
     fds = sorted(
         target
-        for target in evidence.fd_targets
+        for target in inspection.fd_targets
         if target.startswith(("/dev/vfio", "/dev/iommu"))
         or (target.startswith("anon_inode:") and ("vfio" in target or "iommufd" in target))
     )
-    devices = _devices_of(evidence, ("vfio-", "x-vfio-"))
+    devices = _devices_of(inspection, ("vfio-", "x-vfio-"))
     if fds or devices:
-        yield Hindrance(
+        yield Blocker(
             name="vfio",
             reason="a passed-through device writes RAM behind the protection, and its own state"
             f" is not saved ({', '.join(devices or fds)})",
-            remedy="unplug the device; --mode stop saves RAM safely, but not the device's state",
-            severity="refuse" if evidence.mode == "background" else "warn",
+            remedy="unplug the device",
+            severity="refuse" if inspection.mode == "background" else "warn",
         )
 
 
-def vhost_user(evidence: Evidence) -> Iterator[Hindrance]:
+def vhost_user(inspection: Inspection) -> Iterator[Blocker]:
     """A vhost-user process writes the shared RAM through its own mapping."""
-    devices = _devices_of(evidence, ("vhost-user-",))
-    if "type=vhost-user" in evidence.qmp.hmp("info network"):
+    devices = _devices_of(inspection, ("vhost-user-",))
+    if "type=vhost-user" in inspection.qmp.hmp("info network"):
         devices.append("a vhost-user network backend")
     if devices:
-        yield Hindrance(
+        yield Blocker(
             name="vhost-user",
             reason=f"another process writes the VM's RAM for {', '.join(devices)}",
             remedy="use a backend inside QEMU or the kernel (vhost=on is fine), or --mode stop",
-            severity="refuse" if evidence.mode == "background" else "warn",
+            severity="refuse" if inspection.mode == "background" else "warn",
         )
 
 
-def vhost_vdpa(evidence: Evidence) -> Iterator[Hindrance]:
+def vhost_vdpa(inspection: Inspection) -> Iterator[Blocker]:
     """A vDPA device writes RAM by DMA."""
-    fds = sorted(t for t in evidence.fd_targets if t.startswith("/dev/vhost-vdpa"))
-    devices = _devices_of(evidence, ("vhost-vdpa-",))
+    fds = sorted(t for t in inspection.fd_targets if t.startswith("/dev/vhost-vdpa"))
+    devices = _devices_of(inspection, ("vhost-vdpa-",))
     if fds or devices:
-        yield Hindrance(
+        yield Blocker(
             name="vhost-vdpa",
             reason=f"a vDPA device writes RAM behind the protection ({', '.join(fds + devices)})",
             remedy="unplug the device",
@@ -55,12 +55,12 @@ def vhost_vdpa(evidence: Evidence) -> Iterator[Hindrance]:
         )
 
 
-def rdma(evidence: Evidence) -> Iterator[Hindrance]:
+def rdma(inspection: Inspection) -> Iterator[Blocker]:
     """RDMA pins guest RAM and writes it by DMA."""
-    fds = sorted(t for t in evidence.fd_targets if t.startswith("/dev/infiniband/uverbs"))
-    devices = _devices_of(evidence, ("pvrdma",))
+    fds = sorted(t for t in inspection.fd_targets if t.startswith("/dev/infiniband/uverbs"))
+    devices = _devices_of(inspection, ("pvrdma",))
     if fds or devices:
-        yield Hindrance(
+        yield Blocker(
             name="rdma",
             reason=f"an RDMA adapter writes RAM behind the protection ({', '.join(fds + devices)})",
             remedy="unplug the device",
@@ -68,10 +68,10 @@ def rdma(evidence: Evidence) -> Iterator[Hindrance]:
         )
 
 
-def _devices_of(evidence: Evidence, prefixes: tuple[str, ...]) -> list[str]:
+def _devices_of(inspection: Inspection, prefixes: tuple[str, ...]) -> list[str]:
     return [
         f"{kind} {path.rpartition('/')[2]}"
-        for path, kind in evidence.devices.items()
+        for path, kind in inspection.devices.items()
         if kind.startswith(prefixes)
     ]
 

@@ -13,7 +13,7 @@ import struct
 
 import msgspec
 
-from stillframe.machine.outside.proc_maps import proc_error
+from stillframe.kernel.proc_maps import proc_error
 from stillframe.machine.qemu.elf_symbols import ElfError, symbol_address
 
 HEAD_OFFSETS = (56, 72)

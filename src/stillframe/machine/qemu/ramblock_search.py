@@ -12,9 +12,9 @@ import itertools
 from pathlib import Path
 
 from stillframe.errors import RefusedError
-from stillframe.machine.outside.memory_map import flat_ranges, host_address, names_of_regions
-from stillframe.machine.outside.proc_maps import Vma, proc_error, read_smaps
-from stillframe.machine.outside.ramblock_text import MonitorBlock
+from stillframe.kernel.proc_maps import Vma, proc_error, read_smaps
+from stillframe.machine.process.memory_map import flat_ranges, host_address, names_of_regions
+from stillframe.machine.process.ramblock_text import MonitorBlock
 from stillframe.qmp.client import QmpClient
 
 _GUARD_BYTES = 4096

@@ -15,8 +15,8 @@ import contextlib
 import time
 
 from stillframe.errors import RefusedError
-from stillframe.machine.outside.ram_mappings import PlacedBlock, Signature, mapped_blocks
-from stillframe.machine.outside.ramblock_text import MonitorBlock, parse_info_ramblock
+from stillframe.machine.process.ram_mappings import PlacedBlock, Signature, mapped_blocks
+from stillframe.machine.process.ramblock_text import MonitorBlock, parse_info_ramblock
 from stillframe.machine.qemu.ram_list import (
     HEAD_OFFSETS,
     RAM_MIGRATABLE,
@@ -120,12 +120,14 @@ class QemuRamTable:
     def signature(self) -> Signature:
         """What must not change while a snapshot is made: cheap to read, and to compare.
 
-        From QEMU's memory once ``read`` found the list there (well under a millisecond, without
-        the monitor), else from the monitor.
+        From QEMU's memory where the list is found there (well under a millisecond, without the
+        monitor), else from the monitor.
 
         Raises:
-            MachineError: the monitor went away.
+            RefusedError: as ``listed``. MachineError: the monitor went away.
         """
+        if self._list is not None and self._head_offset is None:
+            self.listed()  # all signatures are to be made in one way
         if self._list is not None and self._head_offset is not None:
             for _ in range(_TRIES):
                 with contextlib.suppress(RamListError):

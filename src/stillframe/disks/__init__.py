@@ -1,0 +1,1 @@
+"""Points in time of a VM's disks: overlays, copies, folding back (DESIGN section 8)."""

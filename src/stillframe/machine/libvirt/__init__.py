@@ -1,0 +1,1 @@
+"""Domains of libvirt: stock QEMUs whose monitor belongs to libvirtd."""

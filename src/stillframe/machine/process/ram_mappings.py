@@ -1,0 +1,148 @@
+"""RAM blocks whose place is known, joined with what lies under them in the VMM's memory map."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from stillframe.errors import RefusedError
+from stillframe.kernel.proc_maps import (
+    AddressSpace,
+    Vma,
+    file_system_types,
+    proc_error,
+    read_maps,
+)
+from stillframe.model import Backing, RamBlock
+
+_SMALL_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_TMPFS = ("tmpfs", "ramfs", "devtmpfs")
+
+Signature = tuple[tuple[str, int, int, int], ...]
+"""(name, hva or ram_addr, used length, maximal length) of every block, in the VMM's order."""
+
+
+class RamTable(Protocol):
+    """Reads the RAM blocks of one VM, as often as wanted. The guest is not touched."""
+
+    def read(self) -> list[RamBlock]:
+        """The migratable blocks, in the VMM's order, with page size and what lies under them.
+
+        Raises:
+            RefusedError: the blocks cannot be told for certain, or are not mapped as they should.
+            MachineError, HostError: the monitor or ``/proc`` is out of reach.
+        """
+
+    def signature(self) -> Signature:
+        """What must not change while a snapshot is made: cheap to read, and to compare.
+
+        Raises:
+            MachineError: the monitor went away.
+        """
+
+    def close(self) -> None:
+        """Give descriptors back."""
+
+
+class PlacedBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """A RAM block and its place in the VMM's address space; lengths in bytes."""
+
+    idstr: str
+    hva: int
+    used_length_bytes: int
+    max_length_bytes: int
+    page_size_bytes: int
+
+
+def mapped_blocks(pid: int, placed: Sequence[PlacedBlock]) -> list[RamBlock]:
+    """The blocks with what ``/proc/PID`` tells of the memory under them.
+
+    Raises:
+        RefusedError: a block is not mapped as one piece.
+        HostError: not permitted. MachineError: the process is gone.
+    """
+    space = read_maps(pid)
+    types = file_system_types(pid)
+    files = _open_files(pid)
+    return [_ram_block(block, space, types, files) for block in placed]
+
+
+def _open_files(pid: int) -> dict[tuple[tuple[int, int], int], int]:
+    """The VMM's regular files: (device, inode) to its lowest descriptor of that file."""
+    files: dict[tuple[tuple[int, int], int], int] = {}
+    directory = f"/proc/{pid}/fd"
+    try:
+        names = sorted(os.listdir(directory), key=int)  # noqa: PTH208 - names, not paths
+    except OSError as error:
+        raise proc_error(pid, "the open files", error) from error
+    for name in names:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            info = Path(directory, name).stat()
+            if stat.S_ISREG(info.st_mode):
+                device = (os.major(info.st_dev), os.minor(info.st_dev))
+                files.setdefault((device, info.st_ino), int(name))
+    return files
+
+
+def _ram_block(
+    block: PlacedBlock,
+    space: AddressSpace,
+    types: dict[tuple[int, int], str],
+    files: dict[tuple[tuple[int, int], int], int],
+) -> RamBlock:
+    vmas = space.covering(block.hva, block.used_length_bytes)
+    first = vmas[0] if vmas else None
+    if vmas is None or first is None or any(not _continues(first, vma) for vma in vmas):
+        raise RefusedError(
+            f"RAM block {block.idstr} is not mapped as one piece in the VM",
+            why=f"at {block.hva:#x}, {block.used_length_bytes} bytes",
+            remedy="report it, with the VM's command line",
+        )
+    backing = _backing(first, types, block.page_size_bytes)
+    named = first.inode != 0
+    return RamBlock(
+        idstr=block.idstr,
+        hva=block.hva,
+        used_length_bytes=block.used_length_bytes,
+        max_length_bytes=block.max_length_bytes,
+        page_size_bytes=block.page_size_bytes,
+        backing=backing,
+        shared=first.shared,
+        readonly=not first.writable,
+        backing_fd=files.get((first.device, first.inode)) if named else None,
+        backing_offset_bytes=first.offset_bytes + block.hva - first.start if named else 0,
+        backing_path=first.path.removesuffix(" (deleted)") if named else None,
+    )
+
+
+def _continues(first: Vma, vma: Vma) -> bool:
+    """Whether a mapping shows the same thing as the first, further on."""
+    if (vma.shared, vma.writable, vma.device, vma.inode) != (
+        first.shared,
+        first.writable,
+        first.device,
+        first.inode,
+    ):
+        return False
+    return vma.inode == 0 or vma.offset_bytes - first.offset_bytes == vma.start - first.start
+
+
+def _backing(vma: Vma, types: dict[tuple[int, int], str], page_size_bytes: int) -> Backing:
+    if vma.inode == 0:
+        return "anonymous"
+    kind = types.get(vma.device)
+    # Before the name: a memfd may be of huge pages, and these behave in another way.
+    if page_size_bytes > _SMALL_PAGE_BYTES or kind == "hugetlbfs":
+        return "hugetlbfs"
+    if vma.path.startswith("/memfd:"):
+        return "memfd"
+    # QEMU's shared memory without a name lies on the kernel's own, unmounted tmpfs.
+    if kind in _TMPFS or vma.path.startswith(("/dev/zero", "/SYSV")):
+        return "shmem"
+    return "file"

@@ -1,0 +1,65 @@
+"""Requests to the VM's disks that hang, as its process shows it.
+
+QEMU's ``stop`` pauses the vCPUs first and then waits for every request without a bound (``system/
+cpus.c``: do_vm_stop), and nothing can call that off. So what hangs is looked for before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+
+from stillframe.errors import MachineError
+
+Pending = Mapping[str, Hashable]
+"""Requests that are under way: what to call each, and a mark that stays the same as long as it
+makes no progress."""
+
+_PATIENCE_S = 3.0
+_LOOK_EVERY_S = 0.02
+_FILE_IO = frozenset({17, 18, 74, 75, 277, 285, 295, 296, 327, 328})
+"""System calls of x86-64 that read, write, allocate or sync a file: pread64, pwrite64, fsync,
+fdatasync, sync_file_range, fallocate, preadv, pwritev, preadv2, pwritev2."""
+
+
+def stuck(look: Callable[[], Pending]) -> list[str]:
+    """What is under way now and makes no progress for three seconds; returns as soon as it does."""
+    pending = set(look().items())
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while pending and time.monotonic() < deadline_s:
+        time.sleep(_LOOK_EVERY_S)
+        pending &= set(look().items())
+    return sorted(name for name, _mark in pending)
+
+
+def file_requests(pid: int) -> dict[str, Hashable]:
+    """Files that threads of the process are reading, writing or syncing (proc(5): syscall)."""
+    found: dict[str, Hashable] = {}
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                call = (task / "syscall").read_text().split()
+                if call[0].isdigit() and int(call[0]) in _FILE_IO:
+                    target = str(Path(f"/proc/{pid}/fd/{int(call[1], 16)}").readlink())
+                    if target.startswith("/"):
+                        found[target] = (task.name, *call, _switches(task))
+    return found
+
+
+def _switches(task: Path) -> str:
+    """How often the thread went to sleep: the same number as before means the same sleep."""
+    text = (task / "status").read_text()
+    return text.partition("\nvoluntary_ctxt_switches:")[2].split(None, 1)[0]
+
+
+def unanswered_stop(pid: int, waited_s: float) -> MachineError:
+    """What to say when ``stop`` is not answered; the monitor tells nothing any more."""
+    files = ", ".join(file_requests(pid))
+    return MachineError(
+        f"the VM has not stopped within {waited_s:g} s",
+        why=f"a request to {files or 'one of its disks'} hangs, and QEMU waits for it",
+        remedy="mend that storage: the guest goes on by itself once it has answered",
+        guest_state="paused",
+    )

@@ -1,0 +1,114 @@
+"""Speaks with a human monitor; and as a process of its own puts a VM back that QEMU saves for us,
+if we die meanwhile (invariant 4).
+
+Run as a plain script, with nothing but the standard library, so that it starts in milliseconds::
+
+    human_guard.py MONITOR_FD CONTROL_FD STREAM_FD background|stop
+
+It shares our connection, because QEMU serves one client a monitor, and the end of the pipe that
+QEMU writes to. On CONTROL it reads ``A`` (QEMU saves) and ``D`` (all is put back). At the end of
+CONTROL an armed guard reads a background snapshot to its end: before QEMU 8.1 one whose reader goes
+leaves RAM write-protected, and the guest stands still for good (QEMU commit 3a8b81f2e6). A stopped
+guest goes on at once.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+PROMPT = b"(qemu) "
+ANSWER_S = 60.0
+QUIET_S = 0.5
+PAUSE_S = 0.1
+TRIES = 6000
+CAPABILITY = "background-snapshot"
+FD = "stillframe"
+
+
+def say(monitor: socket.socket, line: str, fd: int | None = None) -> str:
+    """Say one line, with a descriptor if need be; the answer is empty if all is well.
+
+    Raises:
+        OSError: QEMU does not answer, or is gone.
+    """
+    words = line.encode() + b"\n"
+    if fd is None:
+        monitor.sendall(words)
+    else:
+        socket.send_fds(monitor, [words], [fd])
+    return hear(monitor).partition("\n")[2].replace("\r", "").strip()
+
+
+def hear(monitor: socket.socket) -> str:
+    """All up to the next prompt. Raises OSError."""
+    heard = b""
+    while not heard.endswith(PROMPT):
+        part = monitor.recv(65536)
+        if not part:
+            raise ConnectionError("the monitor hung up")
+        heard += part
+    return heard.removesuffix(PROMPT).decode(errors="replace")
+
+
+def give_up(monitor: socket.socket, stream: int, mode: str) -> None:
+    """Let QEMU write to the end, or fail if the guest stands still for it. The monitor has answers
+    then that nobody waited for: while QEMU writes it may not answer.
+
+    Raises:
+        OSError: QEMU is gone.
+    """
+    monitor.sendall(f"closefd {FD}\n".encode())  # it may not have begun
+    if mode == "background":
+        drain(stream)
+    os.close(stream)
+
+
+def drain(stream: int) -> None:
+    """Read to the end."""
+    while os.read(stream, 1 << 20):
+        pass
+
+
+def go_on(monitor: socket.socket, mode: str) -> bool:
+    """The guest runs, and QEMU's next migration is an ordinary one; whether QEMU says so. While a
+    migration ends QEMU refuses both.
+
+    Raises:
+        OSError: QEMU does not answer, or is gone.
+    """
+    for _ in range(TRIES):
+        if mode == "stop":
+            say(monitor, "cont")
+            if "running" in say(monitor, "info status"):
+                return True
+        else:
+            say(monitor, f"migrate_set_capability {CAPABILITY} off")
+            if f"{CAPABILITY}: off" in say(monitor, "info migrate_capabilities"):
+                return True
+        time.sleep(PAUSE_S)
+    return False
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    monitor = socket.socket(fileno=int(sys.argv[1]))
+    control, stream, mode = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    os.write(control, b"R")
+    armed = False
+    while command := os.read(control, 1):
+        armed = command == b"A"
+    if not armed:
+        return
+    give_up(monitor, stream, mode)
+    monitor.settimeout(ANSWER_S)
+    while select.select([monitor], [], [], QUIET_S)[0] and monitor.recv(65536):
+        pass  # an answer that was not for us
+    go_on(monitor, mode)
+
+
+if __name__ == "__main__":
+    main()
