@@ -7,94 +7,101 @@ from __future__ import annotations
 
 import re
 
-from stillframe.restore.draft import Draft, Option
+from stillframe.restore.builder import Builder
+from stillframe.restore.option import Option
 from stillframe.restore.option_value import OptionValue, escape_commas
 
-_HARMLESS_WORDS = """
-null none vc pty ringbuf memory mux hub msmouse wctablet testdev spicevmc spiceport qemu-vdagent
-dbus
-"""
-_HARMLESS = frozenset(_HARMLESS_WORDS.split())
+_HARMLESS = {
+    **dict.fromkeys(("null", "none", "pty", "memory", "msmouse", "wctablet", "testdev"), ""),
+    "vc": "width height cols rows",
+    "ringbuf": "size",
+    "memory": "size",
+    "spicevmc": "name",
+    "spiceport": "name",
+    "qemu-vdagent": "name mouse clipboard",
+    "dbus": "name",
+}
+"""Backends within QEMU, with the keys that they keep."""
+_HUB_KEYS = ("chardevs.0", "chardevs.1", "chardevs.2", "chardevs.3")
+_HARMLESS_LINE = re.compile(
+    r"none|null|pty|msmouse|wctablet|testdev|vc(:\d+C?x\d+C?)?|chardev:[\w.:-]+", re.ASCII
+)
 _MOVED = "the first VM may use it still; private now"
 _OWN_MONITOR = "replaced by a monitor of its own"
 
 
-def serial(draft: Draft, option: Option) -> None:
+def serial(builder: Builder, option: Option) -> None:
     """``-serial``, ``-parallel``, ``-debugcon``, in the short form of chardevs."""
     value = option.value.removeprefix("mon:")
     kind = re.split(r"[:,]", value, maxsplit=1)[0]
-    if kind in _HARMLESS or kind in ("chardev", "con"):
-        if kind == "pty":
-            value = kind  # without a link to it somewhere
-        draft.replace(option, (option.words[0], value), _OWN_MONITOR)
-        return
-    if kind == "file":
-        path = draft.private_file(option.name, option)
-        draft.replace(option, (option.words[0], f"file:{escape_commas(path)}"), _MOVED)
-        return
-    draft.replace(option, (option.words[0], _line(draft, option, option.name)), _MOVED)
+    if kind == "pty" or _HARMLESS_LINE.fullmatch(value):
+        line = "pty" if kind == "pty" else value  # without a link to it somewhere
+        builder.replace(option, option.with_value(line), _OWN_MONITOR)
+    elif kind == "file":
+        path = builder.private_file(option.name, option)
+        builder.replace(option, option.with_value(f"file:{escape_commas(path)}"), _MOVED)
+    else:
+        builder.replace(option, option.with_value(_line(builder, option, option.name)), _MOVED)
 
 
-def default_serial(draft: Draft, option: Option) -> None:
+def default_serial(builder: Builder, option: Option) -> None:
     """``-nographic`` puts the first serial line on the terminal unless one is given."""
-    draft.keep(option)
-    names = {other.name for other in draft.recorded}
+    builder.keep(option)
+    names = {other.name for other in (*builder.recorded, *builder.own)}
     if not names & {"serial", "nodefaults"}:
-        words = ("-serial", _line(draft, option, "serial"))
-        draft.add(words, "-nographic would put it on the terminal")
+        words = ("-serial", _line(builder, option, "serial"))
+        builder.add(words, "-nographic would put it on the terminal")
 
 
-def _line(draft: Draft, option: Option, name: str) -> str:
-    path = draft.private_socket(name, option)
-    log = draft.private_file(name, option)
+def _line(builder: Builder, option: Option, name: str) -> str:
+    path = builder.private_socket(name, option)
+    log = builder.private_file(name, option)
     return f"unix:{escape_commas(path)},server=on,wait=off,logfile={escape_commas(log)}"
 
 
-def chardev(draft: Draft, option: Option) -> None:
+def chardev(builder: Builder, option: Option) -> None:
     """``-chardev``: what reaches outside becomes a private socket or file of the same id."""
-    value = OptionValue(option.value, "backend")
+    value = option.parsed()
     identity = value.get("id")
-    if _serves_monitors_only(draft, identity):
-        draft.drop(option, _OWN_MONITOR)
+    if _serves_monitors_only(builder, identity):
+        builder.drop(option, _OWN_MONITOR)
         return
-    log = {}
-    if value.get("logfile"):
-        log = {"logfile": draft.private_file(f"{identity}-log", option)}
     backend = value.get("backend")
-    if backend in _HARMLESS:
-        if backend == "pty":
-            value.drop("path")
-        for key, path in log.items():
-            value.set(key, path)
-        draft.scan(option, value, known=("id", "name", "logfile"))
-        draft.replace(option, (option.words[0], value.text), _MOVED)
-        return
-    if backend == "file":
-        given = {"path": draft.private_file(identity, option)}
+    new: dict[str, str] = {}
+    if backend in _HARMLESS or backend == "hub":
+        keys = _HUB_KEYS if backend == "hub" else tuple(_HARMLESS[backend].split())
+        new |= {key: value.get(key) for key in keys if value.get(key)}
+        kept = backend
+    elif backend == "file":
+        kept, new["path"] = "file", builder.private_file(identity, option)
     else:
-        backend = "socket"
-        path = draft.private_socket(identity, option)
-        given = {"path": path, "server": "on", "wait": "off"}
-    if backend == "socket" and value.get("backend") == "stdio" and not log:
-        log = {"logfile": draft.private_file(identity, option)}
-    new = OptionValue(backend, "backend")
+        kept, path = "socket", builder.private_socket(identity, option)
+        new |= {"path": path, "server": "on", "wait": "off"}
+    if value.get("logfile"):
+        new["logfile"] = builder.private_file(f"{identity}-log", option)
+    elif backend == "stdio":
+        new["logfile"] = builder.private_file(identity, option)
+    text = OptionValue(kept, "backend")
     for key in ("id", "mux", "logappend"):
         if value.get(key):
-            new.set(key, value.get(key))
-    for key, text in (given | log).items():
-        new.set(key, text)
-    draft.replace(option, (option.words[0], new.text), _MOVED)
+            text.set(key, value.get(key))
+    for key, setting in new.items():
+        text.set(key, setting)
+    if set(text.items()) == set(value.items()):
+        builder.keep(option)
+    else:
+        builder.replace(option, option.with_value(text.text), _MOVED)
 
 
-def monitor(draft: Draft, option: Option) -> None:
+def monitor(builder: Builder, option: Option) -> None:
     """``-qmp``, ``-monitor``, ``-mon``."""
-    draft.drop(option, _OWN_MONITOR)
+    builder.drop(option, _OWN_MONITOR)
 
 
-def _serves_monitors_only(draft: Draft, identity: str) -> bool:
+def _serves_monitors_only(builder: Builder, identity: str) -> bool:
     by_monitor = False
-    reference = re.compile(rf"""chardev["']?\s*[=:]\s*["']?{re.escape(identity)}(?![\w.-])""")
-    for option in draft.recorded:
+    reference = re.compile(rf"""chardev\d?["']?\s*[=:]\s*["']?{re.escape(identity)}(?![\w.-])""")
+    for option in builder.recorded:
         if option.name in ("mon", "qmp", "qmp-pretty", "monitor"):
             named = OptionValue(option.value, "chardev").get("chardev")
             by_monitor |= identity in (named, option.value.removeprefix("chardev:"))

@@ -1,32 +1,48 @@
 """Whether a disk image is open for writing in some QEMU now.
 
 QEMU marks what it does with an image by shared locks on single bytes (QEMU ``block/file-posix.c``:
-RAW_LOCK_PERM_BASE and BLK_PERM_WRITE); asking for a lock there tells, without taking it.
+RAW_LOCK_PERM_BASE and BLK_PERM_WRITE). The kernel lists all locks, so the image is not opened: an
+open can start a watchdog, or let the writer of a FIFO go.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
+from collections.abc import Iterator
+from pathlib import Path
 
-_F_OFD_GETLK = 36
 _PERM_WRITE_BYTE = 100 + 1
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux
 
 
 def is_written(path: str) -> bool:
     """Whether another program has the image open for writing, as far as may be seen."""
+    return any(first <= _PERM_WRITE_BYTE <= last for first, last in _locks_on(path))
+
+
+def is_open(path: str) -> bool:
+    """Whether a QEMU has the image open, be it for reading, as far as may be seen."""
+    return any(True for _ in _locks_on(path))
+
+
+def _locks_on(path: str) -> Iterator[tuple[int, int]]:
+    """First and last byte of each lock."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+        status = os.stat(path)  # noqa: PTH116 - a path that cannot be read is no error here
+        locks = Path("/proc/locks").read_text()
+    except (OSError, ValueError):
+        return
+    for line in locks.splitlines():
+        fields = line.split()
+        if _is_lock_on(fields, status):
+            yield int(fields[6]), 1 << 63 if fields[7] == "EOF" else int(fields[7])
+
+
+def _is_lock_on(fields: list[str], status: os.stat_result) -> bool:
+    """One line of proc_locks(5): ``1: OFDLCK ADVISORY READ -1 08:01:1234 101 101``."""
+    if len(fields) != 8 or fields[1] != "OFDLCK":
         return False
-    try:
-        # A read lock asked for would not conflict with QEMU's own; a write lock does.
-        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _PERM_WRITE_BYTE, 1, 0)
-        answer = _FLOCK.unpack(fcntl.fcntl(fd, _F_OFD_GETLK, wanted))
-        return bool(answer[0] != fcntl.F_UNLCK)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
+    major, minor, inode = fields[5].split(":")
+    device = os.makedev(int(major, 16), int(minor, 16))
+    # btrfs and overlayfs show another device number, of no hardware either, than stat(2).
+    same = device == status.st_dev or int(major, 16) == os.major(status.st_dev) == 0
+    return same and int(inode) == status.st_ino

@@ -1,4 +1,4 @@
-"""The process that a restore starts: a QEMU or a board."""
+"""The process that a restore starts: a QEMU, or a VMM of a wing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import select
 import signal
 import subprocess
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from stillframe.errors import HostError, MachineError
 from stillframe.restore.records import RestorePlan
+from stillframe.restore.remedies import remedy_for
+from stillframe.restore.run_as import identity
 from stillframe.restore.show import printable
+from stillframe.vmstate.wire import STREAM_START
 
 _KILL_TIMEOUT_S = 10.0
 _LOG_TAIL_BYTES = 16 << 10
@@ -25,21 +30,31 @@ _NO_ERROR = re.compile(r"warning:|board .* \(process \d+\), QMP at ")
 class Emulator:
     """One started VMM that reads its stream from a pipe. It is in a session of its own.
 
-    If this process dies, the pipe ends, and a VMM that has not got its whole stream exits.
+    If this process dies, the pipe ends, and a VMM that has not got its whole stream exits. For that
+    it gets the first bytes at once: QEMU waits for data alone, and would not notice the end of an
+    empty pipe (``io/channel-watch.c``; it would poll for ever).
+
+    ``sent_bytes``: of its stream, by its start.
     """
 
-    def __init__(self, plan: RestorePlan, *, owns: int | None = None) -> None:
+    sent_bytes = len(STREAM_START)
+
+    def __init__(self, plan: RestorePlan, *, inherits: Sequence[int] = ()) -> None:
         """Start it.
 
         Args:
-            owns: a descriptor that it holds as long as it lives.
+            inherits: descriptors that it has under the same numbers.
 
         Raises:
             HostError: it cannot be started.
         """
         self._log_path = Path(plan.log_path)
+        self._plan = plan
         self.vmm_name = plan.vmm_name
+        self.qmp_address = plan.qmp_address
+        self.began_s = time.monotonic()
         read_end, self.stream_fd = os.pipe()
+        os.write(self.stream_fd, STREAM_START)
         try:
             with open(plan.log_path, "ab", opener=_private) as log:
                 self._process = subprocess.Popen(
@@ -48,9 +63,10 @@ class Emulator:
                     stdout=log,
                     stderr=log,
                     cwd=plan.cwd,
-                    env=_own_environment() if plan.vmm == "board" else None,
-                    pass_fds=(read_end,) if owns is None else (read_end, owns),
+                    env=os.environ | plan.environment,
+                    pass_fds=(read_end, *inherits),
                     start_new_session=True,
+                    **identity(plan.run_as),
                 )
         except (OSError, ValueError) as error:
             os.close(self.stream_fd)
@@ -72,7 +88,7 @@ class Emulator:
         return self.has_ended()
 
     def failure(self, doing: str, why: str | None = None) -> MachineError:
-        """What to say when it ended or failed: its own words.
+        """What to say when it ended or failed: its own words, and what helps against them.
 
         Args:
             why: what it said over its monitor.
@@ -82,7 +98,12 @@ class Emulator:
         if code is not None:
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             what = f"{self.vmm_name} ended {how} while {doing}"
-        return MachineError(what, why=why or self.last_words() or None, guest_state="none")
+        words = self.last_words()
+        if why and why not in words:
+            words = " / ".join(filter(None, (why, words)))
+        return MachineError(
+            what, why=words or None, remedy=remedy_for(words, self._plan), guest_state="none"
+        )
 
     def last_words(self) -> str:
         """The last lines of its log, on one line."""
@@ -95,7 +116,10 @@ class Emulator:
             return ""
         lines = [_SPEAKER.sub("", line) for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if not _NO_ERROR.match(line)]
-        return printable(" / ".join((errors or lines)[-_SHOWN_LINES:]))
+        shown = errors or lines
+        if len(shown) > _SHOWN_LINES:  # the first one often says what the others come of
+            shown = [shown[0], "...", *shown[1 - _SHOWN_LINES :]]
+        return printable(" / ".join(shown))
 
     def close_stream(self) -> None:
         """End the stream; does nothing the second time."""
@@ -108,7 +132,7 @@ class Emulator:
         """End it at once, and wait until it is gone."""
         self.close_stream()
         if not self.has_ended():
-            self._process.send_signal(signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)  # it may be a wrapper of the VMM
             self.wait_end(_KILL_TIMEOUT_S)
 
     def let_go(self) -> None:
@@ -127,14 +151,6 @@ class Emulator:
         finally:
             os.close(pidfd)
         self._process.wait()
-
-
-def _own_environment() -> dict[str, str]:
-    """In which ``python -m stillframe`` is this very Stillframe, whatever the directory."""
-    own = str(Path(__file__).parents[2])
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    paths = [own, *(str(Path(path).absolute()) for path in given if path)]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def _private(path: str, flags: int) -> int:

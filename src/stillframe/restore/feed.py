@@ -9,9 +9,11 @@ import select
 import time
 from collections.abc import Callable
 
-from stillframe.errors import MachineError
+from stillframe.errors import DataError, MachineError
+from stillframe.restore.clock import set_back
 from stillframe.restore.emulator import Emulator
-from stillframe.store.snapshot import Snapshot
+from stillframe.restore.untouched import Touched, stream_to
+from stillframe.still.snapshot import Snapshot
 
 _PIPE_BYTES = 1 << 20
 _STALL_TIMEOUT_S = 60.0
@@ -22,8 +24,19 @@ Progress = Callable[[int, int], None]
 """Called with the bytes of the stream that were sent, and all of them."""
 
 
-def feed(snapshot: Snapshot, emulator: Emulator, on_progress: Progress | None) -> None:
-    """Send the whole stream; each frame's digest is checked before any byte of it is sent.
+def feed(
+    snapshot: Snapshot,
+    emulator: Emulator,
+    on_progress: Progress | None,
+    touched: Touched,
+    *,
+    shift_ns: int = 0,
+) -> None:
+    """Send the stream; each frame's digest is checked before any byte of it is sent.
+
+    Args:
+        touched: what of the new VM's RAM is populated; elsewhere zero pages are left out.
+        shift_ns: what the guest's RTC is set back by.
 
     Raises:
         DataError: the snapshot is damaged; the VM got none of the damaged frame.
@@ -35,16 +48,21 @@ def feed(snapshot: Snapshot, emulator: Emulator, on_progress: Progress | None) -
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     total = snapshot.manifest.stream_bytes
     sent = 0
-    for piece in snapshot.iter_stream():
-        _send(emulator, fd, piece)
-        sent += len(piece)
+    clock_is_set = not shift_ns
+    for number, (piece, stands_for_bytes) in enumerate(stream_to(snapshot, touched)):
+        # Only outside of RAM: a guest's memory may hold what looks like a clock's state.
+        if not clock_is_set and not snapshot.index.runs_of_frame(number):
+            piece, clock_is_set = set_back(piece, shift_ns)
+        _send(emulator, fd, memoryview(piece)[emulator.sent_bytes if number == 0 else 0 :])
+        sent += stands_for_bytes
         if on_progress is not None:
             on_progress(sent, total)
+    if not clock_is_set:
+        raise DataError("the RTC's state is not in one piece of the stream")
     emulator.close_stream()
 
 
-def _send(emulator: Emulator, fd: int, piece: bytes) -> None:
-    rest = memoryview(piece)
+def _send(emulator: Emulator, fd: int, rest: memoryview) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     deadline_s = time.monotonic() + _STALL_TIMEOUT_S

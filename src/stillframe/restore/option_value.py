@@ -5,13 +5,26 @@ What is not changed comes out as it went in. Syntax: QEMU ``util/keyval.c``, ``u
 
 from __future__ import annotations
 
-import json
+import json as _json
 from collections.abc import Iterator
 from typing import Any
 
 from stillframe.errors import DataError
 
 _ON = frozenset({"on", "yes", "y", "true"})
+
+
+def read_json(text: str) -> Any:
+    """The JSON of an option.
+
+    Raises:
+        ValueError: malformed, or a text in it is none of QEMU's: with a NUL, or a half of a
+            surrogate pair. RecursionError: nested too deeply.
+    """
+    value = _json.loads(text)
+    if b"\\u0000" in _json.dumps(value, ensure_ascii=False).encode():
+        raise ValueError("it has a NUL character")
+    return value
 
 
 def split_commas(text: str) -> list[str]:
@@ -39,18 +52,19 @@ class OptionValue:
 
     Args:
         implied: the key of a first part without ``=``, such as ``driver``.
+        json: a value that starts with a brace is JSON.
 
     Raises:
         DataError: malformed JSON.
     """
 
-    def __init__(self, text: str, implied: str) -> None:
+    def __init__(self, text: str, implied: str, *, json: bool = True) -> None:
         self._implied = implied
         self._json: dict[str, Any] | None = None
         self._parts: list[str] = []
-        if text.startswith("{"):
+        if json and text.startswith("{"):
             try:
-                self._json = json.loads(text)
+                self._json = read_json(text)
             except (ValueError, RecursionError) as error:
                 raise DataError("an option's JSON is malformed", why=str(error)) from error
         else:
@@ -64,7 +78,7 @@ class OptionValue:
     def text(self) -> str:
         """The value as QEMU takes it."""
         if self._json is not None:
-            return json.dumps(self._json, separators=(",", ":"))
+            return _json.dumps(self._json, separators=(",", ":"))
         return ",".join(self._parts)
 
     def items(self) -> Iterator[tuple[str, str]]:
@@ -80,6 +94,12 @@ class OptionValue:
                 yield self._implied, part.replace(",,", ",")
             else:
                 yield key, "on"
+
+    def bare(self) -> set[str]:
+        """Keys without ``=``. QEMU may take the first one for the value of a key that is implied,
+        whatever we know of it."""
+        parts = self._parts[1:] if self._implied else self._parts
+        return {part for part in parts if "=" not in part}
 
     def get(self, key: str, default: str = "") -> str:
         """The last value of ``key``: with QEMU, the last one wins."""
@@ -114,6 +134,13 @@ class OptionValue:
                 if not any(_is_below(name, key) for key in present)
             ]
         return present
+
+    def append(self, key: str, text: str) -> None:
+        """One more value of a key that may be repeated (a QAPI list of ``String``s)."""
+        if self._json is not None:
+            self._json.setdefault(key, []).append({"str": text})
+        else:
+            self._parts.append(f"{key}={escape_commas(text)}")
 
     def set(self, key: str, value: str | bool | int) -> None:
         """Give ``key`` this one value, in its place if it has one."""

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 from stillframe.errors import UsageError
-from stillframe.restore.draft import Option
-from stillframe.restore.option_value import OptionValue
+from stillframe.restore.drives import SHORT_FORMS, as_drive
+from stillframe.restore.networks import NIC_KEYS
+from stillframe.restore.option import Option
+from stillframe.restore.option_value import OptionValue, escape_commas
 
-_REPEATED_WORDS = """
-global smbios acpitable numa qmp qmp-pretty mon monitor net option-rom usbdevice trace plugin
-add-fd debugcon virtfs fw_cfg set prom-env L
-"""
-_REPEATED = frozenset(_REPEATED_WORDS.split())
+_ADDED_WORDS = "global qmp qmp-pretty mon monitor usbdevice trace plugin add-fd debugcon prom-env L"
+_ADDED = frozenset(_ADDED_WORDS.split())
 _SAME = {
     "M": "machine",
     "enable-kvm": "accel",
     "no-kvm": "accel",
     "disable-kvm": "accel",
     "curses": "display",
+    **dict.fromkeys(SHORT_FORMS, "drive"),
 }
-_BY_ID = frozenset(
-    {"netdev", "chardev", "device", "drive", "blockdev", "object", "fsdev", "audiodev", "nic"}
-)
-_IMPLIED = {"device": "driver", "object": "qom-type", "blockdev": "driver"}
+_ID_KEYS = {
+    **dict.fromkeys(("netdev", "chardev", "object", "fsdev", "audiodev"), "id"),
+    **dict.fromkeys(("device", "drive", "nic", "net"), "id"),
+    "blockdev": "node-name",
+    "virtfs": "mount_tag",
+    "fw_cfg": "name",
+}
+"""What names one of several."""
+_COUNTED = frozenset({"device", "drive", "nic", "net", "acpitable", "option-rom", "smbios"})
+"""The first of a kind takes the place of the first recorded one, the second of the second."""
 _FORBIDDEN = {
     "daemonize": "Stillframe starts it in the background itself",
     "incoming": "the snapshot comes in",
@@ -35,51 +43,131 @@ _FORBIDDEN = {
 class Overrides:
     """Matches the caller's options with recorded ones.
 
+    ``standing``: the recorded options that nothing takes the place of; ``replaced``: the others.
+
     Raises:
         UsageError: an option that a restore cannot work with.
     """
 
-    def __init__(self, extra: Sequence[Option]) -> None:
-        for option in extra:
+    def __init__(self, recorded: Sequence[Option], own: Sequence[Option]) -> None:
+        for option in own:
             if option.name in _FORBIDDEN:
                 raise UsageError(
                     f"-{option.name} does not go with a restore", why=_FORBIDDEN[option.name]
                 )
-        self._waiting = list(extra)
-        self._taken: set[str] = set()
-        self.names = frozenset(_canonical(option.name) for option in extra)
-
-    def take(self, recorded: Option) -> tuple[str, ...] | None:
-        """The words that take the place of a recorded option; None if it stands.
-
-        All of the caller's options of a single kind come in the place of the first recorded one.
-        """
-        key = _key(recorded)
-        if key is None:
-            return None
-        if key in self._taken:
-            return ()
-        matching = [option for option in self._waiting if _key(option) == key]
-        if not matching:
-            return None
-        self._taken.add(key)
-        self._waiting = [option for option in self._waiting if option not in matching]
-        return tuple(word for option in matching for word in option.words)
-
-    def rest(self) -> list[tuple[str, ...]]:
+        self.own = tuple(own)
+        self.names = frozenset(map(_canonical, own))
+        self._words: dict[int, tuple[str, ...]] = {}
+        waiting = list(own)
+        for keys_of in (_by_id, _by_place, _by_count, _by_name):
+            keys = list(keys_of(waiting, own=True))
+            waiting = self._match(recorded, list(keys_of(recorded, own=False)), waiting, keys)
+        self.rest = waiting
         """Those that took no recorded option's place."""
-        return [option.words for option in self._waiting]
+        self.standing = [o for n, o in enumerate(recorded) if n not in self._words]
+        self.replaced = [o for n, o in enumerate(recorded) if n in self._words]
+
+    def words_at(self, number: int) -> tuple[str, ...] | None:
+        """The words that come in the place of a recorded option; None if it stands."""
+        return self._words.get(number)
+
+    def _match(
+        self,
+        recorded: Sequence[Option],
+        recorded_keys: list[Key],
+        own: list[Option],
+        own_keys: list[Key],
+    ) -> list[Option]:
+        places: dict[Key, list[int]] = {}
+        for number, key in enumerate(recorded_keys):
+            if key is not None and number not in self._words:
+                places.setdefault(key, []).append(number)
+        left = []
+        for option, key in zip(own, own_keys, strict=True):
+            if key is None or key not in places:
+                left.append(option)
+                continue
+            first, *others = places[key]
+            self._words[first] = self._words.get(first, ()) + _carried(recorded[first], option)
+            self._words |= dict.fromkeys(others, ())
+        return left
 
 
-def _canonical(name: str) -> str:
-    return _SAME.get(name, name)
+Key = tuple[str, ...] | None
+"""What makes an option the same as another; None if nothing does."""
 
 
-def _key(option: Option) -> str | None:
-    """What makes an option the same as another; None if QEMU takes many of it."""
-    name = _canonical(option.name)
-    if name in _BY_ID:
-        value = OptionValue(option.value, _IMPLIED.get(name, ""))
-        identity = value.get("node-name" if name == "blockdev" else "id")
-        return f"{name}:{identity}" if identity else None
-    return None if name in _REPEATED else name
+def _canonical(option: Option) -> str:
+    return _SAME.get(option.name, option.name)
+
+
+def _value(option: Option) -> OptionValue:
+    return as_drive(option) if _canonical(option) == "drive" else option.parsed()
+
+
+def _by_id(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
+    for option in options:
+        name = _canonical(option)
+        identity = _value(option).get(_ID_KEYS[name]) if name in _ID_KEYS else ""
+        yield (name, identity) if identity else None
+
+
+def _by_place(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
+    """Interface and index of drives, counted as QEMU does (``blockdev.c``, drive_new). Of the
+    caller's, those that say an index."""
+    taken: set[Key] = set()
+    for option in options:
+        value = _value(option) if _canonical(option) == "drive" else OptionValue("if=none", "")
+        interface, index = value.get("if", "ide"), value.get("index")
+        if interface == "none" or value.get("bus") or value.get("unit") or (own and not index):
+            yield None
+            continue
+        free = (key for n in count() if (key := (interface, str(n))) not in taken)
+        key = (interface, index) if index else next(free)
+        taken.add(key)
+        yield key
+
+
+def _by_count(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
+    """The first of a kind is the first recorded one, unless it has a name that is not recorded."""
+    seen: Counter[Key] = Counter()
+    for option in options:
+        name = _canonical(option)
+        value = _value(option) if name in _ID_KEYS else option.parsed()
+        kind: tuple[str, ...] = (name,)
+        if name == "drive":
+            kind = (name, value.get("if", "ide"), value.get("media", "disk"))
+        elif name == "device":
+            kind = (name, value.get("driver"))
+        elif name == "net":
+            kind = (name, "card" if value.get("type") == "nic" else "network")
+        elif name == "smbios":
+            kind = (name, value.get("type"))
+        has_place = name in ("drive", "nic") and "none" not in kind
+        if name not in _COUNTED or (own and value.get("id") and not has_place):
+            yield None
+            continue
+        yield (*kind, str(seen[kind]))
+        seen[kind] += 1
+
+
+def _by_name(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
+    """QEMU knows only one of it, or all of the caller's take the place of all recorded ones."""
+    several = _ADDED | _COUNTED | _ID_KEYS.keys()
+    for option in options:
+        name = _canonical(option)
+        yield None if name in several else (name,)
+
+
+def _carried(recorded: Option, own: Option) -> tuple[str, ...]:
+    """The caller's option, with what others know the recorded one by."""
+    name = _canonical(own)
+    if name not in ("drive", "device", "nic") or own.value.startswith("{"):
+        return own.words
+    old, new = _value(recorded), _value(own)
+    keys = ("id", *NIC_KEYS) if name == "nic" and new.get("type") != "none" else ("id",)
+    missing = [key for key in keys if old.get(key) and not new.get(key)]
+    if not missing:
+        return own.words
+    more = "".join(f",{key}={escape_commas(old.get(key))}" for key in missing)
+    return ("-drive", new.text + more) if name == "drive" else own.with_value(own.value + more)

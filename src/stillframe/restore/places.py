@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
-import stat
 from pathlib import Path
 
 import msgspec
 
-from stillframe.errors import HostError, UsageError
+from stillframe.errors import UsageError
 from stillframe.qmp.listening import check_free
+from stillframe.restore.private_directories import ROOTS_RUN, ROOTS_STATE, runtime_root
+from stillframe.restore.records import RunAs
+from stillframe.still.host_mark import state_directory
 
 SUN_PATH_BYTES = 107
 """Longest path that fits a ``sockaddr_un`` (unix(7))."""
@@ -34,12 +35,15 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
         return self.run / self.log_name
 
 
-def choose_places(name: str, directory: Path | None, *, log_name: str = "qemu.log") -> Places:
+def choose_places(
+    name: str, directory: Path | None, *, log_name: str = "qemu.log", run_as: RunAs | None = None
+) -> Places:
     """New names for the directories; nothing is made.
 
     Args:
         name: of the VM, for people who look.
         directory: the caller's choice for everything; it must not exist.
+        run_as: another user, who must get there.
 
     Raises:
         UsageError: ``directory`` exists.
@@ -51,7 +55,9 @@ def choose_places(name: str, directory: Path | None, *, log_name: str = "qemu.lo
             raise UsageError(f"{directory} exists already", remedy="name a new directory")
         return Places(run=directory, disks=directory, log_name=log_name)
     entry = f"{re.sub(r'[^A-Za-z0-9_]', '', name)[:16] or 'vm'}-{secrets.token_hex(3)}"
-    return Places(run=runtime_root() / entry, disks=_state_root() / entry, log_name=log_name)
+    run = runtime_root() if run_as is None else ROOTS_RUN
+    disks = state_directory() if run_as is None else ROOTS_STATE
+    return Places(run=run / entry, disks=disks / "restored" / entry, log_name=log_name)
 
 
 def private_name(name: str) -> str:
@@ -84,58 +90,3 @@ def check_socket_path(path: str, *, made_later: bool = False) -> None:
     if not Path(path).parent.is_dir():
         raise UsageError(f"there is no directory for the socket {path}")
     check_free(path)
-
-
-def make_directory(path: Path) -> None:
-    """Make a private directory; the ones above it as needed.
-
-    Raises:
-        HostError: not possible.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.mkdir(mode=0o700)
-    except OSError as error:
-        raise HostError(f"cannot make the directory {path}", why=error.strerror) from error
-
-
-def runtime_root() -> Path:
-    """Where sockets of VMs go that Stillframe starts; it may have to be made.
-
-    Raises:
-        HostError: the usual directory belongs to somebody else.
-    """
-    given = os.environ.get("XDG_RUNTIME_DIR", "")
-    if given.startswith("/") and _is_own(Path(given)):
-        return Path(given) / "stillframe"
-    if os.geteuid() == 0 and Path("/run").is_dir():
-        return Path("/run/stillframe")
-    root = Path(f"/tmp/stillframe-{os.geteuid()}")
-    if os.path.lexists(root) and not _is_own(root):
-        raise HostError(
-            f"{root} belongs to somebody else, or is open to others", remedy="set XDG_RUNTIME_DIR"
-        )
-    return root
-
-
-def _state_root() -> Path:
-    given = os.environ.get("XDG_STATE_HOME", "")
-    if given.startswith("/"):
-        return Path(given) / "stillframe" / "restored"
-    if os.geteuid() == 0:
-        return Path("/var/lib/stillframe/restored")
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home() raises without a home
-    if not home.is_absolute():
-        raise HostError("there is no home directory", remedy="set XDG_STATE_HOME")
-    return home / ".local" / "state" / "stillframe" / "restored"
-
-
-def _is_own(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        status = path.lstat()
-        return (
-            stat.S_ISDIR(status.st_mode)
-            and status.st_uid == os.geteuid()
-            and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        )
-    return False

@@ -19,6 +19,7 @@ STANDARD_DIRECTORIES = (
     "/bin",
     "/run/current-system/sw/bin",
 )
+_LIBRARIES = ("LD_LIBRARY_PATH", "QEMU_MODULE_DIR")
 _EMULATOR = re.compile(r"qemu-system-[A-Za-z0-9_]+(?:-[A-Za-z0-9_]+)*|qemu-kvm|kvm")
 
 
@@ -46,6 +47,26 @@ def find_emulator(recorded: str, given: str | None = None) -> str:
             remedy="name the QEMU to start yourself",
         )
     return find_standard(name, preferred=recorded)
+
+
+def program_of(pid: int) -> tuple[str | None, dict[str, str]]:
+    """The emulator that a VM of this host runs, for clones of it; and what of its environment finds
+    that program's libraries (ld.so(8); QEMU ``util/module.c``).
+
+    Returns:
+        None and nothing if it has no such file any more, or others could have changed it.
+    """
+    process = Path(f"/proc/{pid}")
+    try:
+        path = (process / "exe").readlink()
+        if not path.samefile(process / "exe") or not _EMULATOR.fullmatch(path.name):
+            return None, {}
+        _check_unchanged_by_others(path)
+        words = (process / "environ").read_bytes().split(b"\0")
+    except (OSError, HostError):
+        return None, {}
+    pairs = (os.fsdecode(word).partition("=") for word in words)
+    return str(path), {key: value for key, _, value in pairs if key in _LIBRARIES}
 
 
 def find_standard(name: str, *, preferred: str = "") -> str:

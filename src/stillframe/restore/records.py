@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from stillframe.machine.outside.vm_info import Vmm
+from stillframe.restore.forwarded_ports import Forward
 
 Access = Literal["read", "write", "create", "listen", "connect", "run"]
 TouchKind = Literal["file", "program", "socket", "device", "network"]
@@ -43,7 +43,8 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Risk(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that only a caller who has read the command line should allow."""
+    """Something that only a caller who has read the command line should allow, unless the VM was
+    run so on this host by this user."""
 
     option: str
     reason: str
@@ -52,9 +53,10 @@ class Risk(msgspec.Struct, frozen=True, kw_only=True):
 class DiskOverlay(msgspec.Struct, frozen=True, kw_only=True):
     """A new image in place of a recorded disk, so that the disk itself is never written.
 
-    ``base``: path or URL. ``base_format``: empty if it is to be probed.
+    ``base``: path, URL or ``json:{...}``. ``base_format``: empty if it is to be probed.
     ``in_use``: another program may write the base now. ``kind``: ``overlay``, a qcow2 image over
-    the base; ``copy``, a raw one with its content.
+    the base; ``copy``, a raw one with its content. ``captured``: the disk of the snapshot whose
+    content the base is; empty for a disk as it is now.
     """
 
     base: str
@@ -62,6 +64,47 @@ class DiskOverlay(msgspec.Struct, frozen=True, kw_only=True):
     overlay: str
     in_use: bool
     kind: Literal["overlay", "copy"] = "overlay"
+    captured: str = ""
+
+
+class RunAs(msgspec.Struct, frozen=True, kw_only=True):
+    """The user that a restored VM runs as, in place of root who restores it (credentials(7))."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+class Backend(msgspec.Struct, frozen=True, kw_only=True):
+    """A memory backend that gets a file. ``block``: its number in the snapshot. ``option``: its
+    place on the command line, or None for RAM that QEMU makes itself (``-m``)."""
+
+    block: int
+    size_bytes: int
+    id: str
+    canonical: bool
+    option: int | None
+
+
+class ImagePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a VM can run from an image. ``streamed``: why not; then there are no backends.
+    ``share``: one VM alone has the image, so it is that VM's RAM. ``readonly``: QEMU may open its
+    files for reading only."""
+
+    backends: tuple[Backend, ...] = ()
+    streamed: str = ""
+    share: bool = True
+    readonly: bool = False
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of the image's blocks."""
+        return tuple(backend.block for backend in self.backends)
+
+
+def streamed_note(why: str) -> str:
+    """What is said of a VM that is not on an image."""
+    return f"all of RAM came before it ran: {why}"
 
 
 class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,17 +112,29 @@ class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     ``argv``: the new command line without the incoming stream, which is a pipe whose number is
     known at the start only (:meth:`argv_with_stream`). ``directory``: made for this restore,
-    mode 0700. ``machine_type``: versioned name. ``vmm``: what runs it.
+    mode 0700. ``machine_type``: versioned name. ``vmm``: what runs it; ``vmm_name``: for people.
+    ``incoming_option``: gives the number of the pipe (QEMU ``-incoming fd:N``: ``migration/fd.c``).
+    ``environment``: in addition to the caller's. ``distrust``: why the file as a whole needs the
+    caller's trust. ``risks``: what does in a file from elsewhere; ``taken_here``: it is not from
+    elsewhere. ``run_as``: None for the caller. ``clock_shift_ns``: what the guest's RTC is set back
+    by, for it to go on from the instant. ``image``: what of RAM will be an image's; the command
+    line names its files only at the start (``on_image.put_on_image``).
+    ``complete_image``: the directory of the complete one that it is, if there is one.
+    ``forwards``: ports of this host that will be the guest's; which, is known at the start only.
     """
 
-    vmm: Vmm = "qemu"
+    vmm: str = "qemu"
+    vmm_name: str = "QEMU"
+    incoming_option: str = "-incoming"
     snapshot: str
     name: str
     program: str
     argv: tuple[str, ...]
     recorded: tuple[str, ...]
     cwd: str
+    environment: dict[str, str] = {}
     machine_type: str
+    recorded_program: str = ""
     directory: str
     disk_directory: str
     qmp_address: str
@@ -88,19 +143,21 @@ class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
     touches: tuple[Touch, ...]
     overlays: tuple[DiskOverlay, ...]
     refusals: tuple[Refusal, ...]
-    distrust: str
+    distrust: tuple[str, ...]
     risks: tuple[Risk, ...]
+    taken_here: bool
+    run_as: RunAs | None = None
+    clock_shift_ns: int = 0
+    image: ImagePlan = ImagePlan(streamed="its VMM cannot map an image")
+    complete_image: str = ""
     notes: tuple[str, ...]
+    forwards: tuple[Forward, ...] = ()
 
     @property
-    def vmm_name(self) -> str:
-        """What runs it, as people call it."""
-        return "QEMU" if self.vmm == "qemu" else "the board"
-
-    @property
-    def incoming_option(self) -> str:
-        """What the number of the pipe is given by (QEMU ``-incoming fd:N``: ``migration/fd.c``)."""
-        return "-incoming" if self.vmm == "qemu" else "--incoming"
+    def needs_trust(self) -> tuple[str, ...]:
+        """All that the caller has to answer for with --trust."""
+        risks = () if self.taken_here else self.risks
+        return (*self.distrust, *(f"{risk.option}: {risk.reason}" for risk in risks))
 
     def argv_with_stream(self, fd: int) -> list[str]:
         """The whole command line."""

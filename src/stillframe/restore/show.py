@@ -45,7 +45,15 @@ def plan_lines(plan: RestorePlan) -> Iterator[str]:
     yield f"machine    {printable(plan.machine_type or 'unknown')}"
     yield f"program    {printable(plan.program)}"
     yield f"directory  {printable(plan.cwd)}"
+    if plan.run_as is not None:
+        yield f"user       {plan.run_as.uid}"
     yield f"QMP        {printable(plan.qmp_address)}"
+    if plan.image.streamed:
+        yield f"RAM        streamed: {printable(plan.image.streamed)}"
+    elif plan.complete_image:
+        yield f"RAM        on its complete image, {printable(plan.complete_image)}"
+    else:
+        yield "RAM        on an image, which is filled while it runs"
     yield "command line"
     yield f"  {shown_words(plan.argv)} {plan.incoming_option} fd:N"
     if plan.rewrites:
@@ -59,11 +67,7 @@ def plan_lines(plan: RestorePlan) -> Iterator[str]:
         where = f"  ({touch.option.split(' ')[0]})" if touch.option else ""
         yield f"  {touch.access:<8}{touch.kind:<8} {printable(touch.target)}{where}"
     yield from _section("notes", (printable(note) for note in plan.notes))
-    yield from _section(
-        "needs --trust",
-        [printable(plan.distrust)] * bool(plan.distrust)
-        + [f"{risk.option}: {printable(risk.reason)}" for risk in plan.risks],
-    )
+    yield from _section("needs --trust", map(printable, plan.needs_trust))
     yield from _section(
         "refused",
         (f"{r.option}: {printable(r.reason)}; {printable(r.remedy)}" for r in plan.refusals),

@@ -1,191 +1,378 @@
-"""Carries a restore plan out: starts the VM, streams the snapshot in, waits until it runs."""
+"""Carries restore plans out: starts the VMs, on an image or by the stream, until they run."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 
-from stillframe.errors import BusyError, MachineError, NotFoundError
-from stillframe.machine.outside.evidence import as_map
+from stillframe.errors import DataError, HostError, RefusedError, StillframeError
+from stillframe.image.filling import Filling
+from stillframe.image.small_stream import small_stream
+from stillframe.image.start import Start, Started, start_clones
 from stillframe.qmp.client import QmpClient
-from stillframe.restore.disk_copies import copy_disk
-from stillframe.restore.emulator import Emulator
+from stillframe.restore.agents import thaw
+from stillframe.restore.available import check_memory
+from stillframe.restore.captured_disks import check_captured
+from stillframe.restore.clock import set_back
+from stillframe.restore.complete_image import CompleteImage, find_complete, on_complete
 from stillframe.restore.feed import Progress, feed
-from stillframe.restore.overlays import make_overlays
-from stillframe.restore.owned import make_owned, remove, sweep
-from stillframe.restore.places import make_directory
 from stillframe.restore.plan import check_plan, plan_restore
-from stillframe.restore.records import RestorePlan
-from stillframe.store.snapshot import Snapshot
+from stillframe.restore.planners import Clock
+from stillframe.restore.read_right import let_read
+from stillframe.restore.records import RestorePlan, streamed_note
+from stillframe.restore.restored import (
+    IMAGE_NAME,
+    ImageFile,
+    RestoredVm,
+    hand_over,
+    write_vm,
+)
+from stillframe.restore.store_use import end_if_removed
+from stillframe.restore.untouched import memory_needed_bytes, touched_pages
+from stillframe.restore.vm_set import VmSet, image_files, make_disks
+from stillframe.still.sealing import unlock_with
+from stillframe.still.snapshot import Snapshot
+from stillframe.store import open_snapshot
+from stillframe.store.keys import Keys
+from stillframe.store.locations import real
+from stillframe.store.named import locate
+from stillframe.vmstate.devices import GLOBAL_STATE_IDSTR, DeviceSection, find_section, run_state
 
-_START_TIMEOUT_S = 30.0
-_LOAD_TIMEOUT_S = 60.0
-_POLL_S = 0.01
-
-
-class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM that was started from a snapshot, and that goes on without us.
-
-    ``state``: QEMU's run state, ``running`` or ``paused``. ``qmp_address``: path of its monitor.
-    ``sockets``: all that it listens on, the monitor among them.
-    ``directory``: its sockets and log; ``disk_directory``: its overlays, if it has any. Both are
-    for the caller to remove once the VM has ended. Where the caller chose no directory, the next
-    restore sweeps sockets and log away; the overlays stay, since they hold what the VM wrote.
-    """
-
-    pid: int
-    name: str
-    state: str
-    qmp_address: str
-    log_path: str
-    directory: str
-    disk_directory: str | None
-    sockets: tuple[str, ...]
-    argv: tuple[str, ...]
-    notes: tuple[str, ...]
+_POLL_S = 0.1
 
 
 def restore(
     path: str | os.PathLike[str],
     *,
+    name: str | None = None,
     qmp_socket: str | None = None,
     trust: bool = False,
     extra_args: Sequence[str] = (),
     program: str | None = None,
     paused: bool = False,
     directory: Path | None = None,
+    clock: Clock = "host",
+    verify_disks: bool = False,
+    stream: bool = False,
+    fill: bool = False,
+    wait: bool = False,
+    keys: Keys | None = None,
     on_progress: Progress | None = None,
 ) -> RestoredVm:
-    """Start a new VM from a snapshot file. The VM that it was taken of is not touched.
+    """Start a new VM from a snapshot. The VM that it was taken of is not touched.
 
-    The new VM runs if the old one ran at the snapshot's instant and ``paused`` is not set; else
-    it is paused. It needs no process of ours afterwards. Every frame is checked on its way.
+    The new VM runs if the old one ran at the instant and ``paused`` is not set; it needs no
+    process of the caller's afterwards. Its disks are overlays over those that the snapshot holds,
+    else over the recorded ones as they are now. It runs at once on an image: a complete one of the
+    cache, if there is one (``take(image=True)``); else one in memory, which a process of its own
+    fills meanwhile. Where that is not possible, all of RAM comes before it runs, and a note says
+    why.
 
     Args:
-        trust: the caller has read the plan, and answers for a file that is not the caller's own
-            or that runs programs of the host.
-        on_progress: called with bytes sent and bytes in all.
-
-    The other arguments are those of :func:`stillframe.restore.plan.plan_restore`.
+        name: of the new VM; else it is called as the old one.
+        qmp_socket: where its monitor is to listen; else a private place.
+        trust: the caller has read the plan, and answers for a file that is not the caller's
+            own, or that comes from elsewhere and touches this host.
+        extra_args: QEMU options of the caller, in place of recorded ones or besides them.
+        program: another QEMU than the recorded one, a name or a path.
+        directory: for sockets, log and overlays, to be made; else the usual places.
+        clock: what its RTC shows: the host's time, or the instant's and on from there.
+        verify_disks: read the snapshot's disks whole, to check their digests.
+        stream: have all of RAM come before it runs, in any case.
+        fill: an image in memory, also where the cache has a complete one: a VM on that can be
+            saved while it stands still only. With ``stream`` it says nothing.
+        wait: until all of RAM is there; else ``wait_resident()`` of what is returned does.
+        keys: for an encrypted snapshot: nothing that is not authentic reaches the new VM.
+        on_progress: called with the bytes of the stream done, and the bytes in all.
 
     Raises:
-        NotFoundError: there is no such file, or a file of the VM is gone.
+        NotFoundError: no such snapshot, or a file of the VM is gone.
         TrustError: read the plan first. RefusedError: an option cannot be used.
-        UsageError, HostError: see ``plan_restore``; also, a directory cannot be made.
-        DataError: the snapshot is damaged. MachineError: the VMM's own words.
-        Whatever is raised, no VM and no file is left behind.
+        UsageError, HostError, DataError: the arguments, the host, the snapshot.
+        LockedError: it is encrypted, and no key that was given opens it.
+        MachineError: QEMU did not take it; its own words. No VM and no file is left behind.
     """
-    with Snapshot.open(path) as snapshot:
+    began_s = time.monotonic()
+    located = locate(path, keys=keys)
+    with open_snapshot(located, keys) as snapshot:
         plan = plan_restore(
             snapshot,
+            name=name,
             qmp_socket=qmp_socket,
             extra_args=extra_args,
             program=program,
             paused=paused,
             directory=directory,
+            clock=clock,
+            stream=stream,
         )
-        return carry_out(plan, snapshot, trust=trust, on_progress=on_progress)
+        check_plan(plan, trust=trust)
+        work = Restoring(
+            [plan], snapshot, located, began_s=began_s, verify_disks=verify_disks, fill=fill
+        )
+        vms = work.run(Path(plan.directory, IMAGE_NAME), wait=wait, on_progress=on_progress)
+        if snapshot.manifest.quiesced:
+            vms = thaw(vms)
+    end_if_removed(located, vms)
+    return vms[0]
 
 
-def carry_out(
-    plan: RestorePlan,
-    snapshot: Snapshot,
-    *,
-    trust: bool = False,
-    on_progress: Progress | None = None,
-) -> RestoredVm:
-    """Do what a plan says, as :func:`restore` does; same errors."""
-    check_plan(plan, trust=trust)
-    with ExitStack() as until_started, ExitStack() as on_failure:
-        owns = _make_places(plan, until_started, on_failure)
-        make_overlays([disk for disk in plan.overlays if disk.kind == "overlay"])
-        for disk in plan.overlays:
-            if disk.kind == "copy":
-                copy_disk(disk.base, disk.overlay)
-        emulator = Emulator(plan, owns=owns)
-        until_started.close()
-        on_failure.callback(Path(plan.qmp_address).unlink, missing_ok=True)
-        on_failure.callback(emulator.kill)
-        with _connect(plan.qmp_address, emulator) as qmp:
-            feed(snapshot, emulator, on_progress)
-            state = _wait_loaded(qmp, emulator)
-        on_failure.pop_all()
-    emulator.let_go()
-    return RestoredVm(
-        pid=emulator.pid,
-        name=plan.name,
-        state=state,
-        qmp_address=plan.qmp_address,
-        log_path=plan.log_path,
-        directory=plan.directory,
-        disk_directory=plan.disk_directory if plan.overlays else None,
-        sockets=tuple(touch.target for touch in plan.touches if touch.kind == "socket"),
-        argv=plan.argv,
-        notes=plan.notes,
-    )
+class Restoring:
+    """Does what plans say that were checked: VMs of one snapshot, which share an image if they can.
 
+    Args:
+        path: the snapshot's. began_s: of the whole restore (monotonic clock).
+        verify_disks: read the snapshot's disks whole, to check their digests.
+        leases: directories that they need; the last one that is killed takes them along.
+        fill: on an image in memory, also where there is a complete one.
+        parent: the running VM that the snapshot is of, where it is not kept.
+    """
 
-def _make_places(plan: RestorePlan, until_started: ExitStack, on_failure: ExitStack) -> int | None:
-    """Its directories. What is returned is for the new VM to hold: sockets and log belong to it."""
-    directory, disks = Path(plan.directory), Path(plan.disk_directory)
-    if disks == directory:  # the caller's choice, and the caller's to remove
-        _make(directory, on_failure)
-        return None
-    sweep(directory.parent)
-    owns = make_owned(directory)
-    until_started.callback(os.close, owns)
-    on_failure.callback(remove, directory)
-    if plan.overlays:
-        _make(disks, on_failure)
-    return owns
+    def __init__(
+        self,
+        plans: Sequence[RestorePlan],
+        snapshot: Snapshot,
+        path: str | os.PathLike[str],
+        *,
+        began_s: float,
+        leases: Sequence[Path] = (),
+        verify_disks: bool = False,
+        fill: bool = False,
+        parent: str = "",
+    ) -> None:
+        self._fill_anyway = fill
+        self._snapshot = snapshot
+        self._path = real(path)
+        self._verify_disks = verify_disks
+        self._set = VmSet(
+            plans, path="" if parent else self._path, snapshot_id=snapshot.id, parent=parent,
+            began_s=began_s, leases=leases,
+        )  # fmt: skip
 
+    def run(
+        self,
+        record_path: Path,
+        *,
+        wait: bool,
+        on_progress: Progress | None = None,
+        owns: Sequence[int] = (),
+        on_running: Callable[[list[RestoredVm]], None] | None = None,
+    ) -> list[RestoredVm]:
+        """Start them all.
 
-def _make(directory: Path, on_failure: ExitStack) -> None:
-    make_directory(directory)
-    on_failure.callback(shutil.rmtree, directory, ignore_errors=True)
+        Args:
+            record_path: where it is said how the image is filled.
+            wait: until all of RAM is there.
+            owns: descriptors that every VM holds as long as it lives.
+            on_running: called once all run.
 
+        Raises:
+            HostError, MachineError, DataError, RefusedError: as :func:`restore`; no VM is left.
+        """
+        vms = self._set
+        vms.owns = tuple(owns)
+        used = {disk.captured for plan in vms.plans for disk in plan.overlays if disk.captured}
+        manifest = self._snapshot.manifest
+        vms.disk_notes = tuple(
+            check_captured(manifest, self._path, only=used, digests=self._verify_disks)
+        )
+        with ExitStack() as until_started, ExitStack() as on_failure:
+            complete = None
+            if not self._fill_anyway:
+                complete = find_complete(vms.plans, self._snapshot)
+            if complete is None:
+                check_memory(memory_needed_bytes(self._snapshot))
+            else:
+                until_started.callback(complete.close)
+            for plan in vms.plans:
+                if plan.run_as is not None:
+                    let_read(manifest, self._path, used, plan.run_as.uid)
+            vms.make_places(until_started, on_failure)
+            on_failure.callback(record_path.unlink, missing_ok=True)
+            on_failure.callback(vms.kill)
+            filling, files, started = self._start(complete, record_path, on_progress)
+            if filling is not None:
+                on_failure.callback(filling.close, keeps_working_set=False)
+            until_started.close()
+            image_path = str(record_path) if filling else None
+            resident_ms = None if filling else vms.since_begin_ms()
+            restored = [
+                msgspec.structs.replace(
+                    vms.restored(n, one, image_path, files), resident_ms=resident_ms
+                )
+                for n, one in enumerate(started)
+            ]
+            for vm in restored:
+                write_vm(vm)  # before somebody else fills, so that it is known whom to help
+            if on_running is not None:
+                on_running(restored)
+            if filling is not None:
+                resident_ms = self._fill(filling, record_path, wait, on_progress)
+            on_failure.pop_all()
+        vms.let_go()
+        return [msgspec.structs.replace(vm, resident_ms=resident_ms) for vm in restored]
 
-def _connect(address: str, emulator: Emulator) -> QmpClient:
-    """Connect to the new VM's monitor as soon as it is there."""
-    deadline_s = time.monotonic() + _START_TIMEOUT_S
-    while True:
-        if emulator.has_ended():
-            raise emulator.failure("starting")
+    def _start(
+        self, complete: CompleteImage | None, record_path: Path, on_progress: Progress | None
+    ) -> tuple[Filling | None, tuple[ImageFile, ...], list[Started]]:
+        """By the best way that works; what fills their image, and its files."""
+        if complete is not None and (started := self._on_complete(complete)):
+            return None, complete.image_files, started
+        filling, started = self._on_image(record_path)
+        if filling is not None:
+            return filling, image_files(filling.image), started
+        numbers = range(len(self._set.plans))
+        return None, (), [self._by_stream(number, on_progress) for number in numbers]
+
+    def _on_complete(self, complete: CompleteImage) -> list[Started]:
+        """Nothing if they do not start on it: then they are started anew on another one."""
+        planned = self._set.plans
         try:
-            return QmpClient.connect(address, timeout_s=_START_TIMEOUT_S)
-        except (NotFoundError, MachineError, BusyError):
-            if time.monotonic() > deadline_s:
+            self._set.plans = on_complete(planned, complete)
+            self._set.put_on_image(complete.files)
+            for number in range(len(planned)):
+                self._set.start(number, complete.inherited)
+            complete.prefetch(self._snapshot, self._path)
+            self._announce(complete.image_files)
+            stream = self._small_stream(complete.plan.blocks)
+            return start_clones(complete, self._set.emulators, stream, inspect=self._inspect)
+        except BaseException as error:
+            if not isinstance(error, StillframeError) or isinstance(error, DataError):
                 raise
-        time.sleep(_POLL_S)
+            note = f"not on its complete image: {error}"
+            self._start_over([msgspec.structs.replace(p, notes=(*p.notes, note)) for p in planned])
+            check_memory(memory_needed_bytes(self._snapshot))
+            return []
 
+    def _start_over(self, planned: Sequence[RestorePlan]) -> None:
+        """No guest keeps what it did: new VMs on new disks will load the state."""
+        self._set.kill()
+        for plan in planned:
+            Path(plan.log_path).unlink(missing_ok=True)
+            make_disks(plan)
+        self._set.plans = list(planned)
 
-def _wait_loaded(qmp: QmpClient, emulator: Emulator) -> str:
-    """Wait until the new VM has left its incoming state; its run state then."""
-    deadline_s = time.monotonic() + _LOAD_TIMEOUT_S
-    state = "inmigrate"
-    while state == "inmigrate":
+    def _on_image(self, record_path: Path) -> tuple[Filling | None, list[Started]]:
+        """Nothing if they have to be streamed; the plans' notes say why then."""
+        image = self._set.plans[0].image
+        if image.streamed:
+            return None, []
+        plans, filling = self._set.plans, None
         try:
-            state = str(as_map(qmp.execute("query-status")).get("status") or "")
-            migration = as_map(qmp.execute("query-migrate"))
-        except MachineError:
-            if emulator.wait_end(1.0):
-                raise emulator.failure("loading the snapshot") from None
-            raise
-        if migration.get("status") == "failed":
-            why = migration.get("error-desc")
-            raise emulator.failure("loading the snapshot", str(why) if why else None)
-        if time.monotonic() > deadline_s:
-            raise MachineError(
-                f"{emulator.vmm_name} has not taken the snapshot in after {_LOAD_TIMEOUT_S:g} s",
-                why=emulator.last_words() or None,
-                guest_state="none",
+            parents = [file.place for file in self._snapshot.files[1:]]
+            filling = Filling.make(
+                self._path,
+                image.blocks,
+                record_path,
+                unlock=unlock_with(self._snapshot.secrets),
+                parents=parents,
+                like=self._snapshot,
             )
-        if state == "inmigrate":
-            time.sleep(_POLL_S)
-    return state
+            if filling.snapshot.id != self._snapshot.id:
+                raise DataError(f"{self._path} is another snapshot than a moment ago")
+            files = dict(zip(image.blocks, filling.image.fds, strict=True))
+            self._set.put_on_image(files)
+            for number in range(len(plans)):
+                self._set.start(number, filling.inherited)
+            filling.prefetch()
+            self._announce(image_files(filling.image), str(record_path))
+            stream = self._small_stream(image.blocks)
+            return filling, start_clones(
+                filling, self._set.emulators, stream, inspect=self._inspect
+            )
+        except BaseException as error:
+            if filling is not None:
+                filling.close(keeps_working_set=False)
+            if not isinstance(error, StillframeError) or isinstance(error, DataError):
+                raise
+            # If it was no fault of the image's, the stream fails likewise.
+            record_path.unlink(missing_ok=True)
+            note = streamed_note(str(error))
+            self._start_over([msgspec.structs.replace(p, notes=(*p.notes, note)) for p in plans])
+            return None, []
+
+    def _announce(self, files: tuple[ImageFile, ...], image_path: str | None = None) -> None:
+        """So that whoever runs is known, and can be helped, should we die before we tell."""
+        for number, emulator in enumerate(self._set.emulators):
+            begun = Started(
+                pid=emulator.pid, state="inmigrate", ready_ms=0, watched_ms=0, running_ms=None
+            )
+            write_vm(self._set.restored(number, begun, image_path, files))
+
+    def _small_stream(self, blocks: Sequence[int]) -> bytes:
+        shift_ns = self._set.plans[0].clock_shift_ns
+        clock_is_set = not shift_ns
+
+        def edit(piece: bytes) -> bytes:
+            nonlocal clock_is_set
+            if not clock_is_set:
+                piece, clock_is_set = set_back(piece, shift_ns)
+            return piece
+
+        stream = b"".join(small_stream(self._snapshot, blocks, edit=edit))
+        if not clock_is_set:
+            raise DataError("the RTC's state is not in one piece of the stream")
+        return stream
+
+    def _by_stream(self, number: int, on_progress: Progress | None) -> Started:
+        plan, emulator = self._set.plans[number], self._set.start(number)
+        start = Start(emulator)
+        try:
+            start.connect()
+            self._inspect(start)
+            touched = touched_pages(emulator.pid, start.qmp) if plan.vmm != "board" else {}
+            feed(self._snapshot, emulator, on_progress, touched, shift_ns=plan.clock_shift_ns)
+            start.wait_loaded()
+            return start.result()
+        finally:
+            start.close()
+
+    def _inspect(self, start: Start) -> None:
+        self._set.note_ports(start)
+        refuse_to_sleep_forever(
+            lambda: self._snapshot.skeleton().devices, self._set.plans[0], start.qmp
+        )
+
+    def _fill(
+        self, filling: Filling, record_path: Path, wait: bool, on_progress: Progress | None
+    ) -> float | None:
+        """When all is there, if that is awaited; else somebody else fills from now on."""
+        if not wait:
+            try:
+                hand_over(filling, record_path)
+                return None
+            except HostError:
+                pass  # then this process fills
+        total = self._snapshot.manifest.stream_bytes
+        while not filling.wait(_POLL_S):
+            seen = filling.progress()
+            if on_progress is not None and seen.frames:
+                on_progress(total * seen.done // seen.frames, total)
+        if on_progress is not None:
+            on_progress(total, total)
+        return self._set.since_begin_ms()
+
+
+def refuse_to_sleep_forever(
+    sections_of: Callable[[], Sequence[DeviceSection]], plan: RestorePlan, qmp: QmpClient
+) -> None:
+    """A QEMU before 9.0 has no suspended guests in migration, and never wakes one that it loads.
+
+    Raises:
+        RefusedError: it is such a QEMU, and such a guest.
+    """
+    if plan.vmm != "qemu" or qmp.version >= (9,):
+        return
+    sections = sections_of()
+    if find_section(sections, GLOBAL_STATE_IDSTR) and run_state(sections) == "suspended":
+        raise RefusedError(
+            "the guest was suspended at the snapshot's instant",
+            why=f"{plan.program} (before 9.0) could never wake it",
+            remedy="wake it first and take another snapshot, or name a newer QEMU (--program)",
+            guest_state="none",
+        )

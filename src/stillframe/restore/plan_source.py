@@ -1,0 +1,61 @@
+"""What a plan is made from: a snapshot, or a VM that is about to be forked."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import msgspec
+
+from stillframe.errors import InternalError
+from stillframe.model import BlockRecord, Manifest
+from stillframe.still.skeleton import Skeleton
+
+
+class PlanSource(Protocol):
+    """As ``still.snapshot.Snapshot`` has it."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def blocks(self) -> tuple[BlockRecord, ...]: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def owner_uid(self) -> int | None: ...
+
+    @property
+    def others_may_write(self) -> bool: ...
+
+    @property
+    def was_taken_here(self) -> bool: ...
+
+    def check_restorable(self) -> None: ...
+
+    def skeleton(self) -> Skeleton: ...
+
+
+class LiveSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A running VM of this host, before the instant. ``description``: what people call it."""
+
+    manifest: Manifest
+    description: str
+    others_may_write: bool = False
+    was_taken_here: bool = True
+
+    @property
+    def owner_uid(self) -> int:
+        return os.geteuid()
+
+    @property
+    def blocks(self) -> tuple[BlockRecord, ...]:
+        return self.manifest.blocks
+
+    def check_restorable(self) -> None:
+        """All of it will be there."""
+
+    def skeleton(self) -> Skeleton:
+        raise InternalError("a running VM has no device state before the instant")

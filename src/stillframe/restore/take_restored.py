@@ -1,0 +1,88 @@
+"""What a take of a VM that we restored has to know: whether all of its RAM is there, and what it
+has changed since."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stillframe.errors import BusyError, NotFoundError, StillframeError, UsageError
+from stillframe.image.filling import Filling
+from stillframe.image.own_pages import OwnPages
+from stillframe.restore.restored import RestoredVm, find_restored, hand_over
+
+_POLL_S = 0.02
+_NO_PROGRESS_S = 120.0
+
+
+def await_resident(ref: str | int, step: Callable[[float], None]) -> None:
+    """Wait until a VM's image is filled, if it is one of ours and runs on one: a snapshot of it
+    would have holes. Where nobody fills, somebody does from now on.
+
+    To be done before its monitor is asked anything: while a vCPU waits for a page, QEMU's main loop
+    may wait for that vCPU.
+
+    Args:
+        ref: its pid, monitor or name. Of another VM nothing is known, and nothing awaited.
+        step: called meanwhile with how much is there, 0 to 1; what it raises ends the wait.
+
+    Raises:
+        BusyError: it does not go on. DataError, NotFoundError: the snapshot that it was restored
+            from is damaged or gone, so its RAM will never be whole.
+    """
+    vm = _restored(ref)
+    if vm is None or vm.image_path is None:
+        return
+    path, seen, since_s = Path(vm.image_path), -1.0, time.monotonic()
+    while vm.is_running and path.exists():
+        there = vm.resident() or 0.0
+        step(there)
+        if there != seen:
+            seen, since_s = there, time.monotonic()
+        elif time.monotonic() - since_s > _NO_PROGRESS_S:
+            raise BusyError(
+                f"the image of VM {vm.pid} is still being filled",
+                why=f"nothing came for {_NO_PROGRESS_S:g} s",
+                remedy=f"see {path.with_suffix('.log')}",
+                guest_state="running",
+            )
+        _see_that_it_is_filled(path)
+        time.sleep(_POLL_S)
+
+
+def _see_that_it_is_filled(path: Path) -> None:
+    try:
+        filling = Filling.adopt(path)
+    except BusyError:
+        return
+    except StillframeError:
+        if path.exists():
+            raise
+        return
+    try:
+        hand_over(filling, path)
+    finally:
+        filling.close()
+
+
+def own_pages(pid: int, snapshot_id: str) -> OwnPages | None:
+    """What a clone has changed since that snapshot; None if it does not run on its image."""
+    vm = _restored(pid)
+    if vm is None or vm.snapshot_id != snapshot_id or not vm.image_files:
+        return None
+    files = {one.idstr: (one.device, one.inode, one.changed_ns) for one in vm.image_files}
+    return OwnPages(pid, files)
+
+
+def origin_of(pid: int) -> str | None:
+    """The id of the snapshot that a VM was restored from; None if it is none of ours."""
+    vm = _restored(pid)
+    return None if vm is None else vm.snapshot_id or None
+
+
+def _restored(ref: str | int) -> RestoredVm | None:
+    try:
+        return find_restored(str(ref))
+    except (NotFoundError, UsageError):
+        return None
