@@ -1,188 +1,142 @@
-"""Page records inside a decompressed RAM frame.
-
-Format: QEMU ``migration/ram.c`` (``ram_save_page``, ``save_zero_page``): a big-endian word of
-offset and flags, the block's name unless CONTINUE is set, then the page or a fill byte.
-"""
+"""What a store's small objects say, and how its objects are called (store-format.md)."""
 
 from __future__ import annotations
 
-import struct
-from itertools import chain
-from operator import eq
-from typing import Final, NamedTuple
+import datetime
+import secrets
+from typing import Literal
 
-from stillframe.errors import DataError
-from stillframe.store.frames import BytesLike
-from stillframe.store.index import KIND_DATA, KIND_ZERO, WORD_BYTES, PageRun
-from stillframe.vmstate.wire import RamFlag, SectionType
+import msgspec
 
-_WORD: Final = struct.Struct(">Q")
-_TYPE_ID: Final = struct.Struct(">BI")
-PREFIX_BYTES: Final = _TYPE_ID.size
-SECTION_END_BYTES: Final = _WORD.size + _TYPE_ID.size
-"""EOS record and footer."""
+from stillframe.model import FrozenFile, MachineRecord, Manifest
+from stillframe.still.container import Container
+from stillframe.still.instant import instant_of
 
-_KIND_FLAG: Final = {KIND_DATA: RamFlag.PAGE.value, KIND_ZERO: RamFlag.ZERO.value}
-_CONTINUE: Final = RamFlag.CONTINUE.value
-_EOS: Final = RamFlag.EOS.value
-
-
-class Record(NamedTuple):
-    """One record: its block's name (None if CONTINUE), offset, kind, and where it ends."""
-
-    idstr: str | None
-    offset_bytes: int
-    kind: int
-    end: int
+FORMAT = 1
+CONFIG = "config"
+SNAPSHOTS, CATALOG, TAGS = "snapshots/", "catalog/", "tags/"
+PENDING, REMOVING = "pending/", "removing/"
+KEYS = "keys/"
+_STILL, _DISKS = ".still", ".disks/"
+SHORT_ID_DIGITS = 8
+DEFAULT_FULL_EVERY = 32
 
 
-def record_bytes(kind: int, page_bytes: int) -> int:
-    """Length of a record that names no block."""
-    return WORD_BYTES + (page_bytes if kind == KIND_DATA else 1)
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """``id``: of the store. ``append_only``: nothing is ever removed. ``full_every``: the longest
+    chain that ``take`` makes; the next snapshot is a full one. ``key_id``: of the data key of an
+    encrypted store, 32 hexadecimal digits."""
+
+    format: Literal[1] = 1
+    id: str
+    created: str
+    append_only: bool = False
+    full_every: int = DEFAULT_FULL_EVERY
+    key_id: str | None = None
 
 
-def payload_start(raw: BytesLike, run: PageRun, idstr: str, page_bytes: int) -> int:
-    """Where in a frame the content of the run's first page starts.
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One snapshot in the catalog. All of it can be worked out from the snapshot's own file.
 
-    The others follow at a distance of :func:`record_bytes`.
-
-    Raises:
-        DataError: the frame does not hold this run there.
+    ``name``: of its objects (see :func:`data_key`). ``vm``: the machine's name. ``created``: of the
+    instant, RFC 3339, UTC. ``parent``: id of the snapshot that it builds on. ``file_bytes``:
+    of its file; ``disks_bytes``: of the disks stored beside it.
     """
-    record = read_record(raw, run.raw_offset, page_bytes)
-    if (
-        record is None
-        or record.idstr not in (None, idstr)
-        or record.kind != run.kind
-        or record.offset_bytes != run.first_page * page_bytes
-    ):
-        raise DataError(
-            f"the index does not agree with the stream about page {run.first_page} of block "
-            f"{idstr!r}"
-        )
-    return record.end - record_bytes(run.kind, page_bytes) + WORD_BYTES
+
+    format: Literal[1] = 1
+    id: str
+    name: str
+    vm: str
+    created: str
+    parent: str | None = None
+    file_bytes: int
+    disks_bytes: int = 0
+    ram_bytes: int = 0
+    mode: str = "background"
+    for_analysis: bool = False
+
+    @property
+    def short_id(self) -> str:
+        return self.id[:SHORT_ID_DIGITS]
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"{self.short_id} ({self.vm}, {self.created[:19]}Z)"
+
+    @property
+    def own_bytes(self) -> int:
+        """What its objects take."""
+        return self.file_bytes + self.disks_bytes
+
+    @property
+    def time(self) -> datetime.datetime:
+        """The instant, UTC. Raises DataError if it is none."""
+        return instant_of(self.created)
 
 
-def read_page(
-    raw: BytesLike, run: PageRun, position: int, idstr: str, page_bytes: int
-) -> bytes | None:
-    """Content of page number ``position`` of a run; None for a zero page.
-
-    Raises:
-        DataError: the frame does not hold this page there.
-    """
-    start = payload_start(raw, run, idstr, page_bytes)
-    if position:
-        start += position * record_bytes(run.kind, page_bytes)
-        expected = (run.first_page + position) * page_bytes | _KIND_FLAG[run.kind] | _CONTINUE
-        if raw[start - WORD_BYTES : start] != _WORD.pack(expected):
-            raise DataError(
-                f"the index does not agree with the stream about page {run.first_page + position} "
-                f"of block {idstr!r}"
-            )
-    end = start + record_bytes(run.kind, page_bytes) - WORD_BYTES
-    if end > len(raw):
-        raise DataError("a page record is truncated")
-    if run.kind == KIND_DATA:
-        return bytes(raw[start:end])
-    if raw[start] != 0:
-        raise DataError(f"a zero page of block {idstr!r} is filled with {raw[start]:#04x}")
-    return None
+def new_name() -> str:
+    """A name for a snapshot's objects, chosen before a byte is written: an object store must know
+    it when the upload begins, and the disks beside it are recorded in the file whose id is not
+    known yet."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(8)}"
 
 
-def check_run(raw: BytesLike, run: PageRun, idstr: str, page_bytes: int) -> int:
-    """Check every record of a run against the index; returns where the run ends.
-
-    Raises:
-        DataError: they do not agree.
-    """
-    start = payload_start(raw, run, idstr, page_bytes)
-    length = record_bytes(run.kind, page_bytes)
-    body = start + length - WORD_BYTES
-    end = body + (run.pages - 1) * length
-    if end > len(raw):
-        raise DataError("a run of page records is truncated")
-    flags = _KIND_FLAG[run.kind] | _CONTINUE
-    first, last = run.first_page + 1, run.first_page + run.pages
-    words = range(first * page_bytes | flags, last * page_bytes | flags, page_bytes)
-    view = memoryview(raw)[body:end]
-    if run.kind == KIND_DATA:
-        found = struct.iter_unpack(f">Q{page_bytes}x", view)
-        same = all(map(eq, chain.from_iterable(found), words))
-    else:
-        pairs = struct.iter_unpack(">QB", view)
-        same = raw[start] == 0 and all(
-            word == expected and fill == 0
-            for (word, fill), expected in zip(pairs, words, strict=True)
-        )
-    if not same:
-        raise DataError(
-            f"the index does not agree with the stream about pages {run.first_page} to "
-            f"{last - 1} of block {idstr!r}"
-        )
-    return end
+def data_key(name: str) -> str:
+    """Of the snapshot's file; what belongs to it begins so, too."""
+    return f"{SNAPSHOTS}{name}{_STILL}"
 
 
-def read_record(raw: BytesLike, start: int, page_bytes: int) -> Record | None:
-    """The page record at ``start``; None if an EOS record is there.
-
-    Raises:
-        DataError: truncated, or a record that our frames do not have.
-    """
-    end = start + WORD_BYTES
-    if end > len(raw):
-        raise DataError("a RAM section does not end within its frame")
-    (word,) = _WORD.unpack_from(raw, start)
-    flags, offset_bytes = word & (page_bytes - 1), word & -page_bytes
-    if flags == _EOS and offset_bytes == 0:
-        return None
-    idstr: str | None = None
-    if not flags & _CONTINUE:
-        name_end = end + 1 + (raw[end] if end < len(raw) else 0)
-        name = bytes(raw[end + 1 : name_end])
-        if not name or name_end > len(raw) or not name.isascii():
-            raise DataError("a page record names its block in an odd way")
-        idstr, end = name.decode("ascii"), name_end
-    kinds = [kind for kind, flag in _KIND_FLAG.items() if flag == flags & ~_CONTINUE]
-    if not kinds:
-        raise DataError(f"a RAM section holds a record with flags {flags:#x}")
-    end += record_bytes(kinds[0], page_bytes) - WORD_BYTES
-    if end > len(raw):
-        raise DataError("a page record is truncated")
-    return Record(idstr, offset_bytes, kinds[0], end)
+def disks_prefix(name: str) -> str:
+    """Of the disks that belong to it."""
+    return f"{data_key(name)}{_DISKS}"
 
 
-def read_section_id(raw: BytesLike) -> int:
-    """Section id of the RAM part that a frame starts with.
-
-    Raises:
-        DataError: the frame does not start with a PART section.
-    """
-    if len(raw) < PREFIX_BYTES or raw[0] != SectionType.PART:
-        raise DataError("a frame with pages does not start with a RAM section")
-    _, section_id = _TYPE_ID.unpack_from(raw)
-    return int(section_id)
+def name_of(key: str) -> str:
+    """The other way: which snapshot an object below ``snapshots/`` belongs to; empty if none."""
+    name, still, rest = key.removeprefix(SNAPSHOTS).partition(_STILL)
+    ours = key.startswith(SNAPSHOTS) and still and rest[:1] in ("", ".") and "/" not in name
+    return name if ours else ""
 
 
-def check_section_end(raw: BytesLike, start: int, section_id: int) -> None:
-    """Check that EOS and the footer of the section are all that is left of the frame.
-
-    Raises:
-        DataError: something else is.
-    """
-    expected = _WORD.pack(_EOS) + _TYPE_ID.pack(SectionType.FOOTER, section_id)
-    if bytes(raw[start:]) != expected:
-        raise DataError("a RAM section does not end with its frame")
+def catalog_key(snapshot_id: str) -> str:
+    return f"{CATALOG}{snapshot_id}.json"
 
 
-def is_ram_section(raw: BytesLike, page_bytes: int) -> bool:
-    """Whether a frame is exactly one whole RAM part."""
-    try:
-        section_id = read_section_id(raw)
-        position = PREFIX_BYTES
-        while (record := read_record(raw, position, page_bytes)) is not None:
-            position = record.end
-        check_section_end(raw, position, section_id)
-    except DataError:
-        return False
-    return True
+def tag_key(snapshot_id: str, tag: str) -> str:
+    """Flat, so that no folder has to come and go."""
+    return f"{TAGS}{snapshot_id}-{tag}"
+
+
+def entry_of(file: Container, name: str) -> Entry:
+    """What the catalog says of a snapshot's file."""
+    manifest, machine = file.manifest, file.manifest.machine
+    return Entry(
+        id=file.id,
+        name=name,
+        vm=manifest.mode if machine is None else vm_name(machine),
+        created=manifest.created,
+        parent=None if manifest.parent is None else manifest.parent.id,
+        file_bytes=file.source.size_bytes,
+        disks_bytes=sum(file.size_bytes for _, file in own_disks(manifest, name)),
+        ram_bytes=sum(block.used_length_bytes for block in manifest.blocks),
+        mode=manifest.mode,
+        for_analysis=manifest.for_analysis,
+    )
+
+
+def own_disks(manifest: Manifest, name: str) -> list[tuple[str, FrozenFile]]:
+    """The files of captured disks that are stored beside the snapshot, each with its key: by its
+    present name, which is another one than the file says if it was copied."""
+    return [
+        (f"{disks_prefix(name)}{file.name_beside}", file)
+        for disk in manifest.captured_disks
+        for file in disk.files
+        if disk.kind == "copy" and file.name_beside
+    ]
+
+
+def vm_name(machine: MachineRecord) -> str:
+    """What a store calls a VM."""
+    return machine.name or f"{machine.vmm}-{machine.pid}"

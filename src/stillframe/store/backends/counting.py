@@ -1,15 +1,15 @@
-"""A sink around a sink that tells how much went through."""
+"""A sink wrapper that reports the bytes written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from stillframe.store.backends import Sink, SparseSink
-from stillframe.store.frames import BytesLike
+from stillframe.still.frames import BytesLike
+from stillframe.still.sinks import Sink, SparseSink
 
 
 def counting(sink: Sink, progress: Callable[[int], None]) -> Sink:
-    """The sink, sparse if it was, telling after each write how many bytes it has taken so far."""
+    """Wrap a sink (sparse stays sparse); ``progress`` gets the bytes written so far."""
     if isinstance(sink, SparseSink):
         return _CountingSparseSink(sink, progress)
     return _CountingSink(sink, progress)

@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from stillframe.errors import SinkError, UsageError
+from stillframe.still.frames import BytesLike
+from stillframe.still.sinks import aborting
 from stillframe.store.backends.oserrors import sink_error
 from stillframe.store.backends.write_behind import WriteBehind
-from stillframe.store.frames import BytesLike
 
 _MODE = 0o600  # RAM holds secrets
 _NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
@@ -64,7 +65,7 @@ class LocalSink:
         return str(self._path)
 
     def write(self, data: BytesLike) -> None:
-        """Append ``data``, and start its way to the disk.
+        """Append ``data``; it is written to disk in the background.
 
         Raises:
             SinkError: disk full, over quota, an I/O error; it may be of an earlier write.
@@ -78,7 +79,7 @@ class LocalSink:
             raise _as_sink_error("write to", self.description, error) from error
 
     def write_at(self, offset_bytes: int, data: BytesLike) -> None:
-        """Put ``data`` at a place; not to be mixed with :meth:`write`.
+        """Write ``data`` at an offset. Not to be mixed with :meth:`write`.
 
         Raises:
             SinkError: disk full, over quota, an I/O error.
@@ -131,7 +132,7 @@ class LocalSink:
         except FileExistsError as error:
             raise SinkError(
                 f"cannot name the snapshot {self.description}",
-                why="somebody made a file of that name meanwhile",
+                why="a file of that name was created meanwhile",
                 remedy="choose another name",
             ) from error
         except OSError as error:
@@ -141,7 +142,7 @@ class LocalSink:
             self._close()
 
     def abort(self) -> None:
-        """Leave nothing behind, unless it was committed."""
+        """Discard the file unless it was committed."""
         if self._state == "open":
             self._state = "aborted"
             if self._hidden_name is not None:
@@ -181,24 +182,35 @@ class LocalSink:
         except OSError as error:
             if error.errno not in _NO_UNNAMED_FILES:
                 raise sink_error("create", self.description, error) from error
-        hidden = _new_hidden_name()
         try:
-            self._fd = os.open(
-                hidden,
-                os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
-                _MODE,
-                dir_fd=self._directory_fd,
-            )
-            self._hidden_name = hidden
-            self._prepare()
+            while not self._open_hidden():
+                pass
         except OSError as error:
             raise sink_error("create", self.description, error) from error
 
-    def _prepare(self) -> None:
-        """Set the mode that no umask changes, and mark the file as somebody's."""
+    def _open_hidden(self) -> bool:
+        """Make a hidden file; False if a sweep took it before it was locked."""
+        hidden = _new_hidden_name()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._fd = os.open(hidden, flags, _MODE, dir_fd=self._directory_fd)
+        self._hidden_name = hidden
+        if self._prepare() and os.fstat(self._fd).st_nlink:
+            return True
+        os.close(self._fd)
+        self._fd = -1
+        self._hidden_name = None
+        return False
+
+    def _prepare(self) -> bool:
+        """Set the mode, whatever the umask, and lock the file; False if a sweep has the lock."""
         os.fchmod(self._fd, _MODE)
-        with suppress(OSError):  # where locks are not offered, nothing is swept either
+        try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # without locks, nothing is swept either
+            pass
+        return True
 
     def _link(self, name: str) -> None:
         # With dir_fd, os.link calls linkat(2) with AT_SYMLINK_FOLLOW, which follows /proc's link.
@@ -220,9 +232,9 @@ class LocalSink:
         try:
             os.fsync(self._directory_fd)
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # not offered everywhere
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # not supported everywhere
                 return
-            if not self._overwrite:  # what was replaced cannot be had back
+            if not self._overwrite:  # a replaced file cannot be restored
                 with suppress(OSError):
                     os.unlink(self._path.name, dir_fd=self._directory_fd)
             raise
@@ -236,6 +248,18 @@ class LocalSink:
                 with suppress(OSError):
                     os.close(fd)
         self._fd = self._directory_fd = -1
+
+
+def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file of mode 0600, whole or not at all.
+
+    Raises:
+        UsageError: it exists. SinkError: it cannot be written.
+    """
+    sink = LocalSink(path, overwrite=overwrite)
+    with aborting(sink):
+        sink.write(content)
+        sink.commit()
 
 
 def _open_unnamed(directory_fd: int) -> int:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from stillframe.errors import DataError, HostError, NotFoundError, UsageError
+from stillframe.errors import DataError, HostError, NotFoundError, UnreadableError, UsageError
+from stillframe.vmstate.source import Source
+
+_AHEAD_BYTES = 8 << 20
+"""Not more: a read out of turn, which a guest waits for, queues behind it."""
+_PIECE_BYTES = 256 << 10
+"""Linux reads at most its own read-ahead for one call (``mm/readahead.c``: force_page_cache_ra)."""
 
 
 class LocalSource:
     """Reads one file. Never mapped: a file that shrinks would kill the reader with SIGBUS.
+
+    Where reads go on from each other, also those of several threads, the next part is asked for
+    from the medium meanwhile.
 
     Args:
         name: what messages call it, if not by its path.
@@ -25,6 +35,7 @@ class LocalSource:
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
         self._name = name if name is not None else str(Path(path))
         self._fd = -1
+        self._last_end = self._asked_to = -1
         try:
             # Not blocking, so that a named pipe is refused rather than waited for.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
@@ -57,14 +68,20 @@ class LocalSource:
     def others_may_write(self) -> bool:
         return bool(self._status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
+    @property
+    def others_may_read(self) -> bool:
+        """Whether its mode lets everybody read the file."""
+        return bool(self._status.st_mode & stat.S_IROTH)
+
     def read_at(self, offset_bytes: int, length_bytes: int) -> bytes:
         """Exactly so many bytes.
 
         Raises:
-            DataError: the file has fewer, or the medium fails.
+            DataError: the file has fewer. UnreadableError: the medium fails, or is away.
         """
         if offset_bytes < 0 or length_bytes < 0:
             raise DataError(f"{length_bytes} bytes at {offset_bytes} cannot be read")
+        self._read_ahead(offset_bytes, offset_bytes + length_bytes)
         parts: list[bytes] = []
         missing = length_bytes
         try:
@@ -78,11 +95,27 @@ class LocalSource:
                     )
                 parts.append(part)
                 missing -= len(part)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
+            raise UnreadableError(
+                f"cannot read {self.description}", why=str(error), offset_bytes=offset_bytes
+            ) from error
+        except OverflowError as error:
             raise DataError(
                 f"cannot read {self.description}", why=str(error), offset_bytes=offset_bytes
             ) from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_ahead(self, start: int, end: int) -> None:
+        goes_on, self._last_end = start == self._last_end, end
+        if not self._asked_to - _AHEAD_BYTES <= start <= self._asked_to:
+            if not goes_on:
+                return
+            self._asked_to = end
+        first = max(end, self._asked_to)
+        self._asked_to = max(first, min(end + _AHEAD_BYTES, self.size_bytes))
+        with suppress(OSError, OverflowError):
+            for offset in range(first, self._asked_to, _PIECE_BYTES):
+                os.posix_fadvise(self._fd, offset, _PIECE_BYTES, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the file."""
@@ -90,3 +123,26 @@ class LocalSource:
             with suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
+
+
+@contextmanager
+def open_stream(source: str | os.PathLike[str] | Source) -> Iterator[Source]:
+    """A stream for reading: a file or a named pipe, or what is open already, which stays open.
+
+    Raises:
+        NotFoundError: no such file. UsageError: a directory. HostError: not permitted.
+    """
+    if not isinstance(source, str | os.PathLike):
+        yield source
+        return
+    try:
+        stream = Path(source).open("rb")  # noqa: SIM115 - closed below
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFoundError(f"there is no file {source}") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{source} is a directory", remedy="name a file") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise HostError(f"cannot read {source}", why=why) from error
+    with stream:
+        yield stream

@@ -1,4 +1,4 @@
-"""Operating-system errors of destinations, said so that the operator knows what to do."""
+"""OS errors of destinations, with remedies."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _REMEDIES = {
     errno.ENOENT: "make the directory first",
     errno.ENOTDIR: "one of the path's parents is not a directory",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EIO: "look at the disk: the kernel log says more",
-    errno.EPIPE: "the reader of the pipe went away; look at why it ended",
+    errno.EIO: "check the disk; the kernel log has details",
+    errno.EPIPE: "the pipe's reader exited; find out why",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 

@@ -1,4 +1,4 @@
-"""A sink into a pipe, or into whatever standard output is."""
+"""A sink that writes to a pipe or to standard output."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import select
 import stat
 
 from stillframe.errors import UsageError
+from stillframe.still.frames import BytesLike
 from stillframe.store.backends.oserrors import sink_error
-from stillframe.store.frames import BytesLike
 
 
 class PipeSink:
@@ -42,7 +42,7 @@ class PipeSink:
         return self._description
 
     def write(self, data: BytesLike) -> None:
-        """Pass ``data`` on, waiting for the reader as long as it takes.
+        """Write ``data``; blocks until the reader has taken it.
 
         Raises:
             SinkError: the reader went away, or the disk behind a redirection is full.
@@ -82,3 +82,12 @@ class PipeSink:
     def _check_open(self) -> None:
         if self._state != "open":
             raise UsageError(f"{self._description} is already {self._state}")
+
+
+def standard_output() -> PipeSink:
+    """A sink into standard output, for ``take``, ``export`` and ``import_stream``.
+
+    Raises:
+        UsageError: it is a terminal. SinkError: it is closed.
+    """
+    return PipeSink(1)

@@ -1,9 +1,9 @@
-"""Puts what a file is to hold onto the disk while it is still being made.
+"""Writes file data to disk in the background.
 
-Whole buffers go past the page cache (open(2): O_DIRECT), by a thread of their own. A snapshot of
-many GiB that went through the cache would drive out what the host's other programs have in it,
-and copying it there costs as much time as compressing it. Where a file system does not offer that,
-they are written the ordinary way, and sent to the disk at once (sync_file_range(2)).
+A thread writes whole buffers with O_DIRECT (open(2)): a snapshot of many GiB would evict other
+programs' data from the page cache, and copying it there takes as long as compressing it. On file
+systems without O_DIRECT, buffers go through the page cache and are flushed at once
+(sync_file_range(2)).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from typing import Final
 
-from stillframe.store.frames import BytesLike
+from stillframe.still.frames import BytesLike
 
 BUFFER_BYTES: Final = 4 << 20
 _BUFFERS = 4
@@ -28,10 +28,10 @@ _WAIT_AFTER = 4
 
 
 class WriteBehind:
-    """Appends to an empty file. One thread at a time; the caller syncs the file at the end.
+    """Appends to an empty file. For one thread at a time; the caller syncs the file at the end.
 
     Args:
-        fd: of the file; stays the caller's. While this is in use, its flag O_DIRECT may be set.
+        fd: the file, owned by the caller. O_DIRECT may be set on it meanwhile.
     """
 
     def __init__(self, fd: int) -> None:
@@ -49,16 +49,11 @@ class WriteBehind:
         self._ended = False
         self._thread: threading.Thread | None = None
 
-    @property
-    def backlog_bytes(self) -> int:
-        """What was taken, and is not on the disk yet."""
-        return self._taken_bytes - self._on_disk_bytes
-
     def write(self, data: BytesLike) -> None:
-        """Take ``data``; waits while the disk is several buffers behind.
+        """Append ``data``; blocks while the disk is several buffers behind.
 
         Raises:
-            OSError: of this or of an earlier part.
+            OSError: this or an earlier write failed.
         """
         rest = memoryview(data).cast("B")
         while rest:
@@ -75,7 +70,7 @@ class WriteBehind:
                 self._hand_over(buffer)
 
     def finish(self) -> None:
-        """Write what is left, in the calling thread, once all before it is written.
+        """Wait for the background writes, then write the rest in the calling thread.
 
         Raises:
             OSError: it failed.
@@ -85,11 +80,11 @@ class WriteBehind:
                 self._changed.wait()
             self._check()
         if self._filling is not None:
-            self._use_page_cache()  # no length is too odd for it
+            self._use_page_cache()  # takes any length
             self._put(memoryview(self._filling)[: self._filled_bytes])
 
     def end(self) -> None:
-        """End the thread, and let go of what was not written. It must not be used after that."""
+        """Stop the thread and discard unwritten data. Not to be used afterwards."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -157,7 +152,7 @@ class WriteBehind:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._use_page_cache()  # refused after all: other alignments, an odd length
+                self._use_page_cache()  # refused: alignment or length
                 continue
             rest = rest[done:]
             offset_bytes += done

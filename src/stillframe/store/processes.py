@@ -1,0 +1,14 @@
+"""Whether a process of this host is still the one that it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def start_ticks(pid: int) -> int:
+    """When a process began, in clock ticks since boot; 0 if it has ended (proc(5): stat)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])

@@ -1,0 +1,190 @@
+"""A snapshot on its way into a store: written under a name, then entered in the catalog.
+
+The order makes it safe, whoever dies when (invariant 13): a note that it is being written; the
+data, durable under its name; the catalog's entry, which makes it a snapshot of the store; the end
+of the note.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Self
+
+from stillframe.errors import BusyError, NotFoundError, SnapshotFailed, StillframeError
+from stillframe.still.sinks import Sink
+from stillframe.store import small_objects
+from stillframe.store.backends.objects import Backend
+from stillframe.store.records import (
+    PENDING,
+    REMOVING,
+    Entry,
+    catalog_key,
+    data_key,
+    entry_of,
+    new_name,
+)
+from stillframe.store.sealed_backend import open_stored
+from stillframe.store.workers import leave_note, read_notes
+
+
+class StoreTarget:
+    """Where one snapshot goes. Write to :attr:`sink` and commit that, then :meth:`commit` this; as
+    a context manager it leaves nothing behind unless that was done.
+
+    Args:
+        parent: the snapshot that this one will build on; it cannot be removed from here on.
+
+    Raises:
+        BusyError: the parent is being removed. SinkError: the store cannot be written to.
+    """
+
+    def __init__(self, backend: Backend, parent: Entry | None = None) -> None:
+        self._backend = backend
+        self._parent = parent
+        self.name = new_name()
+        self._done = False
+        # First the note, then the look: who removes does it the other way round, so that one of the
+        # two sees the other.
+        self._note_key = leave_note(
+            backend, PENDING, self.name, "" if parent is None else parent.name
+        )
+        try:
+            if parent is not None:
+                check_stays(backend, parent)
+            self.sink: Sink = backend.sink(data_key(self.name))
+        except BaseException:
+            self._drop_note()
+            raise
+
+    @property
+    def path(self) -> Path | None:
+        """Where its file will be, if it is one; disks belong into ``PATH.disks``."""
+        return self._backend.path(data_key(self.name))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.abort()
+
+    def commit(self) -> Entry:
+        """Enter it in the catalog. Its data is durable already.
+
+        Returns:
+            Its entry; the one that is there, where the store has this snapshot already.
+
+        Raises:
+            SinkError: the store cannot be written to. SnapshotFailed: the parent was removed
+                meanwhile. DataError: what was written cannot be read. Nothing is left behind,
+                unless it may be in the catalog: then it stays, and ``repair`` asks the catalog
+                once this process has ended.
+        """
+        try:
+            with open_stored(self._backend, data_key(self.name)) as file:
+                entry = entry_of(file, self.name)
+            self._check_undisturbed()
+        except BaseException:
+            self.abort()
+            raise
+        try:
+            found = enter(self._backend, entry)
+        except BaseException:
+            self._done = not self._is_surely_out(entry)
+            self.abort()
+            raise
+        if found.name != self.name:  # the same snapshot is there
+            self.abort()
+            return found
+        self._done = True
+        self._drop_note()
+        return entry
+
+    def abort(self) -> None:
+        """Leave nothing behind, unless it was, or may have been, committed. Never raises."""
+        if self._done:
+            return
+        self._done = True
+        self.sink.abort()
+        # The note goes last: where we fail, it says whose the rest is.
+        with contextlib.suppress(StillframeError):
+            delete_data(self._backend, self.name)
+            self._drop_note()
+
+    def _is_surely_out(self, entry: Entry) -> bool:
+        """Whether an entry that failed is not in the catalog. A directory has it now or never; to a
+        bucket a request may still be under way that nobody waits for any more."""
+        if self.path is None:
+            return False
+        try:
+            small_objects.read(self._backend, catalog_key(entry.id), Entry)
+        except NotFoundError:
+            return True
+        except StillframeError:
+            pass
+        return False
+
+    def _check_undisturbed(self) -> None:
+        """Somebody may have taken us for dead, after a day."""
+        try:
+            self._backend.read(self._note_key)
+            if self._parent is not None:
+                check_stays(self._backend, self._parent)
+        except (NotFoundError, BusyError) as error:
+            raise SnapshotFailed(
+                "the snapshot took so long that it was given up for dead, and cleared away",
+                remedy="take another one",
+                guest_state="running",
+            ) from error
+
+    def _drop_note(self) -> None:
+        with contextlib.suppress(StillframeError):
+            self._backend.delete(self._note_key)
+
+
+def enter(backend: Backend, entry: Entry) -> Entry:
+    """Put an entry into the catalog; whoever does it twice, or again after an error, does no harm.
+
+    Returns:
+        The entry that is there now: this one, or that of the same snapshot under another name.
+
+    Raises:
+        SinkError: it cannot be written, and is not there.
+    """
+    key = catalog_key(entry.id)
+    try:
+        if backend.create(key, small_objects.encoded(entry)):
+            return entry
+    except StillframeError:
+        # A reply that was lost is no failure.
+        with contextlib.suppress(StillframeError):
+            found = small_objects.read(backend, key, Entry)
+            if found.name == entry.name:
+                return found
+        raise
+    return small_objects.read(backend, key, Entry)
+
+
+def check_stays(backend: Backend, entry: Entry) -> None:
+    """Raise BusyError if a snapshot is being removed, or is gone.
+
+    Whoever relies on the answer has left a note that names the snapshot before.
+    """
+    # In this order: a removal that is through has taken its note away, and the entry before.
+    notes = read_notes(backend, f"{REMOVING}{entry.name}.")
+    found: Entry | None = None
+    with contextlib.suppress(NotFoundError):
+        found = small_objects.read(backend, catalog_key(entry.id), Entry)
+    stands = found is not None and found.name == entry.name
+    if not stands or any(not note.worker.is_gone for note in notes):
+        raise BusyError(f"snapshot {entry.label} is being removed")
+
+
+def delete_data(backend: Backend, name: str) -> None:
+    """Remove a snapshot's file, and what belongs to it.
+
+    Raises:
+        SinkError: not permitted.
+    """
+    for one in backend.listing(data_key(name)):  # the file is the first of them
+        backend.delete(one.key)
