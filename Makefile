@@ -21,7 +21,7 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m mypy.stubtest stillframe.memory._capture stillframe.memory._guest_memory --allowlist tests/stubtest_allowlist.txt
+	$(BIN)/python -m mypy.stubtest stillframe.capture._capture stillframe.image._fill stillframe.board.memory._guest_memory --allowlist tests/stubtest_allowlist.txt
 
 check: lint test
 

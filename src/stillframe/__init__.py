@@ -22,11 +22,11 @@ if TYPE_CHECKING:
         connect,
         doctor,
         export,
+        fork,
         import_stream,
         list_vms,
         open,  # noqa: A004 - stillframe.open, as gzip.open
         restore,
-        start_board,
         take,
         verify,
     )
@@ -37,11 +37,11 @@ __all__ = [
     "doctor",
     "errors",
     "export",
+    "fork",
     "import_stream",
     "list_vms",
     "open",
     "restore",
-    "start_board",
     "take",
     "verify",
 ]

@@ -1,163 +1,114 @@
 """The public functions of Stillframe, in one place.
 
-The rooms below are imported by the function that needs them: reading a snapshot needs no
-userfaultfd, and listing VMs no compressor.
+Importing this module imports all rooms but the board's; ``stillframe`` and the command line do so
+when a function is first used. What only some hosts have (libvirt, obstore, cryptography, the
+board) is imported by the room that needs it, when it does.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import Final
 
-from stillframe.errors import HostError, NotFoundError, UsageError
+from stillframe.disks.folding import Fold
+from stillframe.disks.point_in_time import DEFAULT_MAX_DRAIN_MS, DiskOptions
+from stillframe.disks.refusals import DISKS, DiskKind
+from stillframe.doctor.checks import Check, CheckStatus
+from stillframe.doctor.host import host_checks
+from stillframe.doctor.survey import SurveyedVm, survey
+from stillframe.doctor.vm import vm_checks
+from stillframe.errors import HostError, UsageError, check_choice
+from stillframe.image.cached import ImageCache
+from stillframe.image.keeping import ImageKeeping
+from stillframe.image.store_image import store_image
+from stillframe.image.stored import StoredImage
+from stillframe.machine import Blocker, Machine
+from stillframe.machine.finding import connect, list_vms
+from stillframe.machine.process.machine import ProcessMachine
+from stillframe.machine.process.vm_info import VmInfo
+from stillframe.model import Statistics
+from stillframe.restore import adoption, plan, store_use, take_restored
+from stillframe.restore.clones import CloneKind
+from stillframe.restore.complete_image import find_complete, on_complete
+from stillframe.restore.domain_plan import DomainPlan
+from stillframe.restore.fork import fork
+from stillframe.restore.planners import Clock
+from stillframe.restore.records import RestorePlan
+from stillframe.restore.restore_domain import RestoredDomain, plan_restore_domain, restore_domain
+from stillframe.restore.restored import RestoredVm, kill
+from stillframe.restore.show import plan_lines
+from stillframe.restore.start import restore
+from stillframe.snapshot import taking, watching
+from stillframe.snapshot.committing import commit
+from stillframe.snapshot.into_store import Save
+from stillframe.snapshot.job import SnapshotJob
+from stillframe.snapshot.options import (
+    DEFAULT_SPILL_BYTES,
+    MODES,
+    Mode,
+    SnapshotOptions,
+    choose_adaptive_level,
+)
+from stillframe.snapshot.take import take_snapshot
+from stillframe.snapshot.taken import TakenSnapshot
+from stillframe.snapshot.watching import Follower
+from stillframe.still import import_stream as importing
+from stillframe.still.diff import SnapshotDiff, diff_snapshots
+from stillframe.still.export import EXPORT_FORMATS, ExportFormat, check_export, export_snapshot
+from stillframe.still.frames import COMPRESSIONS, Compression, choose_level
+from stillframe.still.ram_map import RamMap, draw_ram
+from stillframe.still.sealing import DataKey
+from stillframe.still.sinks import Sink, aborting
+from stillframe.still.snapshot import Snapshot
+from stillframe.still.verify import VerifyReport
+from stillframe.store import store_keys
+from stillframe.store.backends.counting import counting
+from stillframe.store.backends.local import write_file
+from stillframe.store.backends.local_source import open_stream
+from stillframe.store.backends.pipe import standard_output
+from stillframe.store.check import CheckReport, check_share, check_store
+from stillframe.store.copying import Copied, copy_snapshots
+from stillframe.store.importing import import_into_store
+from stillframe.store.keys import Keys, make_key, wrapped_for
+from stillframe.store.listing import ListedSnapshot, listing
+from stillframe.store.locations import Location as StrPath
+from stillframe.store.locations import absolute, open_sink
+from stillframe.store.named import as_store, locate
+from stillframe.store.named import open_named as open  # noqa: A004 - as gzip.open
+from stillframe.store.opening import make_store as init
+from stillframe.store.opening import open_backend, open_store, read_config, repaired_config
+from stillframe.store.records import Entry
+from stillframe.store.removing import Removal
+from stillframe.store.repair import Repair, repair_store
+from stillframe.store.retention import Policy
+from stillframe.store.store import Compaction, Pruning, Store
+from stillframe.store.store_keys import StoreKey
 from stillframe.version import __version__
+from stillframe.vmstate.source import Source
 
-if TYPE_CHECKING:
-    from stillframe.doctor.checks import Check, CheckStatus
-    from stillframe.doctor.survey import SurveyedVm
-    from stillframe.hosting.running_board import RunningBoard
-    from stillframe.machine import Hindrance, Machine
-    from stillframe.machine.board.board_command import Protection
-    from stillframe.machine.outside.machine import OutsideMachine
-    from stillframe.machine.outside.vm_info import VmInfo
-    from stillframe.model import Statistics
-    from stillframe.restore.records import RestorePlan
-    from stillframe.restore.start import RestoredVm
-    from stillframe.snapshot.job import JobControl, SnapshotJob
-    from stillframe.snapshot.take import TakenSnapshot
-    from stillframe.store.backends import Sink
-    from stillframe.store.snapshot import Snapshot
-    from stillframe.store.verify import VerifyReport
-    from stillframe.vmstate.source import Source
-
+# fmt: off
 __all__ = [
-    "BOARD_GUESTS",
-    "COMPRESSIONS",
-    "DEFAULT_SPILL_BYTES",
-    "EXPORT_FORMATS",
-    "MODES",
-    "Check",
-    "CheckStatus",
-    "Compression",
-    "ExportFormat",
-    "Hindrance",
-    "Machine",
-    "Mode",
-    "OutsideMachine",
-    "Protection",
-    "RestorePlan",
-    "RestoredVm",
-    "RunningBoard",
-    "Sink",
-    "Snapshot",
-    "SnapshotJob",
-    "Source",
-    "Statistics",
-    "StrPath",
-    "SurveyedVm",
-    "TakenSnapshot",
-    "VerifyReport",
-    "VmInfo",
-    "build_guest",
-    "check_board",
-    "connect",
-    "doctor",
-    "export",
-    "import_stream",
-    "list_vms",
-    "open",
-    "plan_lines",
-    "plan_restore",
-    "restore",
-    "standard_output",
-    "start_board",
-    "survey",
-    "take",
-    "verify",
-    "work_directory",
+    "COMPRESSIONS", "DEFAULT_EVERY_S", "DEFAULT_MAX_DRAIN_MS", "DEFAULT_SPILL_BYTES", "DISKS",
+    "EXPORT_FORMATS", "MODES", "Blocker", "Check", "CheckReport", "CheckStatus", "Clock",
+    "CloneKind", "Compaction", "Compression", "Copied", "DataKey", "DiskKind", "DomainPlan",
+    "ExportFormat", "Fold", "Follower", "Keys", "ListedSnapshot", "Machine", "Mode",
+    "ProcessMachine", "Pruning", "RamMap", "Removal", "Repair", "RestorePlan", "RestoredDomain",
+    "RestoredVm", "Sink", "Snapshot", "SnapshotDiff", "SnapshotJob", "Source", "Statistics",
+    "Store", "StoreKey", "StoredImage", "StrPath", "SurveyedVm", "TakenSnapshot", "VerifyReport",
+    "VmInfo", "add_image", "add_key", "check", "commit", "connect", "copy", "diff", "doctor",
+    "draw_ram", "export", "fork", "image_limit", "images", "import_stream", "init", "kill",
+    "list_keys", "list_vms", "locate", "ls", "make_key", "open", "open_store", "plan_lines",
+    "plan_restore", "plan_restore_domain", "prune", "remove_key", "repair", "restore",
+    "restore_domain", "rm", "rm_images", "standard_output", "survey", "tag", "take", "verify",
+    "watch", "write_file",
 ]
+# fmt: on
 
-_TYPES: Final = {
-    "Check": "stillframe.doctor.checks",
-    "CheckStatus": "stillframe.doctor.checks",
-    "Hindrance": "stillframe.machine",
-    "Machine": "stillframe.machine",
-    "OutsideMachine": "stillframe.machine.outside.machine",
-    "Protection": "stillframe.machine.board.board_command",
-    "RestorePlan": "stillframe.restore.records",
-    "RestoredVm": "stillframe.restore.start",
-    "RunningBoard": "stillframe.hosting.running_board",
-    "Sink": "stillframe.store.backends",
-    "Snapshot": "stillframe.store.snapshot",
-    "SnapshotJob": "stillframe.snapshot.job",
-    "Source": "stillframe.vmstate.source",
-    "Statistics": "stillframe.model",
-    "SurveyedVm": "stillframe.doctor.survey",
-    "TakenSnapshot": "stillframe.snapshot.take",
-    "VerifyReport": "stillframe.store.verify",
-    "VmInfo": "stillframe.machine.outside.vm_info",
-}
-"""Classes of what the functions take and return, and where they live."""
-
-
-def __getattr__(name: str) -> Any:
-    if name == "BOARD_GUESTS":
-        return importlib.import_module("stillframe.machine.board.guests").GUEST_NAMES
-    if name in _TYPES:
-        return getattr(importlib.import_module(_TYPES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-Compression: TypeAlias = Literal["zstd", "none"]
-ExportFormat: TypeAlias = Literal["qemu", "raw", "elf"]
-Mode: TypeAlias = Literal["background", "stop"]
-StrPath: TypeAlias = str | os.PathLike[str]
-
-COMPRESSIONS: Final[tuple[Compression, ...]] = ("zstd", "none")
-EXPORT_FORMATS: Final[tuple[ExportFormat, ...]] = ("qemu", "raw", "elf")
-MODES: Final[tuple[Mode, ...]] = ("background", "stop")
-DEFAULT_SPILL_BYTES: Final = 256 << 20
-BOARD_GUESTS: tuple[str, ...]
-"""The guests that come with the package."""
-
-
-def list_vms() -> list[VmInfo]:
-    """The QEMUs and boards that run on this host, by pid. The guests are not touched."""
-    from stillframe.machine.running import list_vms as listed
-
-    return listed()
-
-
-def survey() -> list[SurveyedVm]:
-    """The running VMs, and whether each can be snapshotted, else why not.
-
-    Connects to each VM's monitor for a moment. The guests are not touched.
-    """
-    from stillframe.doctor.survey import survey as surveyed
-
-    return surveyed()
-
-
-def connect(vm: str | int, *, timeout_s: float = 5.0) -> OutsideMachine:
-    """Connect to a running VM. The guest is not touched; use it as a context manager.
-
-    Args:
-        vm: QMP socket path, ``host:port``, pid, or the VM's name.
-        timeout_s: how long its monitor may take to answer.
-
-    Raises:
-        NotFoundError: no such VM or socket.
-        UsageError: the name is ambiguous, or the VM has no QMP monitor.
-        BusyError: every monitor of the VM is held by another client.
-        HostError: not permitted. MachineError: the VM does not answer.
-    """
-    from stillframe.machine.running import connect as connected
-
-    return connected(str(vm), timeout_s=timeout_s)
+DEFAULT_EVERY_S: Final = 600.0
 
 
 def doctor(vm: str | int | None = None, *, directory: StrPath = ".") -> list[Check]:
@@ -173,42 +124,75 @@ def doctor(vm: str | int | None = None, *, directory: StrPath = ".") -> list[Che
         NotFoundError, UsageError: there is no such VM. Whatever else stands in the way is in
             the list.
     """
-    from stillframe.doctor.host import host_checks
-    from stillframe.doctor.vm import vm_checks
-
     if vm is None:
         return host_checks(Path(directory))
     seen = vm_checks(str(vm))
-    return [*host_checks(Path(directory), for_board=seen.vmm == "board"), *seen.checks]
+    return [*host_checks(Path(directory), vmm=seen.vmm), *seen.checks]
 
 
 def take(
     vm: str | int | Machine,
-    output: StrPath | Sink,
+    output: StrPath | Sink | None = None,
     *,
+    store: StrPath | Store | None = None,
+    tags: Sequence[str] = (),
+    full: bool = False,
     compression: Compression = "zstd",
     level: int | None = None,
     spill_bytes: int = DEFAULT_SPILL_BYTES,
     max_bandwidth_bytes_per_s: int | None = None,
     mode: Mode = "background",
     arm: bool = True,
+    for_analysis: bool = False,
+    parent: StrPath | Snapshot | None = None,
+    disks: DiskKind = "copy",
+    disks_directory: StrPath | None = None,
+    max_drain_ms: float = DEFAULT_MAX_DRAIN_MS,
+    quiesce: bool = False,
+    libvirt_snapshot: str | None = None,
+    image: bool = False,
+    key: DataKey | None = None,
+    keys: Keys | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Statistics], None] | None = None,
 ) -> SnapshotJob:
     """Begin a snapshot of a running VM, and return at once; the job's own thread does the work.
+
+    A VM that was restored and whose image is still being filled is waited for first.
 
     The destination is opened before the VM is touched. When the job ends, however it ends, the
     guest runs (if it ran before) and nothing of ours is left in it.
 
     Args:
         vm: as for :func:`connect`; or a machine, which stays the caller's to close.
-        output: file to make, with mode 0600 and only once it is complete; or a sink.
+        output: file to make, with mode 0600 and only once it is complete, or the URL of an object;
+            or a sink. None: it goes into a store, with its disks.
+        store: which, as for :func:`open_store`. tags: for it there.
         level: of zstd, -50 to 19; None chooses while it runs, so that the snapshot is durable
             soonest. Not with ``compression="none"``.
         spill_bytes: most memory for pages that the guest overwrote before they were written.
         max_bandwidth_bytes_per_s: limit on what is written; None is unlimited.
         mode: ``background``, or ``stop`` to keep the guest stopped while it is saved.
         arm: protect RAM before the stop, so that the downtime does not grow with RAM.
+        for_analysis: save RAM only, without device state: also of a VM with a device that cannot
+            be saved. Such a snapshot cannot be restored.
+        full: save all, whatever the store has. Else, of a VM that the store has a snapshot of, only
+            what changed since is saved, until the chain is as long as the store lets it be.
+        parent: a snapshot of before: save only what changed since. A clone of a snapshot
+            (:func:`fork`) knows that for nothing; of any other VM all of RAM is read and compared.
+        disks: of a QEMU: ``copy`` what the guest may write as it is at the instant, while it runs
+            on; ``overlay``: freeze it, the VM goes on in overlays until :func:`commit`; ``none``:
+            the snapshot is without disks, and says so.
+        disks_directory: for copies and overlays; else copies go to ``OUTPUT.disks``, overlays
+            beside their images.
+        max_drain_ms: longest that the guest may have to stand still for disk requests in flight.
+        quiesce: let the guest's agent freeze its file systems around the instant.
+        libvirt_snapshot: of a domain of libvirt (9.9 or newer): make the snapshot one of libvirt's
+            own, of that name, for ``virsh snapshot-revert``. Needs a save image, ``OUTPUT.save``.
+        image: keep its complete image, too, made in the same pass: VMs map that, and nothing is
+            filled (:func:`images`). Where that fails, a note says so.
+        key: of :func:`make_key`: encrypt the file. Copies of disks are not encrypted.
+        keys: for an encrypted parent.
         overwrite: replace a file of that name.
         on_progress: called from the job's thread about ten times a second; must be quick.
 
@@ -220,63 +204,174 @@ def take(
 
     Raises:
         UsageError: options that make no sense, or the file exists.
+        NotFoundError: there is no store.
         SinkError: the destination may not be written to.
     """
-    from stillframe.snapshot.job import SnapshotJob
-    from stillframe.snapshot.options import SnapshotOptions
-    from stillframe.snapshot.take import take_snapshot
-
-    if spill_bytes <= 0:
-        raise UsageError(f"a spill of {spill_bytes} bytes makes no sense")
-    if max_bandwidth_bytes_per_s is not None and max_bandwidth_bytes_per_s <= 0:
-        raise UsageError(f"a bandwidth of {max_bandwidth_bytes_per_s} bytes/s makes no sense")
-    _check_choice("mode", mode, MODES)
     options = SnapshotOptions(
-        compression_level="adaptive"
-        if (compression, level) == ("zstd", None)
-        else _level(compression, level),
+        compression_level=choose_adaptive_level(compression, level),
         spill_bytes=spill_bytes,
         max_bandwidth_bytes_per_s=max_bandwidth_bytes_per_s,
         mode=mode,
         arm=arm,
+        for_analysis=for_analysis,
+        key=key,
+        disks=DiskOptions(
+            kind=disks,
+            directory=None if disks_directory is None else os.fspath(disks_directory),
+            max_drain_ms=max_drain_ms,
+            quiesce=quiesce,
+        ),
     )
-    sink = _open_sink(output, overwrite)
+    save: Save = take_snapshot
+    keeping = ImageKeeping(ImageCache()) if image else None
+    if keeping is not None:
+        save = keeping.save
+    if libvirt_snapshot is not None:
+        if keeping is not None:
+            raise UsageError("--image and --libvirt-snapshot do not go together")
+        save = adoption.save_as(libvirt_snapshot, output, key)
+    return taking.begin_take(
+        vm,
+        output,
+        options,
+        origins=take_restored,
+        store=store,
+        tags=tags,
+        full=full,
+        parent=parent,
+        keys=keys,
+        overwrite=overwrite,
+        save=save,
+        keeping=keeping,
+        on_progress=on_progress,
+    )
 
-    def work(control: JobControl) -> TakenSnapshot:
-        with _aborting(sink):
-            if not isinstance(vm, str | int):
-                return take_snapshot(control, vm, sink, options)
-            control.enter("setup", "connecting")
-            with connect(vm) as machine:
-                return take_snapshot(control, machine, sink, options)
 
-    return SnapshotJob(work, on_progress=on_progress)
+def watch(
+    vm: str | int,
+    *,
+    every_s: float = DEFAULT_EVERY_S,
+    count: int | None = None,
+    store: StrPath | Store | None = None,
+    keys: Keys | None = None,
+    keep_last: int = 0,
+    keep_hourly: int = 0,
+    keep_daily: int = 0,
+    keep_weekly: int = 0,
+    keep_monthly: int = 0,
+    keep_yearly: int = 0,
+    keep_within_s: float = 0.0,
+    keep_tags: Sequence[str] = (),
+    compression: Compression = "zstd",
+    level: int | None = None,
+    spill_bytes: int = DEFAULT_SPILL_BYTES,
+    disks: DiskKind = "copy",
+    max_drain_ms: float = DEFAULT_MAX_DRAIN_MS,
+    most_away_s: float | None = None,
+    stop: threading.Event | None = None,
+    follower: Follower | None = None,
+) -> int:
+    """Keep a VM armed, and take snapshots of it into a store on schedule; each but the first costs
+    what was written since the one before.
 
+    Returns when ``stop`` is set or ``count`` is reached; the guest runs then, un-protected, as it
+    does if this process dies. A snapshot that fails is told of, and the watch goes on. One VM
+    is watched once, and no other snapshot of it is taken meanwhile.
 
-def open(path: StrPath) -> Snapshot:  # noqa: A001 - stillframe.open, as gzip.open
-    """Open a snapshot file: manifest, index, any page, the stream. Use it as a context manager.
+    Args:
+        vm: as for :func:`connect`; it may go and come back, where it is named by its name.
+        every_s: from the beginning of one snapshot to that of the next, seconds.
+        count: end after so many; None: never.
+        store: as for :func:`open_store`; keys: for an encrypted one.
+        keep_last: and the others: as for :func:`prune`, after each snapshot; none: nothing goes.
+            Long chains are made short in the background, unless the store is append-only.
+        compression: and level, spill_bytes, disks, max_drain_ms: as for :func:`take`; overlays
+            would pile up, so ``disks`` is ``copy`` or ``none``.
+        most_away_s: longest that the VM may be away once it was there; None: for ever.
+        follower: is told how it goes.
+
+    Returns:
+        How many snapshots were taken.
 
     Raises:
-        NotFoundError: no such file.
-        UsageError: not a regular file. HostError: not permitted.
-        DataError: not a snapshot, damaged, or of a version that we do not know.
+        UsageError: options that make no sense. NotFoundError: there is no store, or no such VM.
+        RefusedError: RAM of the VM could change unseen. Else as the first :func:`take`, or
+        because the VM was away for too long.
     """
-    from stillframe.store.snapshot import Snapshot
+    check_choice("disks", disks, ("copy", "none"))
+    options = SnapshotOptions(
+        compression_level=choose_adaptive_level(compression, level),
+        spill_bytes=spill_bytes,
+        disks=DiskOptions(kind=disks, max_drain_ms=max_drain_ms),
+    )
+    policy: Policy | None = Policy(
+        last=keep_last,
+        hourly=keep_hourly,
+        daily=keep_daily,
+        weekly=keep_weekly,
+        monthly=keep_monthly,
+        yearly=keep_yearly,
+        within_s=keep_within_s,
+        tags=tuple(keep_tags),
+    )
+    if policy == Policy():
+        policy = None
+    into = as_store(store, keys)
 
-    return Snapshot.open(path)
+    def prune_vm(name: str) -> None:
+        if policy is not None:
+            needed = store_use.vms_that_need(into)
+            done = into.prune(policy, vms=[name], needed_by=needed, compacts=False)
+            _forget_images(done.removed)
+
+    return watching.watch(
+        vm,
+        into,
+        options,
+        origins=take_restored,
+        prune=prune_vm,
+        compact=lambda name, stopped: into.compact(policy, vms=[name], stopped=stopped),
+        every_s=every_s,
+        count=count,
+        most_away_s=most_away_s,
+        stop=stop,
+        follower=follower,
+    )
 
 
-def verify(path: StrPath, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+def verify(
+    path: StrPath,
+    *,
+    keys: Keys | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
     """Check every digest of a snapshot file, and that its stream parses to the end.
 
     Args:
+        keys: for an encrypted one.
         progress: called with (bytes of the stream done, bytes in all).
 
     Raises:
         DataError: the file is damaged; it names the place. Else as :func:`open`.
     """
-    with open(path) as snapshot:
+    with open(path, keys=keys) as snapshot:
         return snapshot.verify(progress=progress)
+
+
+def diff(a: StrPath, b: StrPath, *, keys: Keys | None = None) -> SnapshotDiff:
+    """What differs between two snapshots: pages by block and region, devices field by field.
+
+    Where b is an increment on a, only what was written since is read.
+
+    Args:
+        keys: for encrypted ones.
+
+    Raises:
+        UsageError: their pages have different sizes. DataError: one is damaged. Else as
+            :func:`open`.
+    """
+    with open(a, keys=keys) as first, open(b, keys=keys) as second:
+        return diff_snapshots(first, second)
 
 
 def export(
@@ -285,6 +380,7 @@ def export(
     *,
     format: ExportFormat,  # noqa: A002 - the command line's word
     block: str | None = None,
+    keys: Keys | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -292,8 +388,11 @@ def export(
 
     Args:
         format: ``qemu``, the migration stream; ``raw``, guest-physical memory from address 0
-            on, or one block; ``elf``, a core file with guest-physical segments and vCPUs.
+            on, or one block; ``elf``, a core file with guest-physical segments and vCPUs;
+            ``libvirt``, a save image for ``virsh restore``; ``libvirt-zstd``, a compressed one,
+            for libvirt 10.4 on; ``still``, of an increment and its parents one whole snapshot.
         block: only with ``raw``: the block to write.
+        keys: for an encrypted snapshot; only ``still`` is encrypted as that is.
         progress: called with the bytes written so far.
 
     Raises:
@@ -301,40 +400,37 @@ def export(
         NotFoundError: no such block. SinkError: the destination cannot take it.
         DataError: the snapshot is damaged. Else as :func:`open`.
     """
-    from stillframe.store.backends.counting import counting
-    from stillframe.store.export_elf import export_elf
-    from stillframe.store.export_qemu import export_qemu
-    from stillframe.store.export_raw import export_raw
-
-    _check_choice("format", format, EXPORT_FORMATS)
-    if block is not None and format != "raw":
-        raise UsageError(f"format {format} holds all blocks", remedy="one block: format raw")
-    with open(path) as snapshot:
-        sink = _open_sink(output, overwrite)
+    check_export(format, block)
+    own_key = (keys or Keys()).with_slots
+    with open(path, keys=keys) as snapshot:
+        sink = open_sink(output, overwrite=overwrite)
         if progress is not None:
             sink = counting(sink, progress)
-        with _aborting(sink):
-            if format == "qemu":
-                export_qemu(snapshot, sink)
-            elif format == "elf":
-                export_elf(snapshot, sink)
-            else:
-                export_raw(snapshot, sink, block=block)
+        with aborting(sink):
+            export_snapshot(snapshot, sink, format, block=block, own_key=own_key)
 
 
 def import_stream(
     source: StrPath | Source,
-    output: StrPath | Sink,
+    output: StrPath | Sink | None = None,
     *,
+    store: StrPath | Store | None = None,
+    tags: Sequence[str] = (),
     compression: Compression = "zstd",
     level: int | None = None,
+    key: DataKey | None = None,
+    keys: Keys | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> str:
-    """Turn a QEMU migration stream into a snapshot file; returns its id.
+    """Turn a QEMU migration stream into a snapshot; returns its id.
 
     Args:
         source: a file, or anything open for reading bytes (a pipe, standard input).
+        output: file to make, or a sink. None: it goes into a store, as a snapshot of a VM
+            ``import``: a stream does not tell its VM's name.
+        store: which, as for :func:`open_store`, with ``keys``. tags: for it there.
+        key: of :func:`make_key`: encrypt the file.
         progress: called with the bytes of the stream read so far.
 
     Raises:
@@ -343,17 +439,28 @@ def import_stream(
         DataError: the stream is damaged, or does not hold a whole VM.
         UsageError: options that make no sense, or the file exists.
     """
-    from stillframe.store.import_stream import import_stream as imported
-
-    encoded = _level(compression, level)
-    with _opened(source) as stream:
-        sink = _open_sink(output, overwrite)
-        with _aborting(sink):
-            return imported(
+    encoded = choose_level(compression, level)
+    if output is not None and tags:
+        raise UsageError("only a store has tags", remedy="leave -o out")
+    with open_stream(source) as stream:
+        if output is None:
+            return import_into_store(
+                stream,
+                as_store(store, keys),
+                stillframe_version=__version__,
+                level=encoded,
+                key=key,
+                tags=tags,
+                progress=progress,
+            )
+        sink = open_sink(output, overwrite=overwrite)
+        with aborting(sink):
+            return importing.import_stream(
                 stream,
                 sink,
                 stillframe_version=__version__,
-                level=_writer_level(encoded),
+                level=encoded,
+                key=key,
                 progress=progress,
             )
 
@@ -361,250 +468,319 @@ def import_stream(
 def plan_restore(
     path: StrPath,
     *,
+    name: str | None = None,
     qmp_socket: str | None = None,
     extra_args: Sequence[str] = (),
     program: str | None = None,
     paused: bool = False,
+    clock: Clock = "host",
+    stream: bool = False,
+    fill: bool = False,
+    keys: Keys | None = None,
 ) -> RestorePlan:
     """Say how a snapshot would be started, and what that would touch. Nothing is made or started.
 
     Arguments and errors are those of :func:`restore`, which carries such a plan out.
     """
-    from stillframe.restore.plan import plan_restore as planned
-
-    with open(path) as snapshot:
-        return planned(
+    with open(path, keys=keys) as snapshot:
+        planned = plan.plan_restore(
             snapshot,
+            name=name,
             qmp_socket=qmp_socket,
             extra_args=extra_args,
             program=program,
             paused=paused,
+            clock=clock,
+            stream=stream,
         )
+        complete = None if fill else find_complete([planned], snapshot)
+        if complete is not None:
+            with contextlib.closing(complete):
+                (planned,) = on_complete([planned], complete)
+        return planned
 
 
-def plan_lines(plan: RestorePlan) -> Iterator[str]:
-    """A plan as lines for people, with nothing in them that a terminal would obey."""
-    from stillframe.restore.show import plan_lines as lines
+def ls(
+    *vms: str, store: StrPath | Store | None = None, keys: Keys | None = None
+) -> list[ListedSnapshot]:
+    """The snapshots of a store, of these VMs or of all: VM by VM, the oldest first.
 
-    return lines(plan)
+    Raises:
+        NotFoundError: there is no store. HostError: not permitted.
+    """
+    return listing(as_store(store, keys).catalog(), vms)
 
 
-def restore(
+def rm(
+    *names: str,
+    store: StrPath | Store | None = None,
+    keys: Keys | None = None,
+    dry_run: bool = False,
+) -> Removal:
+    """Remove snapshots from a store, with their disks; all of these or none.
+
+    Raises:
+        NotFoundError, UsageError: as :func:`locate`.
+        RefusedError: another snapshot or a VM needs one of them, or the store is append-only.
+        DataError: the catalog is damaged. SinkError: not permitted.
+    """
+    found = as_store(store, keys)
+    entries = list({entry.id: entry for entry in map(found.find, names)}.values())
+    removal = found.remove(entries, needed_by=store_use.vms_that_need(found), dry_run=dry_run)
+    if not dry_run:
+        _forget_images(removal.removed)
+    return removal
+
+
+def tag(
+    name: str,
+    *tags: str,
+    remove: Sequence[str] = (),
+    store: StrPath | Store | None = None,
+    keys: Keys | None = None,
+) -> tuple[str, ...]:
+    """Add tags to a snapshot of a store, and take some off; returns those that it has then.
+
+    Raises:
+        NotFoundError, UsageError: as :func:`locate`; or no tag can be called so.
+        RefusedError: tags are to be taken off in a store that is append-only.
+    """
+    found = as_store(store, keys)
+    entry = found.find(name)
+    found.tag(entry, tags, drop=remove)
+    return found.catalog().tags.get(entry.id, ())
+
+
+def prune(
+    *vms: str,
+    keep_last: int = 0,
+    keep_hourly: int = 0,
+    keep_daily: int = 0,
+    keep_weekly: int = 0,
+    keep_monthly: int = 0,
+    keep_yearly: int = 0,
+    keep_within_s: float = 0.0,
+    keep_tags: Sequence[str] = (),
+    store: StrPath | Store | None = None,
+    keys: Keys | None = None,
+    dry_run: bool = False,
+) -> Pruning:
+    """Remove the snapshots that a policy does not keep, of each VM by itself; -1 keeps all.
+
+    What is needed by what is kept, or by a VM, stays. Long chains are made short before.
+
+    Raises:
+        UsageError: nothing would be kept. NotFoundError: there is no store, or no such VM in it.
+        RefusedError: the store is append-only. Else as :func:`rm`.
+    """
+    found = as_store(store, keys)
+    policy = Policy(
+        last=keep_last,
+        hourly=keep_hourly,
+        daily=keep_daily,
+        weekly=keep_weekly,
+        monthly=keep_monthly,
+        yearly=keep_yearly,
+        within_s=keep_within_s,
+        tags=tuple(keep_tags),
+    )
+    needed_by = store_use.vms_that_need(found)
+    pruning = found.prune(policy, vms=vms, needed_by=needed_by, dry_run=dry_run)
+    if not dry_run:
+        _forget_images(pruning.removed)
+    return pruning
+
+
+def copy(
+    *names: str,
+    to: StrPath | Store,
+    store: StrPath | Store | None = None,
+    keys: Keys | None = None,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Copied:
+    """Copy snapshots of a store into another one: all, or these with what they build on; with their
+    disks and tags. What is there already is not sent again, so that after a failure the same call
+    goes on.
+
+    Args:
+        to: the other store.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        NotFoundError, UsageError: as :func:`locate`; a store or a file is gone.
+        DataError: a snapshot is damaged. HostError: not permitted, or a bucket cannot be reached.
+        SinkError: the other store is full, or cannot be reached.
+    """
+    found, other = as_store(store, keys), as_store(to, keys)
+    entries = [*map(found.find, names)] if names else found.list()
+    return copy_snapshots(found, other, entries, dry_run=dry_run, on_progress=progress)
+
+
+def check(
+    *,
+    store: StrPath | Store | None = None,
+    keys: Keys | None = None,
+    read_data: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Look a store through: structure, digests, chains, leftovers. Nothing is changed.
+
+    Args:
+        read_data: the share of the data to read, 0 to 1; 1 finds every damaged byte.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        NotFoundError: there is no store. DataError: its configuration is damaged.
+    """
+    found = as_store(store, keys)
+    return check_store(found.backend, read_data=read_data, progress=progress)
+
+
+def repair(
+    *,
+    store: StrPath | Store | None = None,
+    keys: Keys | None = None,
+    read_data: float = 0.0,
+    forget: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Repair:
+    """Mend a store: the catalog anew from the snapshots, and what dead processes left.
+
+    Args:
+        read_data: the share of the data to read, to find what is lost.
+        forget: also remove the snapshots that something is lost of, but for those that a sound
+            one, or a VM, needs.
+
+    Raises:
+        NotFoundError: there is no store. SinkError: not permitted.
+        RefusedError: ``forget``, and the store is append-only.
+    """
+    check_share(read_data)
+    done: Sequence[str] = ()
+    if store is None or isinstance(store, str | os.PathLike):
+        store, done = repaired_config(store, keys)
+    return repair_store(
+        store,
+        read_data=read_data,
+        forget=forget,
+        needed_by=store_use.vms_that_need(store),
+        already_done=done,
+        progress=progress,
+    )
+
+
+def images() -> list[StoredImage]:
+    """The complete images of snapshots that this user has on this host, the last used one first.
+
+    Raises:
+        HostError: not permitted.
+    """
+    return ImageCache().images()
+
+
+def add_image(
     path: StrPath,
     *,
-    qmp_socket: str | None = None,
-    trust: bool = False,
-    extra_args: Sequence[str] = (),
-    program: str | None = None,
-    paused: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> RestoredVm:
-    """Start a new VM from a snapshot. The VM that it was taken of is not touched.
-
-    The new VM runs if the old one ran at the instant and ``paused`` is not set; it needs no
-    process of ours afterwards. Its disks are overlays over the recorded ones.
+    keys: Keys | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> StoredImage:
+    """Make the complete image of a snapshot, unless there is one: :func:`restore` and :func:`fork`
+    start VMs on it, with nothing to be read, checked or decompressed.
 
     Args:
-        qmp_socket: where its monitor is to listen; else a private place.
-        trust: the caller has read the plan, and answers for a file that is not the caller's
-            own, or that runs programs of the host.
-        extra_args: QEMU options of the caller, in place of recorded ones or besides them.
-        program: another QEMU than the recorded one, a name or a path.
-        on_progress: called with the bytes of the stream sent, and the bytes in all.
+        progress: called with (bytes done, bytes in all).
 
     Raises:
-        NotFoundError: no such file, or a file of the VM is gone.
-        TrustError: read the plan first. RefusedError: an option cannot be used.
-        UsageError, HostError, DataError: the arguments, the host, the snapshot.
-        MachineError: QEMU did not take it; its own words. No VM and no file is left behind.
+        RefusedError: it is encrypted, or the image does not fit into the limit.
+        DataError: the snapshot is damaged. SinkError: the cache's disk is full.
+        Else as :func:`open`.
     """
-    from stillframe.restore.start import restore as restored
-
-    return restored(
-        path,
-        qmp_socket=qmp_socket,
-        trust=trust,
-        extra_args=extra_args,
-        program=program,
-        paused=paused,
-        on_progress=on_progress,
-    )
+    cache = ImageCache()
+    with open(path, keys=keys) as snapshot:
+        store_image(cache, snapshot, absolute(snapshot.description), progress)
+        return cache.find(snapshot.id)
 
 
-def check_board() -> None:
-    """Find out whether a board can be run here.
+def rm_images(*names: str) -> list[StoredImage]:
+    """Remove complete images; their snapshots stay. None, if one is not found, or in use.
+
+    Args:
+        names: ids of snapshots, or how they begin.
 
     Raises:
-        HostError: the extra ``board`` is not installed.
+        NotFoundError, UsageError: there is no such image, or several. BusyError: VMs run on one.
     """
-    from stillframe.hosting.running_board import check_engine
+    cache = ImageCache()
+    cache.sweep()
+    found = list({one.id: one for one in map(cache.find, names)}.values())
+    for one in sorted(found, key=lambda one: not one.in_use):
+        cache.remove(one.id)
+    return found
 
-    check_engine()
 
+def image_limit(limit_bytes: int | None = None) -> int:
+    """What all complete images together may take on the disk, bytes; those that were not used for
+    longest go first, and none that VMs run on.
 
-def work_directory(purpose: str) -> AbstractContextManager[Path]:
-    """A private directory for files that nobody wants afterwards. What a process that was killed
-    left for the same purpose is removed.
+    Args:
+        limit_bytes: the new limit, from now on; None: as it is.
 
     Raises:
-        HostError: it cannot be made.
+        UsageError, SinkError: it makes no sense, or cannot be written down.
     """
-    from stillframe.hosting.work_directory import work_directory
+    cache = ImageCache()
+    if limit_bytes is not None:
+        cache.set_limit(limit_bytes)
+    return cache.limit_bytes
 
-    return work_directory(purpose)
+
+def _forget_images(removed: Sequence[Entry]) -> None:
+    """Whoever removes a snapshot wants its RAM gone."""
+    with contextlib.suppress(HostError):
+        cache = ImageCache()
+        cache.sweep()
+        cache.forget([entry.id for entry in removed])
 
 
-def build_guest(source: StrPath, output: StrPath) -> str:
-    """Compile a guest for the board: a C file, or a directory of them, with the guest library.
-
-    Returns:
-        The compiler's warnings.
+def list_keys(store: StrPath | None = None) -> list[StoreKey]:
+    """Who can open an encrypted store; no key is needed for that.
 
     Raises:
-        NotFoundError: no such source. UsageError: the compiler refuses it, in its words; or the
-            output is no name for a file. SinkError: it has no directory that may be written to.
-        HostError: there is no C compiler.
+        NotFoundError: there is no store.
     """
-    from stillframe.machine.board.guests import build_guest as built
-    from stillframe.store.backends.local import LocalSink
-
-    LocalSink(output, overwrite=True).abort()  # its name and directory, as those of other outputs
-    return built(Path(source), Path(output))
+    backend = open_backend(store)
+    read_config(backend)
+    return store_keys.list_keys(backend)
 
 
-def start_board(
-    guest: StrPath | None = None,
+def add_key(
+    store: Store,
     *,
-    ram_bytes: int | None = None,
-    vcpus: int | None = None,
-    name: str = "",
-    qmp: StrPath | None = None,
-    disk: StrPath | None = None,
-    incoming: StrPath | None = None,
-    display: StrPath | None = None,
-    resolution: str | None = None,
-    serial: str = "none",
-    append: str = "",
-    paused: bool = False,
-    protection: Protection = "auto",
-) -> RunningBoard:
-    """Start a board, our own VM, in this process; it has threads of its own.
-
-    Args:
-        guest: an ELF file (docs/design/board.md), or one of ``BOARD_GUESTS``; may be left out with
-            ``incoming``, and is needed for a reset only then.
-        ram_bytes: 64 MiB if it is not said. vcpus: 1 if it is not said.
-        name: in ``ps``; else as its guest.
-        qmp: where its monitor listens; else in a private place, see ``RunningBoard.qmp``.
-        disk: a raw file, which the guest may write to.
-        incoming: a snapshot file, a file with a stream, or a migration URI, in place of a start.
-            A snapshot file also tells RAM, vCPUs, resolution, guest, name and command line, where
-            they are not said.
-        display: recorded only: whoever wants the picture asks ``save_picture``.
-        resolution: of the display, such as ``640x480``.
-        serial: ``stdio``, ``none``, a file, or ``unix:PATH``.
-        append: the guest's command line.
-        paused: the guest waits for ``cont``.
-        protection: how it write-protects its RAM for snapshots that it takes of itself.
+    passphrase: str | None = None,
+    recipients: Sequence[str] = (),
+    label: str = "",
+) -> list[StoreKey]:
+    """Let somebody else open an encrypted store, too.
 
     Raises:
-        UsageError: options that make no sense, or nothing to run.
-        HostError: the extra ``board`` is not installed, or the host does not give what is needed.
-        NotFoundError, DataError: the guest, or what is to come in, cannot be read.
+        UsageError: the store is not encrypted; else as :func:`make_key`. SinkError: not permitted.
     """
-    from stillframe.hosting.recorded import recorded_board
-    from stillframe.hosting.running_board import RunningBoard as Running
-    from stillframe.machine.board.board_command import parse_options
-
-    given = {
-        "--ram": ram_bytes,
-        "--cpus": vcpus,
-        "--name": name or None,
-        "--disk": disk,
-        "--display": display,
-        "--resolution": resolution,
-        "--serial": serial,
-        "--append": append or None,
-        "--protection": protection,
-    }
-    words = [] if guest is None else [os.fspath(guest)]
-    words += [f"{option}={value}" for option, value in given.items() if value is not None]
-    source = None if incoming is None else os.fspath(incoming)
-    if "" in (guest, source):
-        raise UsageError("an empty word is no file", remedy="name a guest, or what is to come in")
-    base = recorded_board(source) if source is not None else None
-    return Running(
-        parse_options(words, cwd=str(Path.cwd()), base=base).board,
-        qmp=None if qmp is None else os.fspath(qmp),
-        incoming=source,
-        paused=paused,
-    )
+    if store.key is None:
+        raise UsageError(
+            f"the store {store.description} is not encrypted",
+            remedy="'stillframe init --encrypt' makes one that is",
+        )
+    key = wrapped_for(store.key, passphrase=passphrase, recipients=recipients)
+    return store_keys.write_keys(store.backend, key, [label])
 
 
-def standard_output() -> Sink:
-    """A sink into standard output, for :func:`take`, :func:`export` and :func:`import_stream`.
+def remove_key(store: Store, key_id: str) -> StoreKey:
+    """Let a key open a store no more.
 
     Raises:
-        UsageError: it is a terminal. SinkError: it is closed.
+        NotFoundError: there is none of that id. UsageError: it is the last.
+        RefusedError: the store is append-only. SinkError: not permitted.
     """
-    from stillframe.store.backends.pipe import PipeSink
-
-    return PipeSink(1)
-
-
-def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"there is no {what} {value!r}", remedy=f"choose {', '.join(choices)}")
-
-
-def _level(compression: Compression, level: int | None) -> int | None:
-    """The options' compression level: None for none."""
-    from stillframe.store.frames import LEVEL_DEFAULT, check_level
-
-    _check_choice("compression", compression, COMPRESSIONS)
-    if compression == "none":
-        if level is not None:
-            raise UsageError("compression none has no level")
-        return None
-    return check_level(LEVEL_DEFAULT if level is None else level)
-
-
-def _writer_level(level: int | None) -> int:
-    from stillframe.store.frames import LEVEL_NONE
-
-    return LEVEL_NONE if level is None else level
-
-
-def _open_sink(output: StrPath | Sink, overwrite: bool) -> Sink:
-    if isinstance(output, str | os.PathLike):
-        from stillframe.store.backends.local import LocalSink
-
-        return LocalSink(output, overwrite=overwrite)
-    return output
-
-
-@contextmanager
-def _aborting(sink: Sink) -> Iterator[None]:
-    """Leave nothing behind unless the sink was committed."""
-    try:
-        yield
-    finally:
-        sink.abort()
-
-
-@contextmanager
-def _opened(source: StrPath | Source) -> Iterator[Source]:
-    if not isinstance(source, str | os.PathLike):
-        yield source
-        return
-    try:
-        stream: Any = Path(source).open("rb")  # noqa: SIM115 - closed below
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFoundError(f"there is no file {source}") from error
-    except IsADirectoryError as error:
-        raise UsageError(f"{source} is a directory", remedy="name a file") from error
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise HostError(f"cannot read {source}", why=why) from error
-    with stream:
-        yield stream
+    store.check_may_remove()
+    return store_keys.remove_key(store.backend, key_id)

@@ -5,14 +5,16 @@
     StillframeError
     ├── UsageError          2   mend the call
     ├── RefusedError        3   change the VM, or choose another mode; it is not safe as it is
-    ├── BusyError           4   wait, then try again: somebody else is snapshotting this VM
+    ├── BusyError           4   wait, then try again: somebody snapshots, migrates or dumps this VM
     ├── HostError           5   mend the host: a kernel feature, permission or program is missing
     ├── MachineError        6   look at the VM: its monitor or the process itself went away
     ├── SinkError           7   mend the destination: disk full, no permission, a closed pipe
     ├── DataError           8   the snapshot or stream is damaged, truncated or hostile
+    │   └── UnreadableError 8   try again when it can be read
     ├── NotFoundError       9   name another VM, file or block
     ├── TrustError         10   read the snapshot's command line, then say --trust
     ├── SnapshotFailed     11   the snapshot would have been wrong; the guest is fine, take another
+    ├── LockedError        12   give the right passphrase or identity: it is encrypted
     ├── SnapshotCancelled 130   nothing: the caller asked for it
     └── InternalError      70   report it: a bug of ours
 
@@ -22,6 +24,8 @@ The numbers are the exit codes of the command line; they never change their mean
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 GuestState = Literal["running", "paused", "unknown", "none"]
@@ -91,7 +95,7 @@ class RefusedError(StillframeError):
     """The VM cannot be snapshotted safely as it is; nothing was done to it.
 
     Args:
-        reasons: each hindrance as (name, reason, remedy).
+        reasons: each blocker as (name, reason, remedy).
     """
 
     exit_code = 3
@@ -116,7 +120,7 @@ class RefusedError(StillframeError):
 
 
 class BusyError(StillframeError):
-    """Another snapshot or migration of the same VM is under way."""
+    """Another snapshot, a migration or a dump of the same VM is under way."""
 
     exit_code = 4
     kind = "busy"
@@ -127,6 +131,17 @@ class HostError(StillframeError):
 
     exit_code = 5
     kind = "host"
+
+
+def host_error(what: str, error: OSError) -> HostError:
+    """An error that tells of this host or process, and nothing of the VM, which runs on."""
+    few = error.errno in (errno.EMFILE, errno.ENFILE)
+    return HostError(
+        what,
+        why=error.strerror or str(error),
+        remedy="raise the limit on open files (ulimit -n)" if few else None,
+        guest_state="running",
+    )
 
 
 class MachineError(StillframeError):
@@ -168,6 +183,12 @@ class DataError(StillframeError):
         self.offset_bytes = offset_bytes
 
 
+class UnreadableError(DataError):
+    """It could not be reached or read now; nothing says that it is damaged."""
+
+    kind = "unreadable"
+
+
 class NotFoundError(StillframeError):
     """No such VM, file, block or page."""
 
@@ -189,6 +210,13 @@ class SnapshotFailed(StillframeError):  # noqa: N818 - a state of the job, in QE
     kind = "failed"
 
 
+class LockedError(StillframeError):
+    """It is encrypted, and no key that was given opens it."""
+
+    exit_code = 12
+    kind = "locked"
+
+
 class SnapshotCancelled(StillframeError):  # noqa: N818 - a state of the job, in QEMU's word
     """The caller cancelled the snapshot; the guest runs, and nothing was left behind."""
 
@@ -201,3 +229,9 @@ class InternalError(StillframeError):
 
     exit_code = 70
     kind = "internal"
+
+
+def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UsageError if a value is none of the choices."""
+    if value not in choices:
+        raise UsageError(f"there is no {what} {value!r}", remedy=f"choose {', '.join(choices)}")

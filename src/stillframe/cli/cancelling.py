@@ -1,11 +1,13 @@
-"""Ctrl-C and SIGTERM while a job is under way: a request to cancel, not an exception."""
+"""Ctrl-C and SIGTERM: a request to cancel while a job is under way; else an exception, but one."""
 
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _IGNORED = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 """Ctrl-Z would stop the fault thread with us, and the guest at its next write."""
@@ -17,8 +19,9 @@ class CancelRequests:
     A signal that was ignored when the program started (nohup, a background job) stays ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_request: Callable[[], object] = lambda: None) -> None:
         self.count = 0
+        self._on_request = on_request
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> CancelRequests:
@@ -33,12 +36,42 @@ class CancelRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+        self._on_request()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+
+
+class OneInterrupt:
+    """Lets one Ctrl-C or SIGTERM interrupt the work, as a context manager. What comes after it is
+    ignored to the program's end: it would interrupt the way back, and leave VMs that nobody knows.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[signal.Signals, Any] = {}
+        self._came = False
+
+    def __enter__(self) -> OneInterrupt:
+        for number in _ENDING:
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:
+                self._before[number] = before
+                signal.signal(number, self._interrupt)
+        return self
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        ignore_interrupts()
+        raise KeyboardInterrupt
+
+    def __exit__(self, *_error: object) -> None:
+        if not self._came:
+            for number, before in self._before.items():
+                signal.signal(number, before)
+
+
+def ignore_interrupts() -> None:
+    """From here on to the program's end: it is about to end, and says one line."""
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)

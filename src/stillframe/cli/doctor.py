@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stillframe.cli.options import VmType, json_option
+from stillframe.cli.options import json_option
 from stillframe.cli.output import Results
+from stillframe.cli.parameters import VmType
 from stillframe.cli.text import Colour, paint, printable
 from stillframe.errors import HostError, RefusedError
 

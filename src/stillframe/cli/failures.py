@@ -38,7 +38,7 @@ def report(error: BaseException, *, as_json: bool, with_guest: bool = False) -> 
         return BROKEN_PIPE_EXIT_CODE
     if os.environ.get("STILLFRAME_DEBUG") == "1":
         traceback.print_exception(error)
-    known = understood(error, with_guest=with_guest)
+    known = classify_error(error, with_guest=with_guest)
     for line in lines(known):
         say(f"stillframe: {line}")
     if as_json:
@@ -50,7 +50,7 @@ def report(error: BaseException, *, as_json: bool, with_guest: bool = False) -> 
     return known.exit_code
 
 
-def understood(error: BaseException, *, with_guest: bool = False) -> StillframeError:
+def classify_error(error: BaseException, *, with_guest: bool = False) -> StillframeError:
     """The error as one of ours."""
     if isinstance(error, StillframeError):
         return error

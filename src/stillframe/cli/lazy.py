@@ -10,7 +10,7 @@ import click
 
 
 class LazyGroup(click.Group):
-    """Commands by name, with the module in ``stillframe.cli`` that has each as ``command``."""
+    """Commands by name, with the module that has each as ``command``."""
 
     def __init__(self, *arguments: Any, modules: Mapping[str, str], **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -22,6 +22,6 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._modules:
             return None
-        module = importlib.import_module(f"stillframe.cli.{self._modules[cmd_name]}")
+        module = importlib.import_module(self._modules[cmd_name])
         command = module.command
         return command if isinstance(command, click.Command) else None

@@ -13,30 +13,54 @@ from collections.abc import Sequence
 import click
 from click.exceptions import NoArgsIsHelpError
 
+from stillframe import wings
+from stillframe.cli.cancelling import ignore_interrupts
 from stillframe.cli.failures import ReaderGone, report
 from stillframe.cli.lazy import LazyGroup
+from stillframe.cli.other_verbs import OTHER_VERBS
 from stillframe.cli.output import prepare_streams, write_result
-from stillframe.errors import SnapshotCancelled
+from stillframe.errors import SnapshotCancelled, UsageError
 from stillframe.version import __version__
 
 PROGRAM = "stillframe"
 COMMANDS = {
-    "ps": "ps",
-    "doctor": "doctor",
-    "take": "take",
-    "show": "show",
-    "verify": "verify",
-    "export": "export",
-    "import": "import_",
-    "restore": "restore",
-    "board": "board",
-    "demo": "demo",
+    "ps": "stillframe.cli.ps",
+    "doctor": "stillframe.cli.doctor",
+    "take": "stillframe.cli.take",
+    "watch": "stillframe.cli.watch",
+    "ls": "stillframe.cli.ls",
+    "commit": "stillframe.cli.commit",
+    "show": "stillframe.cli.show",
+    "diff": "stillframe.cli.diff",
+    "verify": "stillframe.cli.verify",
+    "export": "stillframe.cli.export",
+    "import": "stillframe.cli.import_",
+    "restore": "stillframe.cli.restore",
+    "fork": "stillframe.cli.fork",
+    "kill": "stillframe.cli.kill",
+    "image": "stillframe.cli.image",
+    "init": "stillframe.cli.init",
+    "key": "stillframe.cli.key",
+    "rm": "stillframe.cli.rm",
+    "tag": "stillframe.cli.tag",
+    "prune": "stillframe.cli.prune",
+    "copy": "stillframe.cli.copy",
+    "check": "stillframe.cli.check",
+    "repair": "stillframe.cli.repair",
 }
-"""Each command and its module, in the order of the help."""
+"""Each command and its module, in the order of the help; those of wings follow."""
 
 
 class _Commands(LazyGroup):
     """The commands of the program."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        verb = args[0]
+        if verb in OTHER_VERBS and self.get_command(ctx, verb) is None:
+            raise UsageError(f"there is no command '{verb}'", remedy=OTHER_VERBS[verb])
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -48,7 +72,7 @@ class _Commands(LazyGroup):
 @click.group(
     PROGRAM,
     cls=_Commands,
-    modules=COMMANDS,
+    modules=COMMANDS | wings.commands(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: docs/reference/errors.md. Shell completion: docs/reference/completion.md.",
 )
@@ -58,7 +82,12 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code (docs/reference/errors.md)."""
+    """Run the program; returns its exit code (docs/reference/errors.md).
+
+    Args:
+        arguments: else those of this process, which is taken to end then: once it is cancelled,
+            nothing interrupts it any more.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
     try:
@@ -74,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit:  # click's way when the reader of standard output is gone
         return report(ReaderGone(), as_json=False)
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last stop
+        if arguments is None and isinstance(error, (KeyboardInterrupt, SnapshotCancelled)):
+            ignore_interrupts()
         return report(error, as_json=_asks_for_json(words), with_guest=words[:1] == ["take"])
     return status if isinstance(status, int) else 0
 

@@ -1,134 +1,35 @@
-"""Options and arguments that several commands have, with their shell completion."""
+"""Options and arguments that several commands have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
-from stillframe.cli.quantities import format_bytes, parse_rate, parse_size
-
-if TYPE_CHECKING:
-    from stillframe.api import Compression
+from stillframe.cli.parameters import DURATION, FILE, SPILL, CompressionType, Share
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_LEVEL_LOWEST, _LEVEL_HIGHEST = -50, 19
-_LEVELS = {str(level): level for level in range(_LEVEL_LOWEST, _LEVEL_HIGHEST + 1)}
+PARENTS = "STILLFRAME_PARENTS"
 
 
-# ParamType takes a type argument from click 8.4 on; at run time older ones refuse it.
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """A size in bytes, within limits."""
-
-    name = "size"
-
-    def __init__(
-        self,
-        *,
-        least: int,
-        most: int,
-        metavar: str = "SIZE",
-        parse: Callable[[str], int] = parse_size,
-    ) -> None:
-        self._least, self._most, self._metavar, self._parse = least, most, metavar, parse
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return self._metavar
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            size = self._parse(str(value))
-        except ValueError as error:
-            self.fail(f"{value!r}: {error}", param, ctx)
-        if not self._least <= size <= self._most:
-            limits = f"{format_bytes(self._least)} to {format_bytes(self._most)}"
-            self.fail(f"{value!r}: it must be {limits}", param, ctx)
-        return size
+def _use_store(_ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """It says for this run what the environment says for all."""
+    if value is not None:
+        os.environ["STILLFRAME_STORE"] = value
 
 
-SPILL = Size(least=1 << 20, most=1 << 40)
-RATE = Size(least=1 << 10, most=1 << 40, metavar="RATE", parse=parse_rate)
-
-
-class CompressionType(click.ParamType):  # type: ignore[type-arg]
-    """``zstd``, ``zstd:LEVEL`` or ``none``."""
-
-    name = "compression"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return "zstd[:LEVEL]|none"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Compression, int | None]:
-        if isinstance(value, tuple):
-            return value
-        kind, colon, level = str(value).partition(":")
-        if kind == "none" and not colon:
-            return "none", None
-        if kind == "zstd" and not colon:
-            return "zstd", None
-        if kind == "zstd" and level in _LEVELS:
-            return "zstd", _LEVELS[level]
-        return self.fail(
-            f"{value!r}: write zstd, zstd:LEVEL with a level of"
-            f" {_LEVEL_LOWEST} to {_LEVEL_HIGHEST}, or none",
-            param,
-            ctx,
-        )
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        known = ("zstd", "zstd:1", "zstd:3", "zstd:9", "zstd:19", "none")
-        return [CompletionItem(word) for word in known if word.startswith(incomplete)]
-
-
-class VmType(click.ParamType):  # type: ignore[type-arg]
-    """A running VM: QMP socket path, host:port, pid, or name."""
-
-    name = "vm"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        if "/" in incomplete:
-            return [CompletionItem(incomplete, type="file")]
-        from stillframe import api
-
-        return [
-            CompletionItem(vm.name or str(vm.pid), help=f"pid {vm.pid}")
-            for vm in api.list_vms()
-            if (vm.name or str(vm.pid)).startswith(incomplete)
-        ]
-
-
-class BlockType(click.ParamType):  # type: ignore[type-arg]
-    """A RAM block of the snapshot that the argument FILE names."""
-
-    name = "name"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        from stillframe import api
-        from stillframe.errors import StillframeError
-
-        try:
-            with api.open(ctx.params["file"]) as snapshot:
-                names = [block.idstr for block in snapshot.blocks]
-        except (StillframeError, KeyError, TypeError):
-            return []
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-# A snapshot file need not exist as far as the parser is concerned: the error is ours to word.
-FILE = click.Path(path_type=str, readable=False)
-
+store_option = click.option(
+    "--store",
+    type=FILE,
+    metavar="PATH|URL",
+    expose_value=False,
+    is_eager=True,
+    callback=_use_store,
+    help="The store that names are looked up in.  [default: $STILLFRAME_STORE, else your own]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Show the result as JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 force_option = click.option("-f", "--force", is_flag=True, help="Replace an existing file.")
@@ -145,6 +46,110 @@ def compression_option(command: Command) -> Command:
     )(command)
 
 
-def output_option(what: str) -> Callable[[Command], Command]:
-    """``-o FILE``, required."""
-    return click.option("-o", "--output", required=True, type=FILE, metavar="FILE|-", help=what)
+def spill_option(more: str = "") -> Callable[[Command], Command]:
+    """``--spill SIZE``. ``more``: for the help."""
+    return click.option(
+        "--spill",
+        type=SPILL,
+        default="256M",
+        show_default=True,
+        help=f"Most memory for pages that the guest overwrites before they are written.{more}",
+    )
+
+
+def disks_option(kinds: Sequence[str], what: str) -> Callable[[Command], Command]:
+    """``--disks KIND``. ``what``: the help."""
+    return click.option(
+        "--disks", type=click.Choice(kinds), default="copy", show_default=True, help=what
+    )
+
+
+def _also_look_in(
+    ctx: click.Context, param: click.Parameter, places: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Into the environment, for the processes that go on reading, too."""
+    known = os.environ.get(PARENTS, "")
+    # Elsewhere, the working directory is another one; a bucket's URL is the same everywhere.
+    own = [place if "://" in place else os.path.abspath(place) for place in places]  # noqa: PTH100
+    found = [*own, *filter(None, [known])]
+    if found:
+        os.environ[PARENTS] = os.pathsep.join(found)
+    return places
+
+
+def parent_dir_option(command: Command) -> Command:
+    """``--parent-dir DIR``: it needs no argument of the command."""
+    return click.option(
+        "--parent-dir",
+        multiple=True,
+        type=FILE,
+        metavar="DIR",
+        expose_value=False,
+        callback=_also_look_in,
+        help="Where the parents of an increment are, if neither where they were nor beside it;"
+        f" also {PARENTS}.",
+    )(command)
+
+
+_KEEP = {
+    "last": "The newest N.",
+    "hourly": "The newest of each of the last N hours that have one.",
+    "daily": "The same for days.",
+    "weekly": "The same for weeks.",
+    "monthly": "The same for months.",
+    "yearly": "The same for years.",
+}
+
+
+def keep_options(command: Command) -> Command:
+    """``--keep-last N`` and the others: which snapshots a policy keeps. The command gets ``keep``:
+    those arguments of ``api.prune``."""
+
+    @functools.wraps(command)
+    def with_keep(
+        *arguments: Any, keep_tag: tuple[str, ...], keep_within: float, **options: Any
+    ) -> Any:
+        keep = {f"keep_{name}": options.pop(f"keep_{name}") for name in _KEEP}
+        keep |= {"keep_within_s": keep_within, "keep_tags": keep_tag}
+        return command(*arguments, keep=keep, **options)
+
+    decorated = click.option("--keep-tag", multiple=True, metavar="TAG", help="All with this tag.")(
+        with_keep
+    )
+    decorated = click.option(
+        "--keep-within",
+        type=DURATION,
+        default=0.0,
+        metavar="TIME",
+        help="All that are at most so much older than the newest: 36h, 14d.",
+    )(decorated)
+    for name, what in reversed(_KEEP.items()):
+        decorated = click.option(
+            f"--keep-{name}", type=click.IntRange(min=-1), default=0, metavar="N", help=what
+        )(decorated)
+    return decorated  # type: ignore[return-value]
+
+
+def output_option(what: str, *, required: bool = True) -> Callable[[Command], Command]:
+    """``-o FILE``."""
+    return click.option("-o", "--output", required=required, type=FILE, metavar="FILE|-", help=what)
+
+
+read_data_option = click.option(
+    "--read-data",
+    "--read-data-subset",  # as restic calls a share
+    "read_data",
+    is_flag=False,
+    flag_value="100%",
+    type=Share(),
+    default=None,
+    help="Read the data, too: all of it, or a share by chance (--read-data=5%).",
+)
+max_drain_option = click.option(
+    "--max-drain",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MS",
+    default=100.0,
+    show_default=True,
+    help="Refuse if the guest would stand still longer than that for disk requests in flight.",
+)

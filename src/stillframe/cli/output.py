@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from typing import TextIO
+from typing import Any, TextIO
 
 from stillframe.cli.text import printable
 from stillframe.errors import SinkError
@@ -52,6 +52,13 @@ def write_result(text: str, stream: TextIO) -> None:
 def json_text(data: object) -> str:
     """JSON for people and programs, in ASCII: file names need not be Unicode."""
     return json.dumps(data, indent=2) + "\n"
+
+
+def as_object(record: object) -> Any:
+    """A record (msgspec.Struct) as plain dicts, lists and scalars, by its field names."""
+    import msgspec
+
+    return msgspec.to_builtins(record)
 
 
 def say(line: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from stillframe.cli.options import json_option
-from stillframe.cli.output import Results
+from stillframe.cli.output import Results, as_object
 from stillframe.cli.quantities import format_bytes
 from stillframe.cli.text import printable, table
 
@@ -27,29 +28,16 @@ def command(as_json: bool) -> None:
     from stillframe import api
 
     vms = api.survey()
-    Results(as_json=as_json).show([_as_json_object(vm) for vm in vms], _as_lines(vms))
+    Results(as_json=as_json).show(as_object(vms), _as_lines(vms))
 
 
-def _as_json_object(vm: SurveyedVm) -> dict[str, object]:
-    return {
-        "pid": vm.pid,
-        "name": vm.name,
-        "uid": vm.uid,
-        "vmm": vm.vmm,
-        "version": vm.version,
-        "qemu_version": vm.version if vm.vmm == "qemu" else None,
-        "accelerator": vm.accelerator,
-        "ram_bytes": vm.ram_bytes,
-        "qmp": list(vm.qmp),
-        "status": vm.status,
-        "snapshotable": vm.snapshotable,
-        "reasons": list(vm.reasons),
-    }
+def _leaves_out(vm: SurveyedVm) -> bool:
+    return vm.without_disks and vm.snapshotable is True
 
 
 def _as_lines(vms: list[SurveyedVm]) -> list[str]:
     lines = table(
-        ("PID", "NAME", "VMM", "ACCEL", "RAM", "STATUS", "SNAPSHOT", "QMP"),
+        ("PID", "NAME", "VMM", "ACCEL", "RAM", "STATUS", "SNAPSHOT", "FROM", "THERE", "QMP"),
         [
             (
                 str(vm.pid),
@@ -58,12 +46,14 @@ def _as_lines(vms: list[SurveyedVm]) -> list[str]:
                 vm.accelerator,
                 format_bytes(vm.ram_bytes),
                 vm.status or "-",
-                _VERDICTS[vm.snapshotable],
+                _VERDICTS[vm.snapshotable] + (", without disks" if _leaves_out(vm) else ""),
+                Path(vm.restored_from).name if vm.restored_from else "-",
+                "-" if vm.resident is None else f"{vm.resident:.0%}".replace("%", " %"),
                 vm.qmp[0] if vm.qmp else "-",
             )
             for vm in vms
         ],
-        right="PID,RAM",
+        right="PID,RAM,THERE",
     )
     for vm in vms:
         lines += [f"{vm.name or vm.pid}: {reason}" for reason in map(printable, vm.reasons)]

@@ -9,6 +9,8 @@ from typing import Final
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKmMgGtTpP]?)(iB?|B)?")
 _RATE_SUFFIX: Final = "/s"
 _POWERS: Final = {letter: power for power, letter in enumerate("KMGTP", 1)}
+_DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([smhd]?)")
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST: Final = 32
 _BINARY_UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -43,6 +45,18 @@ def parse_rate(text: str) -> int:
         return parse_size(text.strip().removesuffix(_RATE_SUFFIX))
     except ValueError:
         raise ValueError("not a rate; write 100M or 1.5GiB/s: it is in bytes per second") from None
+
+
+def parse_duration(text: str) -> float:
+    """Seconds: ``90``, ``30s``, ``10m``, ``1.5h``, ``1d``.
+
+    Raises:
+        ValueError: not a duration; the message says why.
+    """
+    found = _DURATION.fullmatch(text.strip()) if len(text) <= _LONGEST else None
+    if found is None or not float(found[1]):
+        raise ValueError("not a duration; write 30s, 10m, 1.5h or 1d, or a number of seconds")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def format_bytes(count: float) -> str:

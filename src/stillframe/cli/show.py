@@ -2,59 +2,66 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from stillframe.cli.options import FILE, json_option
-from stillframe.cli.output import Results
+from stillframe.cli.keys import key_options
+from stillframe.cli.options import force_option, json_option, parent_dir_option, store_option
+from stillframe.cli.output import Results, as_object
+from stillframe.cli.parameters import FILE, SNAPSHOT
 from stillframe.cli.quantities import format_bytes
-from stillframe.cli.take_result import statistics_facts, statistics_object
+from stillframe.cli.ram_map import map_lines, map_object
+from stillframe.cli.take_result import statistics_facts
 from stillframe.cli.text import facts, printable, table
 
 if TYPE_CHECKING:
-    from stillframe.api import Snapshot
-    from stillframe.model import MachineRecord
+    from stillframe.api import Keys, Snapshot
 
 
 @click.command("show", short_help="Show a snapshot: machine, RAM blocks, devices, numbers.")
-@click.argument("file", type=FILE)
+@click.argument("file", type=SNAPSHOT)
+@store_option
+@parent_dir_option
+@click.option(
+    "--map",
+    "map_file",
+    type=FILE,
+    metavar="PNG",
+    help="Draw RAM by guest-physical address into this file.",
+)
+@force_option
 @json_option
-def command(file: str, as_json: bool) -> None:
+@key_options
+def command(file: str, map_file: str | None, force: bool, as_json: bool, keys: Keys) -> None:
     """Show a snapshot: machine, blocks with their classes of pages, devices, numbers."""
     from stillframe import api
 
-    with api.open(file) as snapshot:
+    with api.open(file, keys=keys) as snapshot:
         data = _as_json_object(file, snapshot)
         lines = _as_lines(file, snapshot, data)
+        if map_file is not None:
+            drawn = api.draw_ram(snapshot)
+            api.write_file(map_file, drawn.png, overwrite=force)
+            data["map"] = map_object(map_file, drawn)
+            lines += ["", *map_lines(map_file, drawn)]
     Results(as_json=as_json).show(data, lines)
 
 
 def _as_json_object(file: str, snapshot: Snapshot) -> dict[str, Any]:
     manifest, skeleton = snapshot.manifest, snapshot.skeleton()
-    machine, numbers = manifest.machine, manifest.statistics
+    said = as_object(manifest)
+    del said["page_origins"]  # for --map
     return {
         "file": file,
         "id": snapshot.id,
         "file_bytes": snapshot.file_bytes,
-        "format": manifest.format,
-        "created": manifest.created,
-        "mode": manifest.mode,
-        "stillframe_version": manifest.stillframe_version,
-        "stream_bytes": manifest.stream_bytes,
-        "target_page_bytes": manifest.target_page_bytes,
+        "encrypted": snapshot.is_encrypted,
+        **said,
+        "chain": [{"id": part.id, "file": part.place} for part in snapshot.files[1:]],
         "machine_type": skeleton.configuration.name if skeleton.configuration else None,
-        "machine": _machine(machine) if machine is not None else None,
         "blocks": _blocks(snapshot),
-        "memory_map": [
-            {
-                "gpa": part.gpa,
-                "length_bytes": part.length_bytes,
-                "idstr": part.idstr,
-                "offset_bytes": part.offset_bytes,
-            }
-            for part in manifest.memory_map
-        ],
         "devices": [
             {
                 "idstr": section.idstr,
@@ -63,35 +70,6 @@ def _as_json_object(file: str, snapshot: Snapshot) -> dict[str, Any]:
                 "bytes": len(section.payload),
             }
             for section in skeleton.devices
-        ],
-        "statistics": statistics_object(numbers) if numbers is not None else None,
-        "notes": list(manifest.notes),
-    }
-
-
-def _machine(machine: MachineRecord) -> dict[str, Any]:
-    return {
-        "name": machine.name,
-        "pid": machine.pid,
-        "uid": machine.uid,
-        "vmm": machine.vmm,
-        "vmm_version": machine.vmm_version,
-        "machine_type": machine.machine_type,
-        "accelerator": machine.accelerator,
-        "guest_state": machine.guest_state,
-        "vcpus": machine.vcpus,
-        "executable": machine.executable,
-        "argv": list(machine.argv),
-        "cwd": machine.cwd,
-        "disks": [
-            {
-                "device": disk.device,
-                "node_name": disk.node_name,
-                "driver": disk.driver,
-                "filename": disk.filename,
-                "read_only": disk.read_only,
-            }
-            for disk in machine.disks
         ],
     }
 
@@ -128,8 +106,11 @@ def _as_lines(file: str, snapshot: Snapshot, data: dict[str, Any]) -> list[str]:
             ("id", snapshot.id),
             ("created", f"{manifest.created} by stillframe {manifest.stillframe_version}"),
             ("mode", manifest.mode),
+            *([("encrypted", "AES-256-GCM")] if data["encrypted"] else []),
+            *_parents(snapshot),
             ("machine", _machine_line(data)),
-            *_command_line(data),
+            *_without(data),
+            *_command_line(data["machine"]),
             (
                 "size",
                 f"{format_bytes(snapshot.file_bytes)} for {format_bytes(ram_bytes)} of RAM"
@@ -139,13 +120,23 @@ def _as_lines(file: str, snapshot: Snapshot, data: dict[str, Any]) -> list[str]:
         ]
     )
     lines += ["", *_block_table(data)]
-    if data["machine"] and data["machine"]["disks"]:
+    if data["captured_disks"]:
+        lines += ["", *_captured_table(data)]
+    elif data["machine"] and data["machine"]["disks"]:
         lines += ["", *_disk_table(data)]
     lines += ["", *_device_table(data)]
     return [
         *lines,
         *([""] if manifest.notes else []),
         *(f"note: {printable(note)}" for note in manifest.notes),
+    ]
+
+
+def _parents(snapshot: Snapshot) -> list[tuple[str, str]]:
+    """The chain below it, the nearest first."""
+    return [
+        ("parent" if depth == 0 else "", f"{file.id} ({file.place})")
+        for depth, file in enumerate(snapshot.files[1:])
     ]
 
 
@@ -160,11 +151,9 @@ def _machine_line(data: dict[str, Any]) -> str:
     )
 
 
-def _command_line(data: dict[str, Any]) -> list[tuple[str, str]]:
-    import shlex
-
-    machine = data["machine"]
-    return [("command", shlex.join(machine["argv"]))] if machine else []
+def _command_line(machine: dict[str, Any] | None) -> list[tuple[str, str]]:
+    words = (machine["command_line"] or machine["argv"]) if machine else None
+    return [("command", shlex.join(words))] if words else []
 
 
 def _block_table(data: dict[str, Any]) -> list[str]:
@@ -192,16 +181,28 @@ def _disk_table(data: dict[str, Any]) -> list[str]:
     )
 
 
+def _without(data: dict[str, Any]) -> list[tuple[str, str]]:
+    names = ", ".join(data["without_disks"])
+    return [("disks", f"without disks: {names} are not in the snapshot")] if names else []
+
+
+def _captured_table(data: dict[str, Any]) -> list[str]:
+    """Each disk, and below it the images that its own lies on."""
+    rows = []
+    for disk in data["captured_disks"]:
+        name = disk["device"] or disk["qdev"] or disk["node_name"]
+        for depth, file in enumerate(disk["files"]):
+            kind = disk["kind"] if depth == 0 else "on"
+            size = format_bytes(file["size_bytes"])
+            rows.append((name if depth == 0 else "", kind, file["format"], size, file["path"]))
+    return table(("DISK", "KIND", "FORMAT", "SIZE", "FILE"), rows, right="SIZE")
+
+
 def _device_table(data: dict[str, Any]) -> list[str]:
     return table(
         ("DEVICE", "INSTANCE", "VERSION", "BYTES"),
         [
-            (
-                device["idstr"],
-                str(device["instance"]),
-                str(device["version"]),
-                str(device["bytes"]),
-            )
+            tuple(str(device[key]) for key in ("idstr", "instance", "version", "bytes"))
             for device in data["devices"]
         ],
         right="INSTANCE,VERSION,BYTES",

@@ -4,69 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stillframe.cli.output import as_object
 from stillframe.cli.quantities import format_bytes, format_ms
 from stillframe.cli.text import facts, printable
 
 if TYPE_CHECKING:
     from stillframe.api import TakenSnapshot
-    from stillframe.model import Downtime, Statistics, StoppedWrite
+    from stillframe.model import Statistics
 
 
 def as_json_object(taken: TakenSnapshot) -> dict[str, object]:
     """The keys that ``take --json`` promises (docs/reference/json.md)."""
-    numbers = taken.statistics
-    return {
-        "id": taken.id,
-        "file": taken.file,
-        **statistics_object(numbers),
-        "notes": list(taken.notes),
-    }
-
-
-def statistics_object(numbers: Statistics) -> dict[str, object]:
-    """A job's numbers, as ``take`` and ``show`` give them."""
-    pages = numbers.pages
-    return {
-        "downtime_ms": numbers.downtime_ms,
-        "downtime": _parts(numbers.downtime),
-        "arm_ms": numbers.arm_ms,
-        "total_ms": numbers.total_ms,
-        "ram_bytes": numbers.ram_bytes,
-        "file_bytes": numbers.file_bytes,
-        "pages": {
-            "total": pages.total,
-            "zero": pages.zero,
-            "data": pages.data,
-            "faulted": pages.faulted,
-            "never_populated": pages.never_populated,
-        },
-        "faults": numbers.faults,
-        "fault_p50_us": numbers.fault_p50_us,
-        "fault_p99_us": numbers.fault_p99_us,
-        "fault_max_us": numbers.fault_max_us,
-        "stall_ms": numbers.stall_ms,
-        "spill_peak_bytes": numbers.spill_peak_bytes,
-        "protection": numbers.protection,
-        "writes_while_stopped": [_write(write) for write in numbers.writes_while_stopped],
-    }
-
-
-def _parts(downtime: Downtime) -> dict[str, float]:
-    return {
-        "stop_ms": downtime.stop_ms,
-        "devices_ms": downtime.devices_ms,
-        "disks_ms": downtime.disks_ms,
-        "protect_ms": downtime.protect_ms,
-        "cont_ms": downtime.cont_ms,
-    }
-
-
-def _write(write: StoppedWrite) -> dict[str, object]:
-    return {
-        "idstr": write.idstr,
-        "offset_bytes": write.offset_bytes,
-        "length_bytes": write.length_bytes,
-    }
+    data: dict[str, object] = as_object(taken)
+    statistics: dict[str, object] = as_object(taken.statistics)
+    del data["statistics"]
+    return data | statistics
 
 
 def as_lines(taken: TakenSnapshot) -> list[str]:
@@ -87,29 +39,34 @@ def as_lines(taken: TakenSnapshot) -> list[str]:
 def statistics_facts(numbers: Statistics) -> list[tuple[str, str]]:
     """A job's numbers as names and values."""
     pages, downtime = numbers.pages, numbers.downtime
+    parts = (
+        f" (stop {downtime.stop_ms:.1f}, drain {downtime.drain_ms:.1f},"
+        f" devices {downtime.devices_ms:.1f}, disks {downtime.disks_ms:.1f},"
+        f" protect {downtime.protect_ms:.1f}, cont {downtime.cont_ms:.1f})"
+    )
     found = [
-        (
-            "downtime",
-            f"{format_ms(numbers.downtime_ms)} (stop {downtime.stop_ms:.1f},"
-            f" devices {downtime.devices_ms:.1f}, disks {downtime.disks_ms:.1f},"
-            f" protect {downtime.protect_ms:.1f}, cont {downtime.cont_ms:.1f})",
-        ),
+        ("downtime", format_ms(numbers.downtime_ms) + (parts if downtime.total_ms else "")),
         (
             "pages",
             f"{pages.total}: {pages.data} data, {pages.zero} zero"
-            f" ({pages.never_populated} never populated), {pages.faulted} faulted",
-        ),
-        (
-            "faults",
-            f"{numbers.faults}: median {numbers.fault_p50_us:.0f} µs,"
-            f" 99 % within {numbers.fault_p99_us:.0f} µs, longest {numbers.fault_max_us:.0f} µs",
-        ),
-        (
-            "spill",
-            f"at most {format_bytes(numbers.spill_peak_bytes)};"
-            f" the guest waited {format_ms(numbers.stall_ms)} for it",
+            f" ({pages.never_populated} never populated), {pages.faulted} faulted"
+            + (f", {pages.unchanged} as in the parent" if pages.unchanged else ""),
         ),
     ]
+    if numbers.spill_limit_bytes:  # else the VMM served the faults, if there were any
+        found += [
+            (
+                "faults",
+                f"{numbers.faults}: median {numbers.fault_p50_us:.0f} µs,"
+                f" 99 % within {numbers.fault_p99_us:.0f} µs,"
+                f" longest {numbers.fault_max_us:.0f} µs",
+            ),
+            (
+                "spill",
+                f"at most {format_bytes(numbers.spill_peak_bytes)};"
+                f" the guest waited {format_ms(numbers.stall_ms)} for it",
+            ),
+        ]
     written = sum(write.length_bytes for write in numbers.writes_while_stopped)
     if written:
         names = sorted({write.idstr for write in numbers.writes_while_stopped})

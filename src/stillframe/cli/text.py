@@ -10,6 +10,8 @@ from typing import Literal, TextIO
 Colour = Literal["green", "yellow", "red", "bold"]
 _CODES: dict[Colour, str] = {"green": "32", "yellow": "33", "red": "31", "bold": "1"}
 
+FOR_ANALYSIS = "for analysis only: it has no device state, and cannot be restored"
+
 
 def printable(text: str) -> str:
     """The text with control characters and lone surrogates shown as escapes.

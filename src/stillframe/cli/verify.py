@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import TYPE_CHECKING
+
 import click
 
-from stillframe.cli.options import FILE, json_option, quiet_option
+from stillframe.cli.keys import key_options
+from stillframe.cli.options import json_option, parent_dir_option, quiet_option, store_option
 from stillframe.cli.output import Results
+from stillframe.cli.parameters import SNAPSHOT
 from stillframe.cli.progress import ByteRate, choose_progress
 from stillframe.cli.quantities import format_bytes
-from stillframe.cli.text import facts
+from stillframe.cli.text import FOR_ANALYSIS, facts
+
+if TYPE_CHECKING:
+    from stillframe.api import Keys
 
 
 @click.command("verify", short_help="Check every digest of a snapshot, and its stream.")
-@click.argument("file", type=FILE)
+@click.argument("file", type=SNAPSHOT)
+@store_option
 @quiet_option
+@parent_dir_option
 @json_option
-def command(file: str, quiet: bool, as_json: bool) -> None:
+@key_options
+def command(file: str, quiet: bool, as_json: bool, keys: Keys) -> None:
     """Check every digest of a snapshot, and that its stream parses to its end."""
     from stillframe import api
 
-    progress = choose_progress(quiet=quiet)
-    try:
-        report = api.verify(file, progress=ByteRate(progress, "verifying").update)
-    finally:
-        progress.close()
+    with closing(choose_progress(quiet=quiet)) as progress:
+        report = api.verify(file, keys=keys, progress=ByteRate(progress, "verifying").update)
     data = {
         "file": file,
         "sound": True,
@@ -39,6 +47,7 @@ def command(file: str, quiet: bool, as_json: bool) -> None:
         },
         "devices": list(report.devices),
         "has_description": report.has_description,
+        "for_analysis": report.for_analysis,
     }
     pages = f"{report.data_pages} data, {report.zero_pages} zero"
     if report.missing_pages:
@@ -55,7 +64,7 @@ def command(file: str, quiet: bool, as_json: bool) -> None:
                 f"{format_bytes(report.stream_bytes)}, {len(report.devices)} device sections",
             ),
             ("pages", pages),
-            ("result", "sound"),
+            ("result", f"sound, but {FOR_ANALYSIS}" if report.for_analysis else "sound"),
         ]
     )
     Results(as_json=as_json).show(data, lines)
