@@ -19,10 +19,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stillframe.memory import _capture, ram_capture
-from stillframe.memory.ram_capture import RamCapture
-from stillframe.memory.remote_attach import attach
-from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.capture import _capture, new_core
+from stillframe.capture.ram_capture import RamCapture
+from stillframe.kernel.remote_attach import attach
+from stillframe.kernel.userfaultfd import Userfaultfd
 from stillframe.model import RamBlock
 
 RAM_MIB = 48
@@ -101,12 +101,12 @@ def _capture_of(victim: Victim, uffd: Userfaultfd) -> RamCapture:
 
 def measure_ours(victim: Victim, shape: Shape) -> Latency:
     """One round through the core's own fault thread."""
-    before = ram_capture._MAX_WINDOW_BYTES
-    ram_capture._MAX_WINDOW_BYTES = shape.window_bytes
+    before = new_core.MAX_WINDOW_BYTES
+    new_core.MAX_WINDOW_BYTES = shape.window_bytes
     try:
         capture = _capture_of(victim, attach(victim.pid))
     finally:
-        ram_capture._MAX_WINDOW_BYTES = before
+        new_core.MAX_WINDOW_BYTES = before
     try:
         capture.register()
         capture.start()

@@ -13,7 +13,7 @@ from pathlib import Path
 from stillframe.errors import HostError
 
 SOURCES = Path(__file__).parent
-_PAGE_HEADER = "src/stillframe/machine/board/guests/programs/writer/page.h"
+_PAGE_HEADER = "src/stillframe/board/guests/programs/writer/page.h"
 COMPILE_TIMEOUT_S = 60
 
 FREESTANDING = (

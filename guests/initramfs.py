@@ -7,7 +7,9 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
+from guests.agent_files import agent_files
 from guests.build import FREESTANDING, SOURCES, built, common_headers, run_tool
+from guests.kernel import kernel_modules
 
 TRAILER = "TRAILER!!!"
 
@@ -38,14 +40,26 @@ def newc_archive(entries: list[Entry]) -> bytes:
     return bytes(archive)
 
 
-def linux_initramfs() -> Path:
+DISK_MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod")
+AGENT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "crc32c_generic", "ext4")
+
+
+def linux_initramfs(*, disks: bool = False, agent: bool = False) -> Path:
     """The gzipped initramfs of the Linux guest, compiled when its sources have changed.
 
+    Args:
+        disks: with the kernel's modules for virtio disks.
+        agent: with a QEMU guest agent, and the modules for its port and a disk with ext4.
+
     Raises:
-        HostError: gcc is missing or fails, or the cache cannot be written.
+        HostError: gcc is missing or fails, the cache cannot be written, or there is no agent to
+            be had.
     """
     main = SOURCES / "linux" / "init.c"
-    headers = common_headers()
+    headers = [*common_headers(), main.with_name("journal.h"), main.with_name("agent.h")]
+    names = (DISK_MODULES if disks else ()) + (AGENT_MODULES if agent else ())
+    modules = kernel_modules(names) if names else []
+    files = agent_files() if agent else {}
 
     def make(scratch: Path, output: Path) -> None:
         init = scratch / "init"
@@ -53,8 +67,32 @@ def linux_initramfs() -> Path:
         run_tool(command, "build the Linux guest's init", package="gcc")
         entries = [
             Entry("proc", stat.S_IFDIR | 0o755),
+            Entry("dev", stat.S_IFDIR | 0o755),
+            Entry("modules", stat.S_IFDIR | 0o755),
+            *(
+                Entry(f"modules/{number:02}", stat.S_IFREG | 0o644, module.read_bytes())
+                for number, module in enumerate(modules)
+            ),
+            *_tree(files),
             Entry("init", stat.S_IFREG | 0o755, init.read_bytes()),
         ]
         output.write_bytes(gzip.compress(newc_archive(entries), mtime=0))
 
-    return built("initramfs.cpio.gz", [main, *headers, Path(__file__)], make)
+    return built(
+        "initramfs.cpio.gz", [main, *headers, *modules, *files.values(), Path(__file__)], make
+    )
+
+
+def _tree(files: dict[str, Path]) -> list[Entry]:
+    """The agent's files, and the directories for them and for what it wants mounted."""
+    if not files:
+        return []
+    directories = {parent for name in files for parent in Path(name).parents if parent.name}
+    return [
+        *(Entry(name, stat.S_IFDIR | 0o755) for name in ("sys", "run", "data")),
+        *(Entry(str(path), stat.S_IFDIR | 0o755) for path in sorted(directories)),
+        *(
+            Entry(name, stat.S_IFREG | 0o755, path.read_bytes())
+            for name, path in sorted(files.items())
+        ),
+    ]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
-import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from guests.build import cache_directory
+from guests.packages import Wanted, dependencies, unpacked
 from stillframe.errors import HostError
 
 META_PACKAGE = "linux-image-cloud-amd64"
-APT_TIMEOUT_S = 180
 OTHERWISE = "or set STILLFRAME_KERNEL to a bzImage for x86-64"
+WANTED = Wanted("a Linux kernel for the guest", OTHERWISE)
 
 
 def find_kernel() -> Path:
@@ -60,12 +62,7 @@ def _fetch(cache: Path) -> Path:
             )
     package = _concrete_package()
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
-        _apt(["apt-get", "download", package], scratch)
-        archives = list(Path(scratch).glob("*.deb"))
-        if len(archives) != 1:
-            raise HostError(f"apt-get download {package} left {len(archives)} packages, not one")
-        _apt(["dpkg-deb", "-x", str(archives[0]), f"{scratch}/tree"], scratch)
-        images = list(Path(scratch).glob("tree/boot/vmlinuz-*"))
+        images = list(unpacked(package, scratch, WANTED).glob("boot/vmlinuz-*"))
         if len(images) != 1:
             raise HostError(f"the package {package} holds {len(images)} kernels, not one")
         kernel = cache / images[0].name
@@ -74,9 +71,47 @@ def _fetch(cache: Path) -> Path:
     return kernel
 
 
+def kernel_modules(names: Sequence[str]) -> list[Path]:
+    """These modules of the kernel that :func:`find_kernel` finds, each after those it needs.
+
+    From ``/lib/modules``, else from the kernel's package, fetched into the cache. A module that is
+    not there is taken for built in.
+
+    Raises:
+        HostError: the package cannot be fetched.
+    """
+    version = find_kernel().name.removeprefix("vmlinuz-")
+    root = Path("/lib/modules") / version
+    if not root.is_dir():
+        root = cache_directory("kernel") / f"modules-{version}"
+        if not root.is_dir():
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root.parent) as scratch:
+                tree = unpacked(f"linux-image-{version}", scratch, WANTED)
+                try:
+                    next(tree.glob("lib/modules/*")).rename(root)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise  # else another has put them there meanwhile
+    found = {path.stem.replace("-", "_"): path for path in root.rglob("*.ko")}
+    ordered: dict[str, Path] = {}
+
+    def add(name: str) -> None:
+        path = found.get(name.replace("-", "_"))
+        if path is None or path.stem in ordered:
+            return
+        needs = re.search(rb"\0depends=([^\0]*)\0", path.read_bytes())
+        for other in needs.group(1).decode().split(",") if needs else ():
+            add(other)
+        ordered[path.stem] = path
+
+    for name in names:
+        add(name)
+    return list(ordered.values())
+
+
 def _concrete_package() -> str:
     """The package with the image that the meta package depends on."""
-    listing = _apt(["apt-cache", "depends", META_PACKAGE], ".", check=False)
+    listing = dependencies(META_PACKAGE, WANTED)
     match = re.search(r"Depends: (linux-image-\S*\d\S*)", listing)
     if match is None:
         raise HostError(
@@ -85,31 +120,3 @@ def _concrete_package() -> str:
             remedy=f"run 'apt-get update' {OTHERWISE}",
         )
     return match.group(1)
-
-
-def _apt(command: list[str], directory: str, *, check: bool = True) -> str:
-    try:
-        done = subprocess.run(
-            command,
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=APT_TIMEOUT_S,
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise HostError(
-            "cannot fetch a Linux kernel for the guest",
-            why=f"'{' '.join(command)}' took more than {APT_TIMEOUT_S} s",
-        ) from error
-    if check and done.returncode != 0:
-        complaints = [line for line in done.stderr.splitlines() if line.startswith("E:")]
-        why = complaints[-1] if complaints else done.stderr.strip()[-200:]
-        raise HostError(
-            "cannot fetch a Linux kernel for the guest",
-            why=f"'{' '.join(command)}' failed: {why}",
-            remedy=f"run 'apt-get update' {OTHERWISE}",
-        )
-    return done.stdout

@@ -9,15 +9,21 @@ import signal
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+from guests.agent import PORT_NAME, agent_execute, wait_agent
+from guests.agent import START_TIMEOUT_S as AGENT_TIMEOUT_S
+from guests.agent_files import DISK_SERIAL, data_disk
 from guests.initramfs import linux_initramfs
 from guests.kernel import find_kernel
+from guests.monitor import qmp_execute
 from guests.multiboot_guest import multiboot_image
 from guests.serial import SerialConsole, Tick
 from stillframe.errors import HostError, MachineError, UsageError
+from stillframe.machine.process.sockets import listening_unix_paths
 
 MemoryKind = Literal["private", "memfd", "shm", "file", "hugetlb"]
 """``private``: plain ``-m``. ``memfd``, ``hugetlb``: shared memory-backend-memfd.
@@ -56,6 +62,10 @@ def qemu_binary() -> str:
     return found
 
 
+class _SilentGuestError(MachineError):
+    """QEMU runs, and its guest has printed nothing."""
+
+
 class GuestVm:
     """One QEMU with a guest that writes memory, in a temp directory of its own.
 
@@ -69,6 +79,8 @@ class GuestVm:
         clock_pages: pages written between two readings of the clock; more than 1 where reading
             the TSC is slow (a VM in a VM).
         memory, accelerator, machine, vcpus: of QEMU.
+        agent: with a QEMU guest agent, and a disk of its own with a file system that it can freeze
+            (Linux only).
         name: ``-name`` of the VM; None gives none.
         extra: more arguments for QEMU. ``append``: more for the guest's command line.
         binary: QEMU's program, else :func:`qemu_binary`.
@@ -91,6 +103,7 @@ class GuestVm:
         accelerator: Accelerator = "tcg",
         machine: str = "q35",
         vcpus: int = 1,
+        agent: bool = False,
         name: str | None = None,
         extra: Sequence[str] = (),
         append: str = "",
@@ -99,6 +112,8 @@ class GuestVm:
     ) -> None:
         if guest == "linux" and ram_mib < SMALLEST_LINUX_MIB:
             raise UsageError(f"the Linux guest does not boot in {ram_mib} MiB of RAM")
+        if agent and guest != "linux":
+            raise UsageError("only the Linux guest has an agent")
         if mem_mib + populate_mib >= ram_mib:
             raise UsageError(
                 f"{mem_mib} + {populate_mib} MiB to write do not fit into {ram_mib} MiB of RAM"
@@ -109,13 +124,14 @@ class GuestVm:
         self.accelerator: Accelerator = accelerator
         self.machine = machine
         self.vcpus = vcpus
+        self.agent = agent
         self.name = name
         self.extra = tuple(extra)
         self.binary = binary
         self.guest_arguments = (
             f"sf.mem={mem_mib} sf.populate={populate_mib} sf.rate={rate_mib_per_s}"
             f" sf.whole={int(whole)} sf.fill={fill} sf.tick_ms={tick_ms}"
-            f" sf.clock_pages={clock_pages} {append}"
+            f" sf.clock_pages={clock_pages} {'sf.agent=1 ' if agent else ''}{append}"
         ).strip()
         self._given_directory = directory
         self._directory: Path | None = None
@@ -142,6 +158,11 @@ class GuestVm:
     def serial_path(self) -> Path:
         """The Unix socket of the serial line, which this object is connected to."""
         return self.directory / "serial.sock"
+
+    @property
+    def agent_path(self) -> Path:
+        """The Unix socket of the guest agent (``agent=True``); it takes one client at a time."""
+        return self.directory / "qga.sock"
 
     @property
     def log_path(self) -> Path:
@@ -190,11 +211,26 @@ class GuestVm:
         command += ["-chardev", f"socket,id=serial0,path={self.serial_path},server=on,wait=off"]
         command += ["-serial", "chardev:serial0"]
         if self.guest == "linux":
-            command += ["-kernel", str(find_kernel()), "-initrd", str(linux_initramfs())]
+            words = self.guest_arguments
+            initramfs = linux_initramfs(
+                disks="sf.journal=" in words or "sf.load=" in words, agent=self.agent
+            )
+            command += ["-kernel", str(find_kernel()), "-initrd", str(initramfs)]
             command += ["-append", f"{KERNEL_ARGUMENTS} {self.guest_arguments}"]
         else:
             command += ["-kernel", str(multiboot_image()), "-append", self.guest_arguments]
-        return [*command, *self.extra]
+        # the agent's disk is the last one, so that the others keep the names that they had
+        return [*command, *self.extra, *(self._agent_arguments() if self.agent else ())]
+
+    def _agent_arguments(self) -> list[str]:
+        disk = f"file={self.directory / 'data.raw'},if=none,id={DISK_SERIAL},format=raw"
+        return [
+            *("-chardev", f"socket,id=qga0,path={self.agent_path},server=on,wait=off"),
+            *("-device", "virtio-serial-pci,id=agent"),
+            *("-device", f"virtserialport,bus=agent.0,chardev=qga0,name={PORT_NAME}"),
+            *("-drive", disk),
+            *("-device", f"virtio-blk-pci,drive={DISK_SERIAL},serial={DISK_SERIAL}"),
+        ]
 
     def _machine_memory(self) -> str:
         return "" if self.memory == "private" else f",memory-backend={RAM_ID}"
@@ -220,15 +256,27 @@ class GuestVm:
     def start(self, *, wait_ready: bool = True, timeout_s: float = START_TIMEOUT_S) -> Self:
         """Start QEMU; with ``wait_ready``, wait until the guest has prepared its memory.
 
+        A guest that printed nothing is started once more, with a warning that tells where it stood:
+        about one in several thousand boots under TCG ends so on a loaded host.
+
         Raises:
             HostError: something that is needed is missing.
             MachineError: QEMU ended at once, or the guest was not ready in time.
         """
+        try:
+            return self._start(wait_ready, timeout_s)
+        except _SilentGuestError as silent:
+            warnings.warn(f"started once more: {silent}", stacklevel=2)
+        return self._start(wait_ready, timeout_s)
+
+    def _start(self, wait_ready: bool, timeout_s: float) -> Self:
         if self._given_directory is None:
             self._directory = Path(tempfile.mkdtemp(prefix="stillframe-vm-"))
         else:
             self._directory = self._given_directory
         try:
+            if self.agent:
+                data_disk(self.directory / "data.raw")
             with self.log_path.open("wb") as log:
                 self._process = subprocess.Popen(
                     self.command_line(),
@@ -247,7 +295,8 @@ class GuestVm:
         return self
 
     def _wait_socket(self, deadline: float) -> None:
-        while not (self.serial_path.exists() and self.qmp_path.exists()):
+        sockets = {str(self.serial_path), str(self.qmp_path)}
+        while not sockets <= set(listening_unix_paths(*sockets)):
             if self.process.poll() is not None:
                 raise MachineError("QEMU ended at its start", why=self._last_words())
             if time.monotonic() > deadline:
@@ -262,9 +311,22 @@ class GuestVm:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(STOP_TIMEOUT_S)
                 raise MachineError("QEMU ended at its start", why=self._last_words()) from error
+            if not self.console.mark():
+                raise _SilentGuestError(str(error), why=self._where_it_stands()) from error
             raise
         if not line.startswith("ready"):
             raise MachineError("the guest did not start", why=line)
+
+    def _where_it_stands(self) -> str:
+        """State and registers of the vCPUs, twice: whether it waits or goes round in circles."""
+        said = []
+        try:
+            for question in ("info status", "info registers -a", "info registers -a"):
+                words: dict[str, object] = {"command-line": question}
+                said.append(str(qmp_execute(self.qmp_path, "human-monitor-command", words)))
+        except MachineError as error:
+            said.append(str(error))
+        return "\n".join(said)
 
     def _last_words(self) -> str:
         text = self.log_path.read_text(errors="replace").strip()
@@ -286,7 +348,15 @@ class GuestVm:
         """See :meth:`SerialConsole.command`."""
         return self.console.command(text, timeout_s=timeout_s)
 
-    def is_progressing(self, within_s: float = 2.0) -> bool:
+    def ask_agent(self, command: str, *, timeout_s: float = 10.0) -> Any:
+        """Give the guest agent a command without arguments; see :func:`agent_execute`."""
+        return agent_execute(self.agent_path, command, timeout_s=timeout_s)
+
+    def wait_agent(self, timeout_s: float = AGENT_TIMEOUT_S) -> None:
+        """Wait until the guest agent answers; see :func:`guests.agent.wait_agent`."""
+        wait_agent(lambda within_s: self.ask_agent("guest-ping", timeout_s=within_s), timeout_s)
+
+    def is_progressing(self, within_s: float = 20.0) -> bool:
         """See :meth:`SerialConsole.is_progressing`."""
         return self.alive() and self.console.is_progressing(within_s)
 

@@ -200,7 +200,7 @@ class SerialConsole:
             rf"^({re.escape(text)} |unknown command)", timeout_s=timeout_s, since=start
         )
 
-    def is_progressing(self, within_s: float = 2.0) -> bool:
+    def is_progressing(self, within_s: float = 20.0) -> bool:
         """Whether the guest's clock is seen to go on within that time: two new ticks."""
         deadline = time.monotonic() + within_s
         start = self.mark()

@@ -14,11 +14,21 @@ declare -A package=(
   [readelf]=binutils
   [dpkg-deb]=dpkg
   [cpio]=cpio
+  [libvirtd]=libvirt-daemon-system
+  [virtlogd]=libvirt-daemon-system
+  [virsh]=libvirt-clients
+  [pkg-config]=pkg-config
+  [strace]=strace
+  [crash]=crash
+  [qemu-nbd]=qemu-utils
+  [swtpm]=swtpm
+  [mkfs.xfs]=xfsprogs
+  [mkfs.btrfs]=btrfs-progs
 )
 programs=(gcc ld)
 wanted=${1:-demo}
 [[ $wanted == demo ]] || programs+=(qemu-system-x86_64 qemu-img dpkg-deb)
-[[ $wanted == test ]] && programs+=(zstd gdb readelf)
+[[ $wanted == test ]] && programs+=(zstd gdb readelf strace qemu-nbd crash libvirtd virtlogd virsh pkg-config swtpm mkfs.xfs mkfs.btrfs)
 
 python=${PYTHON:-python3}
 missing=()
@@ -27,6 +37,10 @@ for program in "${programs[@]}"; do
 done
 # gcc without the C library's headers cannot build the native core.
 [[ -e /usr/include/stdio.h ]] || missing+=(libc6-dev)
+# libvirt-python is built against the library's headers.
+[[ $wanted != test || -e /usr/include/libvirt/libvirt.h ]] || missing+=(libvirt-dev)
+# UEFI firmware has no program.
+[[ $wanted != test || -e /usr/share/OVMF/OVMF_VARS_4M.fd ]] || missing+=(ovmf)
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 "$python" -c 'import sysconfig, os, sys
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||

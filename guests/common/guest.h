@@ -1,7 +1,8 @@
 /* The guest's main loop, the same under Linux and on the bare machine.
  *
  * A platform gives: page_at(index) for the pages of the working set and, after them, the populated
- * ones; power_off(); rest(us), which lets the processor idle.
+ * ones; power_off(); rest(us), which lets the processor idle; obey_platform(command), which is 1 for
+ * a command of its own; serve_platform(), which is called as often as the serial line.
  */
 #ifndef SF_GUEST_H
 #define SF_GUEST_H
@@ -14,11 +15,14 @@
 #include "uart.h"
 
 #define SERVICE_US 500         /* how often the serial line gets its turn */
+#define TICK_BACKLOG_BYTES 1024
 #define LONGEST_CATCH_UP_US 50000
 
 static volatile u64 *page_at(u64 index);
 static void power_off(void);
 static void rest(u64 us);
+static int obey_platform(const char *command);
+static void serve_platform(void);
 
 struct settings {
     s64 rate_mib_per_s;
@@ -124,8 +128,8 @@ static void obey(const char *command)
     } else if (text_equal(command, "quit")) {
         print_now("quit ok\n");
         power_off();
-    } else {
-        uart_print(&uart, "unknown command; known: audit, reset, quit\n");
+    } else if (!obey_platform(command)) {
+        uart_print(&uart, "unknown command; known: audit, reset, quit, write (with an agent)\n");
     }
 }
 
@@ -193,6 +197,7 @@ static void run(void)
         }
         if (now < next_service) continue;
         if (uart_turn(&uart)) obey(uart.input);
+        serve_platform();
         if (reset_at_edge && clock.edges >= reset_at_edge) {
             reset_at_edge = 0;
             clock_reset(&clock);
@@ -200,7 +205,8 @@ static void run(void)
         }
         now = clock_now(&clock);
         next_service = now + service_ticks;
-        if (now >= next_tick) {
+        /* a guest that rests talks slowly: ticks must not leave answers without room */
+        if (now >= next_tick && uart.head - uart.tail < TICK_BACKLOG_BYTES) {
             print_tick();
             next_tick += tick_ticks;
             if (next_tick < now) next_tick = now + tick_ticks;

@@ -1,2 +1,2 @@
 /* The page is the same as that of the board's writer, which is a part of the package. */
-#include "../../src/stillframe/machine/board/guests/programs/writer/page.h"
+#include "../../src/stillframe/board/guests/programs/writer/page.h"

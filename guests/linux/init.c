@@ -78,6 +78,9 @@ static void map_memory(void)
     memory = (volatile u64 *)address;
 }
 
+#include "journal.h"
+#include "agent.h"
+
 __attribute__((used)) void start(void)
 {
     /* with the console closed, the kernel's driver takes no interrupts of the line */
@@ -86,7 +89,10 @@ __attribute__((used)) void start(void)
     uart_setup();
     read_command_line();
     settings_read(command_line);
+    agent_start(option_number(command_line, "sf.agent", 0) != 0);
     map_memory();
+    journal_start(option_number(command_line, "sf.journal", 0));
+    load_start(option_number(command_line, "sf.load", 0), option_number(command_line, "sf.load_disks", 1));
     run();
 }
 

@@ -49,6 +49,14 @@ static void rest(u64 us)
     fail("sf.rest_us needs the Linux guest");
 }
 
+static int obey_platform(const char *command)
+{
+    (void)command;
+    return 0;
+}
+
+static void serve_platform(void) {}
+
 static void read_memory_map(const struct multiboot_information *information)
 {
     if (!(information->flags & HAS_MEMORY_MAP)) fail("no memory map from the boot loader");
