@@ -20,10 +20,11 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from stillframe.vmstate.devices import run_state, split_device_state
+from stillframe.vmstate.devices import split_device_state
 from stillframe.vmstate.reader import StreamReader
 from stillframe.vmstate.records import Configuration, Device, RamBlocks
 from tests.support.stream_build import Pipe, replay
+from tests.support.stream_summary import run_state
 from tests.support.stream_vm import stream_vm
 
 STREAMS = Path(__file__).parent / "streams"

@@ -8,10 +8,11 @@ import json
 import pytest
 
 from stillframe.vmstate.devices import split_device_state
-from stillframe.vmstate.reader import StreamReader, verify_stream
+from stillframe.vmstate.reader import StreamReader
 from tests.compat.record_streams import RECORDINGS, STREAMS, expectation, load
 from tests.support.analyze_reader import Analysis
 from tests.support.stream_build import PAGE, replay
+from tests.support.stream_summary import verify_stream
 
 
 def test_all_recordings_are_there() -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from stillframe.errors import DataError, SinkError, UsageError
-from stillframe.store.backends import Sink, Source, SparseSink
+from stillframe.still.sinks import Sink, Source, SparseSink
 from stillframe.store.backends import local as local_module
 from stillframe.store.backends.local import LocalSink
 from stillframe.store.backends.local_source import LocalSource
-from stillframe.store.backends.memory import MemorySink, MemorySource
 from stillframe.store.backends.pipe import PipeSink
 from stillframe.store.backends.write_behind import BUFFER_BYTES
+from tests.support_store.memory import MemorySink, MemorySource
 
 
 class SinkContract:

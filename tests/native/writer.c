@@ -94,9 +94,9 @@ int main(int argc, char **argv) {
     long pages_per_s = atol(argv[3]);
     int huge = !strncmp(kind, "hugetlb", 7);
     int thp = !strcmp(kind, "thp");
-    int flags = thp || !strncmp(kind, "private", 7) || !strcmp(kind, "hugetlb-private") ? MAP_PRIVATE : MAP_SHARED;
+    int flags = thp || !strncmp(kind, "private", 7) || !strncmp(kind, "hugetlb-private", 15) ? MAP_PRIVATE : MAP_SHARED;
     size_t page = huge ? 2 << 20 : 4096;
-    if (!strcmp(kind, "shared") || !strcmp(kind, "hugetlb")) {
+    if (!strcmp(kind, "shared") || !strcmp(kind, "hugetlb") || !strcmp(kind, "hugetlb-private-memfd")) {
         fd = memfd_create("writer", huge ? MFD_HUGETLB : 0);
         if (fd < 0 || ftruncate(fd, (off_t)length)) return 3;
     } else {

@@ -15,27 +15,27 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stillframe.errors import DataError
-from stillframe.vmstate import fields
-from stillframe.vmstate.description import described_sizes
-from stillframe.vmstate.fields import (
+from stillframe.board.state import fields
+from stillframe.board.state.fields import (
     Field,
     StateDescription,
     describe_state,
     load_state,
     save_state,
 )
-from stillframe.vmstate.global_state import GLOBAL_STATE, GlobalState
-from stillframe.vmstate.handlers import SaveStateRegistry
-from stillframe.vmstate.load_state import StateLoader
-from stillframe.vmstate.reader import verify_stream
-from stillframe.vmstate.save_state import StateSaver
+from stillframe.board.state.global_state import GLOBAL_STATE, GlobalState
+from stillframe.board.state.handlers import SaveStateRegistry
+from stillframe.board.state.load_state import StateLoader
+from stillframe.board.state.save_state import StateSaver
+from stillframe.board.state.state_description import Embedded, EmbeddedArray, Unused
+from stillframe.errors import DataError
+from stillframe.vmstate.description import described_sizes
 from stillframe.vmstate.source import StreamSource
-from stillframe.vmstate.state_description import Embedded, EmbeddedArray, Unused
 from stillframe.vmstate.wire import RAM_IDSTR, RAM_VERSION
 from tests.support.analyze_reader import Analysis, description
 from tests.support.stream_build import Pipe
-from tests.unit.vmstate.toys import PAGE, ToyRam
+from tests.support.stream_summary import verify_stream
+from tests.unit.board.state.toys import PAGE, ToyRam
 
 NEWEST = 4
 RANGES: dict[Callable[..., Field], tuple[int, int]] = {
@@ -209,7 +209,7 @@ def test_round_trip_and_described_size(made: Made, behind: bytes) -> None:
     check_loaded(made, loaded, NEWEST)
     entry = {"name": "dev", "instance_id": 0, **describe_state(made.description, made.device)}
     text = json.dumps({"page_size": PAGE, "devices": [entry]}).encode()
-    assert described_sizes(text, text_offset=0) == {("dev", 0): len(payload)}
+    assert described_sizes(text, text_offset=0) == {("dev", 0): [len(payload)]}
 
 
 @settings(deadline=None, max_examples=120)

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from stillframe.errors import DataError
 from stillframe.model import BlockRecord
-from stillframe.store.frames import EncodedFrame
-from stillframe.store.index import KIND_DATA, KIND_ZERO, Index, PageRun
-from stillframe.store.index_builder import IndexBuilder, pack_runs
-from stillframe.store.index_codec import decode_index, encode_index
+from stillframe.still.frames import EncodedFrame
+from stillframe.still.index import KIND_DATA, KIND_ZERO, Index, PageRun
+from stillframe.still.index_builder import IndexBuilder, pack_runs
+from stillframe.still.index_codec import decode_index, encode_index
 
 PAGE = 4096
 PAGES = 40

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stillframe.errors import DataError, StillframeError
-from stillframe.store.backends.memory import MemorySink
-from stillframe.store.export_elf import export_elf
-from stillframe.store.export_raw import export_raw
-from stillframe.store.frames import LEVEL_NONE, compress_frame, compress_table, decompress_table
-from stillframe.store.index_codec import decode_index
-from stillframe.store.snapshot import Snapshot
-from stillframe.store.writer import SnapshotWriter
+from stillframe.errors import DataError, LockedError, StillframeError
+from stillframe.still.export_elf import export_elf
+from stillframe.still.export_raw import export_raw
+from stillframe.still.frames import LEVEL_NONE, compress_frame, compress_table, decompress_table
+from stillframe.still.index_codec import decode_index
+from stillframe.still.snapshot import Snapshot
+from stillframe.still.writer import SnapshotWriter
+from tests.support_store.memory import MemorySink
+from tests.support_store.sealed import open_sealed, sealed_file
 from tests.support_store.small import (
     BLOCKS,
     PAGE,
@@ -184,3 +185,29 @@ def test_the_good_file_is_good() -> None:
     use(good())
     assert open_bytes(good()).verify().missing_pages == 0
     assert decode_index(Parts(good()).index).run_count > 3
+
+
+@cache
+def sealed() -> tuple[bytes, bytes]:
+    """An encrypted file, and its stream."""
+    content = sealed_file()
+    return content, b"".join(open_sealed(content).iter_stream())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_nothing_of_a_changed_encrypted_file_is_given_out(data: st.DataObject) -> None:
+    """Whatever is overwritten, moved or left out: what comes out is what was put in, up to where
+    it is refused."""
+    content, stream = sealed()
+    start = data.draw(st.integers(0, len(content) - 1))
+    end = data.draw(st.integers(start + 1, min(len(content), start + 600)))
+    other = data.draw(st.integers(0, len(content) - 1))
+    new = data.draw(st.sampled_from([b"", content[other : other + end - start]]))
+    changed = content[:start] + new + content[end:]
+    if changed == content:
+        return
+    given: list[bytes] = []
+    with pytest.raises((DataError, LockedError)):
+        given.extend(open_sealed(changed).iter_stream())  # what came before the error stays
+    assert stream.startswith(b"".join(given))

@@ -12,10 +12,10 @@ import threading
 
 from unicorn.unicorn_py3 import UcError
 
-from stillframe.machine.board.engine import Engine
-from stillframe.machine.board.layout import GDT_GPA
-from stillframe.machine.board.registers import Registers, Segment
-from stillframe.memory.guest_ram import GuestRam
+from stillframe.board.hardware.engine import Engine
+from stillframe.board.hardware.layout import GDT_GPA
+from stillframe.board.hardware.registers import Registers, Segment
+from stillframe.board.memory.guest_ram import GuestRam
 
 _SHORT = {"selectors", "fp_exponents", "fpuc", "fpus", "fptag", "fpcs", "fpds", "fpop", "cr8"}
 _RUN_S = 0.005

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from stillframe.board.hardware.board import Board
+from stillframe.board.hardware.config import BoardConfig
 from stillframe.errors import HostError, UsageError
-from stillframe.machine.board.board import Board
-from stillframe.machine.board.config import BoardConfig
 
 
 def test_defaults_make_a_board() -> None:

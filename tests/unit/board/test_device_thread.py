@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stillframe.machine.board.device_thread import DeviceThread, Finish, Work
+from stillframe.board.hardware.device_thread import DeviceThread, Finish, Work
 
 TIMEOUT_S = 20.0
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from stillframe.machine.board import clock as clock_module
-from stillframe.machine.board.clock import Clock
-from stillframe.machine.board.interrupts import (
+from stillframe.board.hardware import clock as clock_module
+from stillframe.board.hardware.clock import Clock
+from stillframe.board.hardware.interrupts import (
     LINE_POWER,
     LINE_TIMER,
     LINE_WAKE,
     InterruptLines,
     InterruptPorts,
 )
-from stillframe.machine.board.locks import LockUnits
-from stillframe.machine.board.ports import PortMap
-from stillframe.machine.board.power import NOTHING, PANIC, POWER_OFF, RESET, PanicPort, Power
-from stillframe.machine.board.timer import NOT_ARMED, Timer
+from stillframe.board.hardware.locks import LockUnits
+from stillframe.board.hardware.ports import PortMap
+from stillframe.board.hardware.power import NOTHING, PANIC, POWER_OFF, RESET, PanicPort, Power
+from stillframe.board.hardware.timer import NOT_ARMED, Timer
 
 
 class Host:

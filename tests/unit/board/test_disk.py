@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.board.hardware import disk as disk_module
+from stillframe.board.hardware.address_space import AddressSpace
+from stillframe.board.hardware.block import BUSY, DONE, ERROR, FLUSH, IDLE, READ, WRITE, BlockDevice
+from stillframe.board.hardware.disk import CACHE_LIMIT_BYTES, Disk
+from stillframe.board.hardware.interrupts import LINE_BLOCK, InterruptLines
+from stillframe.board.memory.guest_ram import GuestRam
 from stillframe.errors import HostError, MachineError
-from stillframe.machine.board import disk as disk_module
-from stillframe.machine.board.address_space import AddressSpace
-from stillframe.machine.board.block import BUSY, DONE, ERROR, FLUSH, IDLE, READ, WRITE, BlockDevice
-from stillframe.machine.board.disk import CACHE_LIMIT_BYTES, Disk
-from stillframe.machine.board.interrupts import LINE_BLOCK, InterruptLines
-from stillframe.memory.guest_ram import GuestRam
 
 SECTORS = 1000
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillframe.board.hardware.elf import parse_guest, read_guest
 from stillframe.errors import DataError, NotFoundError
-from stillframe.machine.board.elf import parse_guest, read_guest
 from tests.unit.board.tiny import compile_guest
 
 END_GPA = 8 << 20

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stillframe.machine.board.switching import QuickSwitching
+from stillframe.board.hardware.run_control import quick_switching
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,10 +27,10 @@ def test_hostile_registers_kill_nobody() -> None:
 
 def test_the_gils_interval_is_given_back() -> None:
     usual = sys.getswitchinterval()
-    with QuickSwitching():
+    with quick_switching():
         quick = sys.getswitchinterval()
         assert quick < usual
-        with QuickSwitching():
+        with quick_switching():
             assert sys.getswitchinterval() == quick
         assert sys.getswitchinterval() == quick
     assert sys.getswitchinterval() == usual

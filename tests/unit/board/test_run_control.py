@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.board.hardware.board import Board
+from stillframe.board.monitor.command_set import CommandContext, CommandTable
+from stillframe.board.monitor.commands_machine import add_machine_commands
+from stillframe.board.monitor.descriptors import ClientDescriptors, FdSets
 from stillframe.errors import MachineError
-from stillframe.machine.board.board import Board
-from stillframe.machine.board.commands_run import add_run_commands
-from stillframe.qmp.commands import CommandContext, CommandTable
-from stillframe.qmp.descriptors import ClientDescriptors, FdSets
 from tests.unit.board.tiny import Tiny
 
 SPIN = "void _start(struct info *info, u64 cpu) { for (;;) results[cpu]++; }"
@@ -73,7 +73,7 @@ def test_a_failed_migration_goes_back(tiny: Tiny) -> None:
 
 def stop_by_command(board: Board) -> None:
     commands = CommandTable()
-    add_run_commands(commands, board)
+    add_machine_commands(commands, board)
     commands.run("stop", CommandContext(ClientDescriptors(FdSets())), {})
 
 

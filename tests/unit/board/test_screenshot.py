@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 
-from stillframe.machine.board.screenshot import Picture
+from stillframe.board.hardware.framebuffer import Picture
 
 # red, green, blue, white over black, grey, and two with something in the unused byte
 XRGB = bytes.fromhex("0000ff00 00ff0000 ff000000 ffffff00 00000000 80808000 030201ff 010203aa")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.board.hardware.interrupts import InterruptLines
+from stillframe.board.hardware.serial_channels import Channel, Descriptors, UnixSocket, open_channel
+from stillframe.board.hardware.serial_port import SerialPort
+from stillframe.board.hardware.uart import DATA, IIR_FCR, LSR, Uart
 from stillframe.errors import BusyError, UsageError
-from stillframe.machine.board.interrupts import InterruptLines
-from stillframe.machine.board.serial_channels import Channel, Descriptors, UnixSocket, open_channel
-from stillframe.machine.board.serial_port import SerialPort
-from stillframe.machine.board.uart import DATA, IIR_FCR, LSR, Uart
 
 TIMEOUT_S = 20.0
 
@@ -134,9 +134,10 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_unix_socket_one_client_after_the_other(tmp_path: Path) -> None:
     path = tmp_path / "line"
-    with Port(UnixSocket(str(path))) as port:
+    line = UnixSocket(str(path))
+    assert line.write(b"nobody hears this") == 17
+    with Port(line) as port:
         assert path.stat().st_mode & 0o777 == 0o600
-        port.send(b"nobody hears this")
         for text in (b"first", b"second"):
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(path))

@@ -11,23 +11,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stillframe.board.hardware.block import BLOCK
+from stillframe.board.hardware.board import Board
+from stillframe.board.hardware.clock import CLOCK
+from stillframe.board.hardware.config import BoardConfig
+from stillframe.board.hardware.engine import Engine
+from stillframe.board.hardware.entropy import ENTROPY
+from stillframe.board.hardware.framebuffer import FRAMEBUFFER
+from stillframe.board.hardware.interrupts import INTERRUPT_LINES
+from stillframe.board.hardware.layout import GDT_GPA
+from stillframe.board.hardware.locks import LOCKS
+from stillframe.board.hardware.power import POWER
+from stillframe.board.hardware.registers import REGISTERS, Registers
+from stillframe.board.hardware.timer import TIMER
+from stillframe.board.hardware.uart import UART
+from stillframe.board.memory.guest_ram import GuestRam
+from stillframe.board.state.fields import StateDescription, load_state, save_state
 from stillframe.errors import DataError
-from stillframe.machine.board.block import BLOCK
-from stillframe.machine.board.board import Board
-from stillframe.machine.board.clock import CLOCK
-from stillframe.machine.board.config import BoardConfig
-from stillframe.machine.board.engine import Engine
-from stillframe.machine.board.entropy import ENTROPY
-from stillframe.machine.board.framebuffer import FRAMEBUFFER
-from stillframe.machine.board.interrupts import INTERRUPT_LINES
-from stillframe.machine.board.layout import GDT_GPA
-from stillframe.machine.board.locks import LOCKS
-from stillframe.machine.board.power import POWER
-from stillframe.machine.board.registers import REGISTERS, Registers
-from stillframe.machine.board.timer import TIMER
-from stillframe.machine.board.uart import UART
-from stillframe.memory.guest_ram import GuestRam
-from stillframe.vmstate.fields import StateDescription, load_state, save_state
 from stillframe.vmstate.source import StreamSource
 
 VCPUS = 3

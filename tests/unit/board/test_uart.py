@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stillframe.machine.board.interrupts import LINE_UART, InterruptLines
-from stillframe.machine.board.uart import (
+from stillframe.board.hardware.interrupts import LINE_UART, InterruptLines
+from stillframe.board.hardware.uart import (
     DATA,
     IER,
     IIR_FCR,

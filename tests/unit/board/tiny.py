@@ -12,11 +12,10 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
-from stillframe.machine.board.board import Board
-from stillframe.machine.board.config import BoardConfig
-from stillframe.vmstate.load_state import StateLoader
+from stillframe.board.hardware.board import Board
+from stillframe.board.hardware.config import BoardConfig
+from stillframe.board.state.load_state import StateLoader
 from stillframe.vmstate.source import StreamSource
 
 TIMEOUT_S = 20.0
@@ -117,12 +116,7 @@ class Tiny:
     def __enter__(self) -> Tiny:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.board.close()
 
     def run(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,10 +122,23 @@ def test_hostile_words_are_escaped(failing: Fail, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == "stillframe: block \\x1b]0;owned\\x07 is\\nodd\n"
 
 
-def test_interrupted(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted(
+    failing: Fail, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not once more, while the program says so and ends."""
     failing(KeyboardInterrupt())
-    assert main(["ps"]) == 130
-    assert capsys.readouterr().err == "stillframe: cancelled\n"
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        assert main(["ps"]) == 130
+        assert signal.SIG_IGN not in [signal.getsignal(number) for number in numbers]
+        monkeypatch.setattr(sys, "argv", ["stillframe", "ps"])
+        assert main() == 130
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 2
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "stillframe: cancelled\n" * 2
 
 
 @pytest.mark.parametrize(
@@ -132,11 +146,11 @@ def test_interrupted(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["frobnicate"], "no such command"),
         (["take"], "missing argument"),
-        (["take", "x"], "missing option"),
+        (["copy"], "missing option"),
         (["take", "x", "-o", "y", "--nope"], "no such option"),
         (["--nope"], "no such option"),
         (["export", "f", "-o", "x", "--format", "zip"], "'zip' is not one of"),
-        (["export", "f", "-o", "x"], "missing option '--format'. Choose from: qemu, raw, elf; "),
+        (["export", "f", "-o", "x"], "missing option '--format'. Choose from: qemu, raw, elf, "),
     ],
 )
 def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +163,7 @@ def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFix
 
 
 def test_wrong_call_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["take", "x", "--json"]) == 2
+    assert main(["copy", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"] == "usage"
 
 
@@ -165,7 +179,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_usage_error_names_the_command() -> None:
     context = click.Context(click.Command("take"), info_name="take", parent=click.Context(cli))
-    known = failures.understood(click.UsageError("Bad.", context))
+    known = failures.classify_error(click.UsageError("Bad.", context))
     assert isinstance(known, errors.UsageError)
     assert known.what == "bad"
 

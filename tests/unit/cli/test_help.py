@@ -29,4 +29,4 @@ def test_no_sentence_is_cut(words: tuple[str, ...]) -> None:
     assert done.exit_code == 0
     _, _, listed = done.output.partition("\nCommands:\n")
     assert [line for line in listed.splitlines() if line.endswith("...")] == []
-    assert bool(listed) == (words in ((), ("board",)))
+    assert bool(listed) == (words in ((), ("board",), ("key",), ("image",)))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import stillframe
+from stillframe.cli.cancelling import OneInterrupt
 
 _SLOW_MODULE = """
 import os, time
@@ -31,7 +32,7 @@ def test_ctrl_c_while_modules_are_loaded(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.read(7) == b"loading"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert err == b""
 
@@ -48,3 +49,32 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert done.stdout.splitlines()[-1] == str(signal.SIG_IGN)
+
+
+def test_one_ctrl_c_interrupts_and_the_way_back_is_not_interrupted() -> None:
+    code = """
+import os, signal
+from stillframe.cli.cancelling import OneInterrupt
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+try:
+    with OneInterrupt():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            print("not interrupted")
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM) * 2:
+                os.kill(os.getpid(), number)
+            print("way back")
+except KeyboardInterrupt:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("end")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "way back\nend\n", "")
+
+
+def test_what_was_not_interrupted_leaves_the_signals_as_they_were() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with OneInterrupt():
+        assert signal.getsignal(signal.SIGINT) != before[signal.SIGINT]
+    assert {number: signal.getsignal(number) for number in before} == before

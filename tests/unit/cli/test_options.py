@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -32,10 +33,22 @@ def test_defaults(taken: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> 
         "compression": "zstd",
         "level": None,
         "spill_bytes": 256 << 20,
+        "disks": "copy",
+        "disks_directory": None,
+        "max_drain_ms": 100.0,
+        "quiesce": False,
+        "libvirt_snapshot": None,
+        "image": False,
+        "key": None,
+        "keys": ANY,
         "max_bandwidth_bytes_per_s": None,
+        "for_analysis": False,
         "mode": "background",
+        "parent": None,
         "arm": True,
         "overwrite": False,
+        "tags": (),
+        "full": False,
     }
 
 
@@ -82,3 +95,11 @@ def test_refused(
     assert option in err
     assert err.count("\n") == 1
     assert not taken
+
+
+def test_every_form_of_export_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    from stillframe import api
+
+    assert main(["export", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in api.EXPORT_FORMATS)

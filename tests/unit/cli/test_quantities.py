@@ -8,6 +8,7 @@ from stillframe.cli.quantities import (
     format_bytes,
     format_ms,
     format_seconds,
+    parse_duration,
     parse_rate,
     parse_size,
 )
@@ -103,3 +104,17 @@ def test_format_durations() -> None:
     assert format_seconds(59.7) == "1 min 0 s"
     assert format_seconds(125) == "2 min 5 s"
     assert format_seconds(11220) == "3 h 7 min"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("30s", 30), ("10m", 600), ("10 m", 600), ("1.5h", 5400), ("1d", 86400)],
+)
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "m", "1w", "soon", "1h30m", "9" * 99])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="not a duration"):
+        parse_duration(text)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import stillframe
-import stillframe.machine.board.guests as board_guests
+import stillframe.board.guests as board_guests
+from stillframe.board.guests import GUEST_NAMES, build_guest, build_own_guest, guest_path
 from stillframe.errors import HostError, NotFoundError, UsageError
-from stillframe.machine.board.guests import GUEST_NAMES, build_guest, build_own_guest, guest_path
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = Path(board_guests.__file__).parent

@@ -60,10 +60,10 @@ def test_parse_tick() -> None:
 
 def test_ticks_after_a_mark(guest: FakeGuest) -> None:
     guest.print("[    0.1] kernel says something", line(1))
-    guest.console.wait_line("n=1 ", timeout_s=5)
+    guest.console.wait_line("n=1 ", timeout_s=30)
     mark = guest.console.mark()
     guest.print(line(2), line(3))
-    guest.console.wait_line("n=3 ", timeout_s=5)
+    guest.console.wait_line("n=3 ", timeout_s=30)
     assert [tick.n for tick in guest.console.ticks()] == [1, 2, 3]
     assert [tick.n for tick in guest.console.ticks(mark)] == [2, 3]
     assert guest.console.lines()[0] == "[    0.1] kernel says something"
@@ -82,7 +82,7 @@ def test_a_command_waits_for_its_own_answer(guest: FakeGuest) -> None:
 
     thread = threading.Thread(target=answer)
     thread.start()
-    assert guest.console.command("audit", timeout_s=5) == "audit ok pages=1"
+    assert guest.console.command("audit", timeout_s=30) == "audit ok pages=1"
     thread.join()
 
 
@@ -100,7 +100,7 @@ def test_silence_and_a_closed_line_are_told_apart(guest: FakeGuest) -> None:
 
 def test_progress_is_two_new_ticks(guest: FakeGuest) -> None:
     guest.print(line(1), line(2))
-    guest.console.wait_line("n=2 ", timeout_s=5)
+    guest.console.wait_line("n=2 ", timeout_s=30)
     assert not guest.console.is_progressing(0.1)
     later = threading.Timer(0.05, guest.print, [line(3), line(4)])
     later.start()

@@ -121,7 +121,29 @@ def test_a_value_that_looks_like_an_option_is_a_value() -> None:
 
 
 def test_key_values() -> None:
-    assert key_values("a,b=c,d", "k") == {"k": "a", "b": "c", "d": ""}
+    assert key_values("a,b=c,d", "k") == {"k": "a", "b": "c", "d": "on"}
     assert key_values("", "k") == {}
     assert key_values("x,,y=1", "k") == {"x,y": "1"}
     assert key_values("a,,,b=1", "k") == {"k": "a,", "b": "1"}
+
+
+HUMAN = Chardev(path="/run/m")
+
+
+@pytest.mark.parametrize(
+    ("text", "monitors"),
+    [
+        ("-monitor unix:/run/m,server=on,wait=off", (HUMAN,)),
+        ("-monitor unix:/run/m,server,nowait", (HUMAN,)),
+        ("-chardev socket,id=c,path=/run/m,server=on -mon chardev=c", (HUMAN,)),
+        ("-mon c,mode=readline -chardev socket,id=c,path=/run/m,server=on", (HUMAN,)),
+        ("-chardev socket,id=c,path=/run/m,server=on -monitor chardev:c", (HUMAN,)),
+        ("-chardev socket,id=c,path=/run/m,server=on -mon chardev=c,mode=control", ()),
+        ("-qmp unix:/run/m,server=on", ()),
+        ("-monitor stdio", ()),
+        ("-monitor none", ()),
+        ("-monitor telnet:127.0.0.1:4000,server,nowait", ()),
+    ],
+)
+def test_human_monitors(text: str, monitors: tuple[Chardev, ...]) -> None:
+    assert parse(text).human_monitors == monitors  # type: ignore[attr-defined]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stillframe.machine.outside.memory_map import flat_ranges, names_of_regions, read_memory_map
-from stillframe.machine.outside.ramblock_text import parse_info_ramblock
+from stillframe.machine.process.memory_map import flat_ranges, names_of_regions, read_memory_map
+from stillframe.machine.process.ramblock_text import parse_info_ramblock
 from stillframe.model import RamBlock
 
 OLD = """\

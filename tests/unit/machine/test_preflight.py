@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from stillframe.machine import Hindrance
-from stillframe.machine.outside import preflight as outside_preflight
-from stillframe.machine.outside import preflight_host as outside_host
-from stillframe.machine.outside.evidence import Evidence
-from stillframe.machine.outside.vm_info import VmInfo
+from stillframe.kernel.proc_maps import read_maps
+from stillframe.machine import Blocker
+from stillframe.machine.process import preflight as outside_preflight
+from stillframe.machine.process import preflight_host as outside_host
+from stillframe.machine.process.inspection import Inspection
+from stillframe.machine.process.vm_info import VmInfo
 from stillframe.machine.qemu import preflight, preflight_host
 from stillframe.machine.qemu.ram_list import RAM_GUEST_MEMFD, RAM_MIGRATABLE, RAM_PROTECTED
 from stillframe.model import RamBlock
-from stillframe.qmp.client import QmpCommandError
+from stillframe.qmp.command import QmpCommandError
 
-Check = Callable[[Evidence], Iterator[Hindrance]]
+Check = Callable[[Inspection], Iterator[Blocker]]
 
 
 class Monitor:
     """Answers from a table; what is not in it is an unknown command."""
+
+    version = (7, 2, 22)
 
     def __init__(self, answers: Mapping[str, object]) -> None:
         self._answers = answers
@@ -39,7 +46,7 @@ class Monitor:
         return str(self._answers.get(line, ""))
 
 
-def evidence(answers: Mapping[str, object] | None = None, **fields: Any) -> Evidence:
+def evidence(answers: Mapping[str, object] | None = None, **fields: Any) -> Inspection:
     monitor: Any = Monitor({"query-target": {"arch": "x86_64"}} | dict(answers or {}))
     info = VmInfo(
         pid=1,
@@ -64,17 +71,27 @@ def evidence(answers: Mapping[str, object] | None = None, **fields: Any) -> Evid
         "fd_targets": frozenset({"socket:[1]", "/dev/kvm", "anon_inode:kvm-vm", "/dev/vhost-net"}),
         "devices": {"/machine/peripheral/net0": "virtio-net-pci"},
     }
-    return Evidence(**(plain | fields))
+    return Inspection(**(plain | fields))
 
 
-def found(check: Check, seen: Evidence) -> dict[str, str]:
-    return {hindrance.name: hindrance.severity for hindrance in check(seen)}
+def found(check: Check, seen: Inspection) -> dict[str, str]:
+    return {blocker.name: blocker.severity for blocker in check(seen)}
 
 
 PLAIN = {"qom-get type": "pc-q35-7.2-machine"}
+MEMFD_BLOCK = RamBlock(
+    idstr="m0",
+    hva=1 << 30,
+    used_length_bytes=1 << 20,
+    max_length_bytes=1 << 20,
+    page_size_bytes=4096,
+    backing="memfd",
+    shared=True,
+    backing_fd=3,
+)
 
 
-@pytest.mark.parametrize("check", preflight.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", preflight.CHECKS["first"], ids=lambda check: check.__name__)
 def test_a_plain_machine_has_no_hindrance(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outside_host, "process_ids", list)
     assert found(check, evidence(PLAIN)) == {}
@@ -101,10 +118,10 @@ def test_vfio_by_descriptor(target: str) -> None:
 @pytest.mark.parametrize("kind", ["vfio-pci", "vfio-user-pci", "vfio-pci-nohotplug"])
 def test_vfio_by_device(kind: str) -> None:
     seen = evidence(devices={"/machine/peripheral/gpu0": kind})
-    (hindrance,) = preflight_host.vfio(seen)
-    assert hindrance.severity == "refuse"
-    assert "gpu0" in hindrance.reason
-    assert "--mode stop" in hindrance.remedy
+    (blocker,) = preflight_host.vfio(seen)
+    assert blocker.severity == "refuse"
+    assert "gpu0" in blocker.reason
+    assert blocker.remedy == "unplug the device"  # mode stop is refused: it blocks migration
 
 
 def test_vhost_user_by_device_and_by_network() -> None:
@@ -127,9 +144,9 @@ def test_vdpa_and_rdma() -> None:
 @pytest.mark.parametrize("flag", [RAM_PROTECTED, RAM_GUEST_MEMFD])
 def test_protected_memory(flag: int) -> None:
     seen = evidence(ram_flags={"pc.ram": RAM_MIGRATABLE | flag}, mode="stop")
-    (hindrance,) = preflight.confidential(seen)
-    assert (hindrance.name, hindrance.severity) == ("confidential-guest", "refuse")
-    assert "pc.ram" in hindrance.reason
+    (blocker,) = preflight.confidential(seen)
+    assert (blocker.name, blocker.severity) == ("confidential-guest", "refuse")
+    assert "pc.ram" in blocker.reason
 
 
 @pytest.mark.parametrize(
@@ -160,10 +177,12 @@ def test_xen() -> None:
 
 
 @pytest.mark.parametrize(
-    "status", ["inmigrate", "postmigrate", "finish-migrate", "restore-vm", "save-vm", "colo"]
-)
-def test_unfit_run_states(status: str) -> None:
-    assert found(outside_preflight.run_state, evidence(status=status)) == {"run-state": "refuse"}
+    ("status", "severity"),
+    [("inmigrate", "refuse"), ("postmigrate", "refuse"), ("save-vm", "busy"), ("colo", "refuse"),
+     ("finish-migrate", "busy"), ("restore-vm", "busy")],
+)  # fmt: skip
+def test_unfit_run_states(status: str, severity: str) -> None:
+    assert found(outside_preflight.run_state, evidence(status=status)) == {"run-state": severity}
 
 
 @pytest.mark.parametrize("status", ["running", "paused", "prelaunch", "io-error", "suspended"])
@@ -183,24 +202,44 @@ def test_fit_run_states(status: str) -> None:
 def test_migration_states(status: str, busy: bool) -> None:
     seen = evidence(migration={"status": status})
     assert found(outside_preflight.migration_running, seen) == (
-        {"migration-running": "refuse"} if busy else {}
+        {"migration-running": "busy"} if busy else {}
     )
 
 
 def test_qemus_own_snapshot_job() -> None:
-    def jobs(kind: str, status: str) -> Evidence:
+    def jobs(kind: str, status: str) -> Inspection:
         return evidence({"query-jobs": [{"id": "j", "type": kind, "status": status}]})
 
     assert found(preflight.snapshot_jobs, jobs("snapshot-save", "running")) == {
-        "snapshot-running": "refuse"
+        "snapshot-running": "busy"
     }
     assert found(preflight.snapshot_jobs, jobs("snapshot-save", "concluded")) == {}
     assert found(preflight.snapshot_jobs, jobs("backup", "running")) == {}
 
 
+def test_a_dump() -> None:
+    active = evidence({"query-dump": {"status": "active", "completed": 1, "total": 2}})
+    assert found(outside_preflight.dump, active) == {"dump-running": "busy"}
+    done = evidence({"query-dump": {"status": "completed", "completed": 2, "total": 2}})
+    assert found(outside_preflight.dump, done) == {}
+
+
+def test_a_mounted_9p_file_system_is_to_be_unmounted() -> None:
+    """In QEMU's words (``hw/9pfs/9p.c``: v9fs_attach)."""
+    why = (
+        "Migration is disabled when VirtFS export path '/srv/it' is mounted in the guest using"
+        " mount_tag 'host'"
+    )
+    (blocker,) = outside_preflight.migration_blockers(
+        evidence(migration={"blocked-reasons": [why]})
+    )
+    assert blocker.severity == "refuse"
+    assert blocker.remedy.startswith("unmount the guest's 9p file system of /srv/it, ")
+
+
 def test_every_blocker_is_told() -> None:
     seen = evidence(migration={"blocked-reasons": ["one", "two"]})
-    reasons = [hindrance.reason for hindrance in outside_preflight.migration_blockers(seen)]
+    reasons = [blocker.reason for blocker in outside_preflight.migration_blockers(seen)]
     assert len(reasons) == 2
     assert reasons[0].endswith("one")
 
@@ -229,22 +268,47 @@ def block(**fields: Any) -> RamBlock:
 
 def test_files_and_read_only_blocks() -> None:
     on_disk = evidence(blocks=(block(backing="file", backing_path="/var/ram"), block()))
-    (hindrance,) = outside_host.file_backed(on_disk)
-    assert "/var/ram" in hindrance.reason
-    assert "--mode stop" in hindrance.remedy
+    (blocker,) = outside_host.file_backed(on_disk)
+    assert "/var/ram" in blocker.reason
+    assert "--mode stop" in blocker.remedy
     assert found(outside_host.file_backed, msgspec.structs.replace(on_disk, mode="stop")) == {}
     template = evidence(blocks=(block(readonly=True, backing="shmem", backing_path="/dev/shm/x"),))
     assert found(outside_host.read_only, template) == {"read-only-ram": "warn"}
 
 
+def test_pages_that_the_host_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(outside_host, "KSM_RUN", run)
+    info = msgspec.structs.replace(evidence().info, pid=os.getpid())
+
+    def seen(memory: mmap.mmap, **fields: Any) -> dict[str, str]:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        vmas = tuple(vma for vma in read_maps(os.getpid()).vmas if vma.start <= start < vma.end)
+        return found(outside_host.merged, evidence(info=info, ram_vmas=vmas, **fields))
+
+    ram = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    assert seen(ram) == {}  # a kernel without KSM
+    run.write_text("1\n")
+    ram.madvise(mmap.MADV_UNMERGEABLE)
+    assert seen(ram) == {}
+    ram.madvise(mmap.MADV_MERGEABLE)
+    assert seen(ram) == {"ksm": "refuse"}
+    assert outside_host.merged in outside_host.WRITERS  # also when it is switched on meanwhile
+    assert seen(ram, mode="stop") == {}
+    for idle in ("0\n", "2\n"):
+        run.write_text(idle)
+        assert seen(ram) == {}
+
+
 def test_refusals_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = evidence(
         PLAIN,
+        blocks=(MEMFD_BLOCK,),
         devices={
             "/machine/peripheral/b": "virtio-balloon-pci",
             "/machine/peripheral/v": "vfio-pci",
         },
     )
     monkeypatch.setattr(outside_host, "process_ids", list)
-    names = [h.name for h in outside_preflight.hindrances(seen, preflight.CHECKS)]
+    names = [h.name for h in outside_preflight.blockers(seen, preflight.CHECKS["first"])]
     assert names == ["vfio", "balloon"]

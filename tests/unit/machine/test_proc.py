@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stillframe.errors import MachineError
-from stillframe.machine.outside.proc_maps import (
+from stillframe.kernel.proc_maps import (
     AddressSpace,
     Vma,
     file_system_types,
@@ -20,8 +20,8 @@ from stillframe.machine.outside.proc_maps import (
     read_maps,
     read_smaps,
 )
-from stillframe.machine.outside.sockets import peer_pid, tcp_listener_pid, unix_listener_pids
-from stillframe.machine.running import parse_address, read_vm
+from stillframe.machine.finding import parse_address, read_vm
+from stillframe.machine.process.sockets import peer_pid, tcp_listener_pid, unix_listener_pids
 
 
 def vma(start: int, end: int) -> Vma:

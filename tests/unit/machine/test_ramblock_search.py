@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stillframe.errors import RefusedError
-from stillframe.machine.outside.proc_maps import Vma
-from stillframe.machine.outside.ramblock_text import MonitorBlock
+from stillframe.kernel.proc_maps import Vma
+from stillframe.machine.process.ramblock_text import MonitorBlock
 from stillframe.machine.qemu import ramblock_search
 from stillframe.machine.qemu.ramblock_search import search_blocks
 

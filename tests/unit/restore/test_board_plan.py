@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from stillframe.board.board_command import BoardCommand, parse_options
 from stillframe.errors import DataError, HostError, NotFoundError, TrustError, UsageError
-from stillframe.machine.board.board_command import BoardCommand, parse_options
 from stillframe.restore.disk_copies import copy_disk
 from stillframe.restore.plan import check_plan
 from stillframe.restore.records import RestorePlan
@@ -110,6 +110,9 @@ def test_the_picture_is_its_own(planner: Planner) -> None:
 def test_the_disk_is_a_copy(planner: Planner, tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     made = plan(planner, BoardCommand(guest="ledger", disk=str(disk)))
+    with pytest.raises(TrustError, match=r"it reads .*disk\.img"):
+        check_plan(made, trust=False)
+    made = plan(planner, BoardCommand(guest="ledger", disk=str(disk)), here=True)
     with pytest.raises(NotFoundError, match=r"disk\.img"):
         check_plan(made, trust=False)
     disk.write_bytes(b"content")

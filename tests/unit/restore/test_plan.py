@@ -22,12 +22,12 @@ from stillframe.errors import (
     UsageError,
 )
 from stillframe.restore import program as program_module
-from stillframe.restore.draft import takes_value
+from stillframe.restore.option import takes_value
 from stillframe.restore.places import choose_places
 from stillframe.restore.plan import check_plan, plan_restore
 from stillframe.restore.program import find_emulator, find_standard
 from stillframe.restore.show import plan_lines, shown_words
-from stillframe.store.snapshot import Snapshot
+from stillframe.store import open_snapshot
 from tests.support.probes import has_qemu
 from tests.unit.restore.recorded import Planner, machine, write_snapshot
 
@@ -98,7 +98,7 @@ def check(plan: Any, *, trust: bool = False) -> None:
 def test_a_snapshot_that_others_may_write(planner: Planner, mode: int, why: str) -> None:
     path = write_snapshot(planner.directory / "y.still", machine(["-m", "64"]))
     path.chmod(mode)
-    with Snapshot.open(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         plan = plan_restore(snapshot, program="true", directory=planner.run)
     with pytest.raises(TrustError, match=f"{why}.*it would run: /.*true -m 64") as caught:
         check(plan)
@@ -110,7 +110,7 @@ def test_a_snapshot_that_others_may_write(planner: Planner, mode: int, why: str)
 def test_a_snapshot_of_somebody_else(planner: Planner) -> None:
     path = write_snapshot(planner.directory / "y.still", machine(["-m", "64"]))
     os.chown(path, 12345, 12345)
-    with Snapshot.open(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         plan = plan_restore(snapshot, program="true", directory=planner.run)
     with pytest.raises(TrustError, match="it belongs to user 12345, not to you"):
         check(plan)
@@ -149,7 +149,7 @@ def test_nothing_goes_through_a_shell(planner: Planner) -> None:
     [["-kernel", "/nowhere/vmlinuz"], ["-hda", "/nowhere/disk"], ["-fw_cfg", "file=/nowhere/x"]],
 )
 def test_a_missing_file(planner: Planner, option: list[str]) -> None:
-    plan = planner.plan(*option)
+    plan = planner.plan(*option, here=True)
     with pytest.raises(NotFoundError, match=r"there is no /nowhere/\w+: the VM was started with -"):
         check(plan)
 
@@ -187,7 +187,7 @@ def test_odd_command_lines(planner: Planner, argv: list[str]) -> None:
 )
 def test_words_that_would_shift_the_others(planner: Planner, argv: list[str]) -> None:
     with pytest.raises(DataError):
-        planner.plan(*argv)
+        planner.plan_record(machine(argv))
     with pytest.raises(UsageError):
         planner.plan("-m", "64", extra=argv)
 
@@ -324,7 +324,8 @@ def test_the_text_of_a_plan(planner: Planner) -> None:
         "  -daemonize\n    -> (left out)",
         "  listen  socket   DIR/run/serial.sock  (-serial)",
         "  read    file     DIR/vmlinuz  (-kernel)",
-        "needs --trust\n  -plugin /x.so: it loads code into QEMU",
+        "needs --trust\n  -kernel DIR/vmlinuz: it reads DIR/vmlinuz\n"
+        "  -plugin /x.so: it loads code into QEMU",
         " -incoming fd:N",
     ]:
         assert line in text
@@ -343,8 +344,11 @@ def test_terminals_are_not_attacked(planner: Planner) -> None:
     )
     text = "\n".join(plan_lines(plan))
     assert text.replace("\n", "").isprintable()
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(TrustError) as untrusted:
         check(plan)
+    assert str(untrusted.value).isprintable()
+    with pytest.raises(RefusedError) as caught:
+        check(plan, trust=True)
     assert str(caught.value).isprintable()
 
 

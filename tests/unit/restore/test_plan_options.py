@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 
+from stillframe.errors import DataError, NotFoundError
+from stillframe.restore import ledger, networks, qemu_plan
+from stillframe.restore.plan import check_plan
 from stillframe.restore.records import RestorePlan
-from tests.unit.restore.recorded import Planner
+from tests.unit.restore.recorded import Planner, machine
 
 
 def rewritten(plan: RestorePlan) -> dict[str, str]:
@@ -20,7 +24,7 @@ KEPT = [
     ["-m", "256M", "-smp", "2,maxcpus=4", "-cpu", "host,migratable=on"],
     ["-accel", "kvm", "-accel", "tcg,thread=multi"],
     ["-append", "root=/dev/vda console=ttyS0; rm -rf /"],
-    ["-sandbox", "on,spawn=deny", "-runas", "nobody"],
+    ["-sandbox", "on,spawn=deny"],
     ["-name", "guest=a,debug-threads=on", "-uuid", "8c1e6d8c-0000-4000-8000-000000000000"],
     ["-serial", "none", "-serial", "null", "-parallel", "none"],
     ["-chardev", "null,id=c", "-serial", "chardev:c"],
@@ -47,10 +51,10 @@ KEPT = [
 
 @pytest.mark.parametrize("argv", KEPT, ids=" ".join)
 def test_kept(planner: Planner, argv: list[str]) -> None:
-    plan = planner.plan(*argv)
+    plan = planner.plan(*argv, here=True)
     assert planner.words(*argv) == argv
     assert not plan.refusals
-    assert not plan.risks
+    assert not plan.needs_trust
     # only the machine type and the monitor were added
     assert [rewrite.before for rewrite in plan.rewrites] == ["", ""]
 
@@ -73,6 +77,8 @@ DROPPED = [
     ["-writeconfig", "/x"],
     ["-qtest", "unix:/x"],
     ["-run-with", "exit-with-parent=on"],
+    ["-run-with", "chroot=/jail,user=nobody"],
+    ["-chroot", "/jail", "-runas", "nobody"],
     ["-snapshot"],
     ["-object", "input-linux,id=i,evdev=/dev/input/event0"],
     ["-chardev", "socket,id=m,path=/run/x,server=on", "-mon", "chardev=m,mode=control"],
@@ -103,6 +109,7 @@ REWRITTEN = [
     (["-display", "curses"], ["-display", "none"]),
     (["-curses"], ["-display", "none"]),
     (["-run-with", "async-teardown=on,exit-with-parent=on"], ["-run-with", "async-teardown=on"]),
+    (["-run-with", "chroot=/jail,async-teardown=on"], ["-run-with", "async-teardown=on"]),
     (
         ["-netdev", "user,id=n0,hostfwd=tcp::2222-:22,hostfwd=tcp::80-:80,dns=1.1.1.1"],
         ["-netdev", "user,id=n0,dns=1.1.1.1"],
@@ -124,12 +131,43 @@ REWRITTEN = [
     (["-netdev", "bridge,id=n0,br=br0,helper=/x"], ["-netdev", "hubport,hubid=1000,id=n0"]),
     (["-netdev", "socket,id=n0,listen=:1234"], ["-netdev", "hubport,hubid=1000,id=n0"]),
     (
+        ["-nic", "bridge,br=br0,model=e1000,mac=52:54:00:00:00:01"],
+        ["-nic", "hubport,hubid=1000,model=e1000,mac=52:54:00:00:00:01"],
+    ),
+    (
         ["-nic", "bridge,br=br0,model=virtio,mac=52:54:00:00:00:01"],
-        ["-nic", "hubport,hubid=1000,model=virtio,mac=52:54:00:00:00:01"],
+        ["-nic", "tap,model=virtio,mac=52:54:00:00:00:01,script=no,downscript=no"],
+    ),
+    (
+        ["-netdev", "bridge,id=n,br=br0", "-device", "virtio-net-pci,netdev=n"],
+        ["-netdev", "tap,id=n,script=no,downscript=no", "-device", "virtio-net-pci,netdev=n"],
     ),
     (
         ["-object", "memory-backend-file,id=m,size=1G,mem-path=/dev/shm/x,share=on,prealloc=on"],
         ["-object", "memory-backend-memfd,id=m,size=1G,share=on,prealloc=on"],
+    ),
+    (
+        ["-object", "memory-backend-file,id=m,size=1G,mem-path=/dev/shm/template,share=off"],
+        ["-object", "memory-backend-memfd,id=m,size=1G,share=off"],
+    ),
+    (
+        ["-object", "memory-backend-file,id=m,size=1G,mem-path=/etc/x,readonly=on,rom=on"],
+        ["-object", "memory-backend-memfd,id=m,size=1G,share=off"],
+    ),
+    (["-mem-path", "/etc/x"], []),
+    (["-global", "usb-tablet.pcap=/etc/x"], []),
+    (["-global", "driver=usb-tablet,property=pcap,value=/etc/x"], []),
+    (
+        ["-netdev", "tap,id=n,fd=3"],
+        ["-netdev", "tap,id=n,script=no,downscript=no"],
+    ),
+    (
+        ["-netdev", "tap,id=n,fds=3:4,vhost=on,vhostfds=5:6"],
+        ["-netdev", "tap,id=n,vhost=on,queues=2,script=no,downscript=no"],
+    ),
+    (
+        ["-netdev", '{"type":"tap","fd":"3","vhost":true,"vhostfd":"5","id":"n"}'],
+        ["-netdev", '{"type":"tap","vhost":true,"id":"n","script":"no","downscript":"no"}'],
     ),
     (
         [
@@ -143,15 +181,10 @@ REWRITTEN = [
 
 @pytest.mark.parametrize(("argv", "wanted"), REWRITTEN, ids=lambda argv: " ".join(argv))
 def test_rewritten(planner: Planner, argv: list[str], wanted: list[str]) -> None:
-    plan = planner.plan(*argv)
+    plan = planner.plan(*argv, here=True)
     assert planner.words(*argv) == wanted
     assert not plan.refusals
-    assert not plan.risks
-
-
-def test_a_private_file_of_memory_is_kept(planner: Planner) -> None:
-    argv = ["-object", "memory-backend-file,id=m,size=1G,mem-path=/dev/shm/template,share=off"]
-    assert planner.words(*argv) == argv
+    assert not plan.needs_trust
 
 
 PRIVATE = [
@@ -211,9 +244,6 @@ def test_a_chardev_that_a_monitor_shares_stays(planner: Planner) -> None:
 
 
 REFUSED = [
-    (["-netdev", "tap,id=n,fd=3"], "file descriptor"),
-    (["-netdev", "tap,id=n,fds=3:4,vhost=on,vhostfds=5:6"], "file descriptor"),
-    (["-netdev", '{"type":"tap","id":"n","fds":"3"}'], "file descriptor"),
     (["-netdev", "vhost-user,id=n,chardev=c"], "another process"),
     (["-device", "vhost-user-fs-pci,chardev=c"], "another process"),
     (["-device", "vfio-pci,host=01:00.0"], "cannot be restored"),
@@ -223,17 +253,12 @@ REFUSED = [
     (["-device", "virtio-net-pci,x=1,fd=3"], "file descriptor"),
     (["-tpmdev", "emulator,id=t,chardev=c"], "TPM"),
     (["-readconfig", "/etc/x"], "from a file"),
-    (["-global", "usb-tablet.pcap=/etc/x"], "writes to a file"),
-    (["-global", "driver=usb-tablet,property=pcap,value=/etc/x"], "writes to a file"),
     (["-set", "drive.d0.file=/etc/shadow"], "past the plan"),
     (["-drive", "file=/dev/fdset/1,id=d"], "file descriptor"),
-    (["-drive", "file=fat:rw:/home,id=d"], "directory"),
-    (["-drive", "driver=qcow2,file.driver=nbd,file.host=h,id=d"], "file.driver, file.host"),
+    (["-drive", "file=fat:rw:/home,id=d"], "protocol fat:"),
     (["-drive", "filename=/home/me/x,format=raw,if=virtio"], "by filename"),
-    (["-drive", "driver=vvfat,dir=/home,rw=on"], "by dir, rw"),
-    (["-drive", "driver=null-co"], "no image file"),
-    (["-blockdev", "driver=nbd,node-name=n,server.type=unix,server.path=/x"], "overlay"),
-    (["-blockdev", "driver=luks,node-name=n,file=f"], "overlay"),
+    (["-drive", "driver=vvfat,dir=/home,rw=on"], "block driver vvfat"),
+    (["-blockdev", "driver=luks,node-name=n,file=f"], "no node f"),
     (["-icount", "shift=1,rr=record,rrfile=/x"], "records or replays"),
     (["-usbdevice", "host:1.2"], "device of the host"),
     (["-virtfs", "proxy,socket=/x,mount_tag=m"], "helper process"),
@@ -261,21 +286,29 @@ RISKY = [
     ["-virtfs", "local,path=/home,mount_tag=m,security_model=none"],
     ["-fsdev", "local,path=/home,id=f,security_model=none"],
     ["-device", "usb-mtp,rootdir=/home"],
+    ["-nic", "model=e1000"],  # of the kind "user", as nothing else is said
+    ["-nic", ""],
+    ["-spice", "unheard-of"],
+    ["-smbios", "unheard-of,type=1"],
+    ["-device", "virtio-gpu-pci,blob=on"],
+    ["-global", "virtio-gpu-device.blob=on"],
+    ["-global", "e1000.romfile=/etc/x,property=mac,value=1,driver=e1000"],
 ]
 
 
 @pytest.mark.parametrize("argv", RISKY, ids=" ".join)
 def test_risky(planner: Planner, argv: list[str]) -> None:
     plan = planner.plan(*argv)
-    assert len(plan.risks) == 1
-    assert argv[0] in plan.risks[0].option
+    assert plan.risks
+    assert plan.needs_trust
+    assert all(argv[0] in risk.option for risk in plan.risks)
     assert not plan.refusals
+    assert not planner.plan(*argv, here=True).needs_trust
 
 
 def test_a_directory_that_is_shared_read_only(planner: Planner) -> None:
     argv = ["-virtfs", "local,path=/home,mount_tag=m,security_model=none,readonly=on"]
     plan = planner.plan(*argv)
-    assert not plan.risks
     assert ("read", "/home") in [(t.access, t.target) for t in plan.touches]
 
 
@@ -288,6 +321,9 @@ FILES = [
     ["-fw_cfg", "name=opt/x,file=FILE"],
     ["-smbios", "file=FILE"],
     ["-acpitable", "sig=SLIC,file=/nowhere:FILE"],
+    ["-acpitable", "FILE"],
+    ["-option-rom", "FILE"],
+    ["-option-rom", "bootindex=1,romfile=FILE"],
     ["-boot", "splash=FILE"],
     ["-cdrom", "FILE"],
     ["-drive", "file=FILE,media=cdrom"],
@@ -312,10 +348,60 @@ def test_files_are_listed(planner: Planner, argv: list[str], relative: bool) -> 
     words = [
         word.replace("FILE", given if word == "FILE" else given.replace(",", ",,")) for word in argv
     ]
-    if argv[0] == "-initrd":  # always a list to QEMU
+    if argv[0] == "-global":  # a comma is a comma there
+        words = [word.replace("FILE", given) for word in argv]
+    if argv[0] in ("-initrd", "-acpitable", "-option-rom"):  # a comma is doubled there
         words = [word.replace("FILE", given.replace(",", ",,")) for word in argv]
     plan = planner.plan(*words)
     assert ("read", str(file)) in [(t.access, t.target) for t in plan.touches]
+
+
+def test_a_rom_of_qemus_own_is_no_file_of_the_vm(planner: Planner) -> None:
+    """As the live machine tells the default of ``romfile``."""
+    for argv in (["-device", "e1000,romfile=efi-e1000.rom"], ["-option-rom", "efi-e1000.rom"]):
+        assert not planner.plan(*argv).needs_trust
+        assert not [t for t in planner.plan(*argv).touches if "efi" in t.target]
+
+
+def test_a_file_that_qemu_would_take_for_its_own(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    firmware = tmp_path / "firmware"
+    firmware.mkdir()
+    monkeypatch.setattr(qemu_plan, "FIRMWARE_DIRECTORIES", (str(firmware), "/gone"))
+    (firmware / "bios-256k.bin").touch()
+    assert not planner.plan("-m", "64").needs_trust
+    for name in ("bios-256k.bin", "en-us"):
+        (tmp_path / name).touch()
+        plan = planner.plan("-m", "64")
+        assert ("read", str(tmp_path / name)) in [(t.access, t.target) for t in plan.touches]
+        assert any("in place of QEMU's own" in risk.reason for risk in plan.risks)
+        (tmp_path / name).unlink()
+
+
+def test_a_way_out_of_a_firmware_directory(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    firmware = tmp_path / "firmware"
+    firmware.mkdir()
+    (firmware / "rom").touch()
+    (firmware / "link").symlink_to("/etc")
+    monkeypatch.setattr(ledger, "FIRMWARE_DIRECTORIES", (f"{firmware}/",))
+    assert not planner.plan("-kernel", f"{firmware}/rom").needs_trust
+    for path in ("../x", "link/passwd", "link/../etc/passwd", "../firmware/link/passwd"):
+        plan = planner.plan("-kernel", f"{firmware}/{path}")
+        assert plan.needs_trust, path
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("name", ["L", "bios", "k", "initrd", "kernel", "option-rom", "mem-path"])
+def test_a_name_that_is_longer_than_linux_allows(planner: Planner, name: str) -> None:
+    plan = planner.plan(f"-{name}", LONG, cwd=f"/{LONG}", here=True)
+    assert plan.cwd == "/"
+    with contextlib.suppress(NotFoundError):
+        check_plan(plan, trust=False)
 
 
 def test_a_context_id_is_moved(planner: Planner) -> None:
@@ -329,12 +415,12 @@ def test_a_machine_type_is_nothing_else(planner: Planner) -> None:
     """It is data from the file, too: no other property, and no option of its own."""
     evil = "dumpdtb=/tmp/x,firmware=/etc/shadow"
     written = "type=dumpdtb=/tmp/x,,firmware=/etc/shadow"
-    assert planner.plan("-m", "64", machine_type=evil).argv[3:5] == ("-machine", written)
+    assert planner.plan("-m", "64", machine_type=evil).argv[7:9] == ("-machine", written)
     assert planner.plan("-M", "q35", machine_type=evil).argv[1:3] == ("-M", written)
 
 
 def test_an_absent_machine_option_is_added(planner: Planner) -> None:
-    assert planner.plan("-m", "64").argv[3:5] == ("-machine", "type=pc-q35-7.2")
+    assert planner.plan("-m", "64").argv[7:9] == ("-machine", "type=pc-q35-7.2")
 
 
 def test_paused(planner: Planner) -> None:
@@ -344,4 +430,126 @@ def test_paused(planner: Planner) -> None:
 def test_a_lost_directory(planner: Planner, tmp_path: Path) -> None:
     plan = planner.plan("-kernel", "vmlinuz", cwd=str(tmp_path / "gone"))
     assert plan.cwd == "/"
-    assert str(tmp_path / "gone" / "vmlinuz") in [touch.target for touch in plan.touches]
+    assert "/vmlinuz" in [touch.target for touch in plan.touches]  # where QEMU would look
+    assert any("gone is not here" in note for note in plan.notes)
+
+
+def test_what_takes_rights_that_are_not_there(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qemu_plan, "_may_administer_networks", lambda: False)
+    plan = planner.plan("-netdev", "tap,id=n,fd=3", here=True)
+    assert "CAP_NET_ADMIN" in plan.refusals[0].reason
+    assert "restore as root" in plan.refusals[0].remedy
+
+
+def test_without_vhost_net(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "_VHOST", Path("/nowhere"))
+    words = planner.words("-netdev", "tap,id=n,vhost=on")
+    assert words[1] == "tap,id=n,vhost=off,script=no,downscript=no"
+
+
+# Where it runs
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-device", "e1000,romfile=etc/hostname"],
+        ["-bios", "etc/hostname"],
+        ["-machine", "q35,x-file=etc/hostname"],
+    ],
+)
+@pytest.mark.parametrize("gone", ["", "/gone"])
+def test_names_are_relative_to_where_it_runs(planner: Planner, words: list[str], gone: str) -> None:
+    """A directory that is not there lends no name its harmlessness: QEMU runs in / then."""
+    plan = planner.plan(*words, cwd=f"/usr/share/qemu{gone}")
+    assert plan.needs_trust
+    if plan.cwd == "/":
+        assert ("read", "/etc/hostname") in [(t.access, t.target) for t in plan.touches]
+
+
+def test_a_file_from_elsewhere_does_not_choose_the_directory(planner: Planner) -> None:
+    """QEMU may leave a core there, or find what appears later."""
+    directory = planner.directory
+    plan = planner.plan("-m", "64")
+    assert (plan.cwd, plan.needs_trust) == ("/", ())
+    assert planner.plan("-m", "64", here=True).cwd == str(directory)
+    (directory / "rom").touch()
+    assert planner.plan("-option-rom", "rom").cwd == str(directory)
+    assert planner.plan("-option-rom", "gone").needs_trust
+
+
+def test_a_link_to_firmware_is_a_file_of_the_vm(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may point elsewhere in a moment."""
+    firmware = planner.directory / "firmware"
+    firmware.mkdir()
+    (firmware / "rom").touch()
+    (planner.directory / "link").symlink_to(firmware / "rom")
+    monkeypatch.setattr(ledger, "FIRMWARE_DIRECTORIES", (f"{firmware}/",))
+    assert not planner.plan("-bios", f"{firmware}/rom").needs_trust
+    assert planner.plan("-bios", f"{planner.directory}/link").needs_trust
+
+
+# Odd values
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["-vnc", "unix:passwd,vnc=none"], "it has several addresses"),
+        (["-vnc", "unix:passwd,vnc=:5"], "it has several addresses"),
+        (["-machine", "q35,accel=xen"], "does not know the accelerator xen"),
+        (["-mem-prealloc"], "takes all of its memory at once"),
+        (["-overcommit", "mem-lock=on"], "takes all of its memory at once"),
+        (["-object", "memory-backend-ram,id=r,size=1T,prealloc=on"], "all of its memory at once"),
+        (["-object", "memory-backend-file,id=r,size=1T,mem-path=/dev/shm/x,prealloc=on"],
+         "all of its memory at once"),
+        (["-netdev", "tap,id=n,queues=\u00b2"], "what queues=\u00b2 does"),
+    ],
+)  # fmt: skip
+def test_what_somebody_has_to_answer_for(planner: Planner, words: list[str], reason: str) -> None:
+    assert any(reason in risk.reason for risk in planner.plan(*words).risks)
+
+
+def test_no_second_address_for_vnc(planner: Planner) -> None:
+    assert planner.words("-vnc", "none,websocket=unix:passwd") == ["-vnc", "none"]
+
+
+@pytest.mark.parametrize("key", ["index", "unit", "bus"])
+def test_numbers_that_are_none(planner: Planner, key: str) -> None:
+    for number in ("9" * 5000, "\u0663", "-1", "\u00b2"):
+        assert planner.plan("-drive", f"file=/x,if=scsi,{key}={number}").overlays
+    assert not planner.plan("-netdev", f"tap,id=n,queues={'9' * 5000}").needs_trust
+
+
+@pytest.mark.parametrize("text", ["/x\\u0000y", "/x\\ud800y"])
+def test_json_with_what_is_no_text_of_qemus(planner: Planner, text: str) -> None:
+    for words in (
+        ["-device", f'{{"driver":"loader","file":"{text}"}}'],
+        ["-blockdev", f'{{"driver":"file","node-name":"n","filename":"{text}"}}'],
+        ["-object", f'{{"qom-type":"secret","id":"{text}"}}'],
+    ):
+        with pytest.raises(DataError, match="JSON is malformed"):
+            planner.plan(*words)
+    json_file = f'json:{{"driver":"file",,"filename":"{text}"}}'
+    plan = planner.plan("-drive", f"if=virtio,file={json_file}")
+    assert any("JSON is malformed" in refusal.reason for refusal in plan.refusals)
+
+
+def test_qemus_default_display_is_listed(planner: Planner) -> None:
+    """It opens a window, or a port for VNC."""
+    for words, listed in (
+        ([], True), (["-vga", "std"], True), (["-nodefaults"], True),
+        (["-display", "none"], False), (["-nographic"], False), (["-vnc", "none"], False),
+        (["-spice", "port=5900"], False), (["-curses"], False),
+    ):  # fmt: skip
+        plan = planner.plan_record(machine([*words, "-net", "none"]))
+        found = any("VNC on 127.0.0.1" in touch.target for touch in plan.touches)
+        assert (found, bool(plan.needs_trust)) == (listed, listed), words
+    assert not planner.plan_record(machine(["-net", "none"]), here=True).needs_trust
+    for kind in ("gtk", "sdl", "default"):
+        plan = planner.plan("-display", kind)
+        assert any("a window on the host" in risk.reason for risk in plan.risks)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stillframe.store.backends import SparseSink
+from stillframe.still.sinks import SparseSink
 from stillframe.store.backends.counting import counting
 from stillframe.store.backends.local import LocalSink
-from stillframe.store.backends.memory import MemorySink
+from tests.support_store.memory import MemorySink
 
 
 def test_it_counts_and_passes_on() -> None:

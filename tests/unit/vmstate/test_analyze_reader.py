@@ -10,7 +10,7 @@ import pytest
 
 from stillframe.vmstate import writer
 from tests.support.analyze_reader import Analysis, AnalyzeError, description
-from tests.unit.vmstate.toys import filled_machine
+from tests.unit.board.state.toys import filled_machine
 
 
 def changed(change: Callable[[dict[str, Any]], None]) -> bytes:

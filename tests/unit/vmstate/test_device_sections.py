@@ -11,6 +11,7 @@ from stillframe.errors import DataError, UsageError
 from stillframe.vmstate import devices, footers, writer
 from stillframe.vmstate.devices import DeviceSection, split_device_state
 from tests.support.stream_build import device
+from tests.support.stream_summary import run_state
 
 
 def state(*sections: DeviceSection) -> bytes:
@@ -59,18 +60,83 @@ def test_payload_that_contains_whole_sections_with_ids_in_use() -> None:
     assert split_device_state(state(*sections)) == sections
 
 
-def test_planted_sections_are_ambiguous() -> None:
-    """A guest that plants a footer and a header can hide the next section: refused."""
+def test_planted_section_changes_no_byte() -> None:
+    """A guest that plants a footer and a header can hide a section that we only pass on."""
     planted = b"\x7e\0\0\0\x05" + device(6, "planted").raw[:-5]
+    real = (device(5, "a", planted), device(6, "b"), device(7, "c"))
+    found = split_device_state(state(*real))
+    assert b"".join(s.raw for s in found) == b"".join(s.raw for s in real)
+    assert found[-1] == real[-1]
+
+
+@pytest.mark.parametrize("idstr", ["globalstate", "cpu", "0000:00:04.0/virtio-mem-device-early"])
+def test_planted_section_that_we_look_into_is_refused(idstr: str) -> None:
+    planted = b"\x7e\0\0\0\x05" + device(6, idstr).raw[:-5]
     with pytest.raises(DataError, match="more than one way"):
         split_device_state(state(device(5, "a", planted), device(6, "b"), device(7, "c")))
 
 
-def test_footers_switched_off() -> None:
-    sections = (device(3, "timer", b"t" * 24), device(4, "slirp", b"s" * 9))
-    data = writer.stream_header() + b"".join(s.raw[:-5] for s in sections) + writer.eof()
-    with pytest.raises(DataError, match="no footers"):
-        split_device_state(data)
+def test_names_that_repeat() -> None:
+    """QEMU up to 7.2 registers every user network as ``slirp``, instance 0."""
+    sections = (device(4, "slirp", b"one"), device(5, "slirp", b"other"), device(6, "slirp"))
+    assert split_device_state(state(*sections)) == sections
+
+
+def test_fewest_repeated_names_win() -> None:
+    """A planted section with the name of a real one does not hide that one."""
+    planted = b"\x7e\0\0\0\x05" + device(6, "c").raw[:-5]
+    sections = (device(5, "a", planted), device(6, "b"), device(7, "c"))
+    assert split_device_state(state(*sections)) == sections
+
+
+@pytest.mark.parametrize("version", [0, 0x10000, 20061112, 0x7FFFFFFF])
+def test_any_version_of_qemu(version: int) -> None:
+    section = devices.make_section(
+        section_id=9, idstr="eeprom", instance_id=0, version_id=version, payload=b"e"
+    )
+    sections = (device(3, "timer"), section, device(10, "x"))
+    assert split_device_state(state(*sections)) == sections
+
+
+def without_footer(section: DeviceSection) -> DeviceSection:
+    return devices.make_section(
+        section_id=section.section_id,
+        idstr=section.idstr,
+        instance_id=section.instance_id,
+        version_id=section.version_id,
+        payload=section.payload,
+        footer=False,
+    )
+
+
+def test_sections_without_footers() -> None:
+    own = b"\x7e\0\0\0\x04"
+    header = device(3, "planted").raw[:-5]
+    sections = tuple(
+        map(
+            without_footer,
+            (
+                device(3, "timer", b"t" * 24),
+                device(4, "slirp", own + header + b"\4"),
+                globalstate(),
+            ),
+        )
+    )
+    found = split_device_state(state(*sections))
+    assert found == sections
+    assert not any(section.has_footer for section in found)
+    assert run_state(found) == "running"
+    assert not devices.with_run_state(found[-1], "paused").has_footer
+
+
+def test_one_missing_footer_is_damage() -> None:
+    """And not taken for a stream without footers."""
+    sections = [device(3, "timer", b"t" * 24), device(4, "slirp", b"s"), device(5, "c")]
+    for place in range(3):
+        damaged = list(sections)
+        damaged[place] = without_footer(damaged[place])
+        with pytest.raises(DataError, match="does not end"):
+            split_device_state(state(*damaged))
 
 
 def test_footer_within_a_header_is_none() -> None:
@@ -152,7 +218,7 @@ def test_early_sections() -> None:
 def test_run_state() -> None:
     section = globalstate("running")
     assert len(section.payload) == devices.GLOBAL_STATE_BYTES
-    assert devices.run_state((device(1, "a"), section)) == "running"
+    assert run_state((device(1, "a"), section)) == "running"
     paused = devices.with_run_state(section, "paused")
     assert paused == globalstate("paused")
     assert devices.with_run_state(paused, "running") == section
@@ -167,15 +233,15 @@ def test_run_state_keeps_the_fields_after_the_name() -> None:
 
 
 def test_run_state_refuses() -> None:
-    with pytest.raises(DataError, match="no globalstate"):
-        devices.run_state((device(1, "a"),))
     with pytest.raises(DataError, match="not 104"):
-        devices.run_state((device(1, "globalstate", b"short"),))
+        devices.with_run_state(device(1, "globalstate", b"short"), "paused")
     for size in (0, 101, 0xFFFFFFFF):
         with pytest.raises(DataError, match="state name"):
-            devices.run_state((device(1, "globalstate", pack(">I", size) + bytes(100)),))
+            devices.with_run_state(
+                device(1, "globalstate", pack(">I", size) + bytes(100)), "paused"
+            )
     with pytest.raises(DataError, match="malformed"):
-        devices.run_state((device(1, "globalstate", pack(">I", 3) + b"\0" * 100),))
+        run_state((device(1, "globalstate", pack(">I", 3) + b"\0" * 100),))
     with pytest.raises(UsageError):
         devices.with_run_state(globalstate(), "x" * 32)
     with pytest.raises(DataError):

@@ -10,9 +10,8 @@ import pytest
 
 from stillframe.errors import DataError
 from stillframe.vmstate import writer
-from stillframe.vmstate.reader import StreamReader, verify_stream
+from stillframe.vmstate.reader import StreamReader
 from stillframe.vmstate.records import (
-    BlockSummary,
     Command,
     Configuration,
     Description,
@@ -28,6 +27,7 @@ from stillframe.vmstate.records import (
 from stillframe.vmstate.source import StreamSource
 from tests.support import stream_build as sb
 from tests.support.stream_build import PAGE, Pipe, device, read, start, word
+from tests.support.stream_summary import BlockSummary, verify_stream
 
 A, B = b"A" * PAGE, b"B" * PAGE
 TWO = (("ram0", 4 * PAGE), ("rom", PAGE))
@@ -398,7 +398,7 @@ def test_parts_without_start() -> None:
 def test_start_sections_refused() -> None:
     once = writer.ram_start_section(TWO, section_id=2)
     refused(sb.head() + once + once, "starts twice")
-    refused(sb.head() + once.replace(b"\x03ram", b"\x03rom"), "section 'rom' that was sent")
+    refused(sb.head() + once.replace(b"\x03ram", b"\x03rom"), "section 'rom' in several parts")
     refused(sb.head() + once.replace(pack(">II", 0, 4), pack(">II", 0, 3)), "version 3")
     refused(sb.head() + start(b"", section_id=0), "unknown form")
 
@@ -419,7 +419,17 @@ def test_without_footers_the_description_tells_the_lengths() -> None:
     description = sb.tail(devices).removeprefix(b"".join(d.raw for d in devices))
     events = read(sb.head() + ram + bare + description)
     assert [e.section.payload for e in events if isinstance(e, Device)] == [b"t" * 24, b"c" * 99]
-    refused(sb.head() + ram + bare + b"\0", "no section footers")
+
+
+def test_without_footers_headers_tell_the_lengths() -> None:
+    """Streams of machine types up to 2.2 have no description either."""
+    devices = (device(0, "timer", b"t" * 24), device(4, "cpu", b"c" * 99))
+    ram = start(
+        word(PAGE, 4) + sb.name("a") + pack(">Q", PAGE) + word(0, 0x10), footer=False
+    ) + sb.part(b"")[:-5]  # fmt: skip
+    bare = b"".join(d.raw[:-5] for d in devices)
+    events = read(sb.head() + ram + bare + b"\0")
+    assert [e.section.payload for e in events if isinstance(e, Device)] == [b"t" * 24, b"c" * 99]
 
 
 def test_description_that_does_not_fit_is_told() -> None:
@@ -433,7 +443,7 @@ def test_description_that_does_not_fit_is_told() -> None:
 
 
 def test_description_settles_what_footers_leave_open() -> None:
-    planted = b"\x7e\0\0\0\x05" + device(6, "planted").raw[:-5]
+    planted = b"\x7e\0\0\0\x05" + device(6, "cpu").raw[:-5]
     devices = (device(5, "a", planted), device(6, "b"), device(7, "c"))
     described = read(sb.head() + sb.tail(devices))
     assert [e.section for e in described if isinstance(e, Device)] == list(devices)
@@ -474,12 +484,26 @@ def test_description_with_absurd_sizes(size: int) -> None:
 
 
 def test_same_device_twice() -> None:
-    twice = device(3, "a", b"xyz").raw + device(4, "a", b"xyz").raw
-    fields = [{"name": "x", "size": 3}]
-    refused(
-        sb.head() + twice + described([{"name": "a", "instance_id": 0, "fields": fields}]),
-        "same id or the same name",
-    )
+    """As the user networks of QEMU up to 7.2 are: told apart by their order."""
+    twice = (device(3, "a", b"xyz"), device(4, "a", b"wxyz"))
+    entries = [
+        {"name": "a", "instance_id": 0, "fields": [{"name": "x", "size": size}]} for size in (3, 4)
+    ]
+    for count, agrees in ((2, True), (1, False)):
+        data = sb.head() + twice[0].raw + twice[1].raw + described(entries[:count])
+        *events, description = read(data)
+        assert [e.section for e in events if isinstance(e, Device)] == list(twice)
+        assert isinstance(description, Description)
+        assert description.sizes_agree is agrees
+
+
+def test_same_section_id_twice() -> None:
+    twice = device(3, "a", b"xyz").raw + device(3, "b", b"xyz").raw + device(4, "c").raw
+    (first, _) = (e.section for e in read(sb.head() + twice + b"\0") if isinstance(e, Device))
+    assert first.payload.endswith(b"xyz")
+    other = device(3, "a").raw + device(4, "b").raw + device(3, "c").raw
+    (only,) = (e.section for e in read(sb.head() + other + b"\0") if isinstance(e, Device))
+    assert only.raw == other
 
 
 def test_one_footer_missing() -> None:

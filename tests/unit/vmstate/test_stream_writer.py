@@ -95,8 +95,8 @@ def test_end_of_stream() -> None:
     )
 
 
-def test_choose_ram_section_id() -> None:
-    assert writer.choose_ram_section_id([]) == 2
-    assert writer.choose_ram_section_id([device(0, "timer"), device(4, "a")]) == 2
-    assert writer.choose_ram_section_id([device(2, "timer"), device(47, "a")]) == 48
-    assert writer.choose_ram_section_id([device(2, "a"), device(0xFFFFFFFF, "b")]) == 1
+def test_choose_section_id() -> None:
+    assert writer.choose_section_id([]) == 2
+    assert writer.choose_section_id([device(0, "timer"), device(4, "a")]) == 2
+    assert writer.choose_section_id([device(2, "timer"), device(47, "a")]) == 48
+    assert writer.choose_section_id([device(2, "a"), device(0xFFFFFFFF, "b")]) == 1
