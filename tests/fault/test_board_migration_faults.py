@@ -4,7 +4,6 @@ belongs, and never in two places."""
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,23 +13,14 @@ import pytest
 
 from stillframe.errors import InternalError, SinkError, StillframeError
 from stillframe.snapshot import faultpoints
-from tests.support.ledger_host import LedgerHost, LedgerHosts, wait_for
+from stillframe.snapshot.faultpoints import POINTS
+from tests.support.ledger_host import LedgerHost, LedgerHosts
 from tests.support.raw_qmp import RawQmp
+from tests.support.small_file_system import mounted_tmpfs
+from tests.support.waiting import wait_until
 
 Factory = Callable[..., LedgerHosts]
 
-BACKGROUND_POINTS = (
-    "attached",
-    "registered",
-    "armed",
-    "stopped",
-    "devices",
-    "protected",
-    "continued",
-    "first-batch",
-    "swept",
-    "unprotected",
-)
 PRECOPY_POINTS = (
     "attached",
     "registered",
@@ -62,7 +52,7 @@ def assert_goes_on(ledger: LedgerHost) -> None:
     audit = ledger.audit()
     assert audit.startswith("AUDIT ok"), audit
     before = ledger.transfers()
-    wait_for(lambda: ledger.transfers() > before)
+    wait_until(lambda: ledger.transfers() > before)
 
 
 def assert_another_one_works(ledger: LedgerHost, directory: Path) -> None:
@@ -73,7 +63,7 @@ def assert_another_one_works(ledger: LedgerHost, directory: Path) -> None:
     assert ledger.migration.wait(60)
 
 
-@pytest.mark.parametrize("point", BACKGROUND_POINTS)
+@pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("protection", ["userfaultfd", "mprotect"])
 def test_an_exception_in_a_background_snapshot(
     hosts: Factory, tmp_path: Path, fault: Callable[[str], None], point: str, protection: str
@@ -150,7 +140,7 @@ def test_every_point_is_reached(
     source.migration.set_capabilities({"background-snapshot": True})
     source.migration.migrate(f"file:{tmp_path}/a")
     assert source.migration.wait(60)
-    assert reached == set(BACKGROUND_POINTS)
+    assert reached == set(POINTS)
     reached.clear()
     source.migration.set_capabilities({"background-snapshot": False})
     source.migration.migrate(f"unix:{tmp_path}/s")
@@ -196,14 +186,7 @@ def test_a_destination_with_other_devices(hosts: Factory, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("background", [True, False])
 def test_full_disk(hosts: Factory, tmp_path: Path, background: bool) -> None:
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4M", "none", str(place)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"missing mount: {mounted.stderr.decode().strip()}")
-    try:
+    with mounted_tmpfs(tmp_path / "small", "size=4m") as place:
         source = hosts().source()
         source.migration.set_capabilities({"background-snapshot": background})
         source.migration.migrate(f"file:{place}/a")
@@ -212,8 +195,6 @@ def test_full_disk(hosts: Factory, tmp_path: Path, background: bool) -> None:
         assert "No space left on device" in str(caught.value)
         assert os.listdir(place) == []
         assert_goes_on(source)
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("command", ["stop", "cont", "system_reset"])

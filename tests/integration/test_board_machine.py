@@ -1018,8 +1018,8 @@ def test_a_device_that_fails_stops_the_board(caplog: pytest.LogCaptureFixture) -
 
 def test_a_program_may_end_without_ending_its_board(tmp_path: Path) -> None:
     program = f"""
-from stillframe.machine.board.board import Board
-from stillframe.machine.board.config import BoardConfig
+from stillframe.board.hardware.board import Board
+from stillframe.board.hardware.config import BoardConfig
 board = Board(BoardConfig(guest_path={compile_guest(SPIN)!r}, vcpus=2))
 board.power_on()
 board.stop()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.memory import _capture
+from stillframe.capture import _capture
 from tests.support.killing import kill_at_random_moments
 from tests.support.ledger_source import WAYS, LedgerKind, LedgerSource, OutsideSource, start_source
 from tests.support.never_torn import assert_sound, cancel_at_random_moments, count_torn

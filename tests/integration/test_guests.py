@@ -12,10 +12,12 @@ import pytest
 
 from guests.consistency import MAGIC, ConsistencyReport, check_pages, guest_pages
 from guests.monitor import qmp_execute
-from guests.qemu import GuestVm
+from guests.qemu import GuestVm, qemu_binary
 from guests.serial import SerialConsole
 from stillframe.errors import MachineError
 from tests.support.guest_fixtures import GuestFactory
+from tests.support.probes import has_multiboot_guest
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -51,6 +53,44 @@ def test_linux_guest_writes_at_its_rate(linux_guest: GuestFactory, memory: str) 
     assert measured_rate_mib_per_s(vm, 2) == pytest.approx(20, rel=0.1)
     assert vm.is_progressing()
     assert vm.command("audit").startswith("audit ok pages=8192 ")
+
+
+def test_the_linux_guests_agent_freezes_its_file_system(linux_guest: GuestFactory) -> None:
+    vm = linux_guest(agent=True)
+    vm.wait_agent()
+    assert vm.ask_agent("guest-ping") == {}
+    assert vm.ask_agent("guest-fsfreeze-status") == "thawed"
+    wait_until(lambda: vm.command("write") == "write ok", within_s=60.0)
+    assert vm.ask_agent("guest-fsfreeze-freeze") == 1
+    assert vm.ask_agent("guest-fsfreeze-status") == "frozen"
+    assert vm.command("write") == "write held"
+    assert vm.is_progressing()
+    with pytest.raises(MachineError, match="refused guest-get-time"):
+        vm.ask_agent("guest-get-time")
+    assert vm.ask_agent("guest-fsfreeze-thaw") == 1
+    assert vm.ask_agent("guest-fsfreeze-status") == "thawed"
+    wait_until(lambda: vm.command("write") == "write ok", within_s=60.0)
+    assert vm.command("audit").startswith("audit ok pages=8192 ")
+
+
+def test_a_guest_that_prints_nothing_is_started_once_more(tmp_path: Path) -> None:
+    has_multiboot_guest().require()
+    program, mark = tmp_path / "qemu", tmp_path / "started"
+    first = f'[ -e {mark} ] || {{ touch {mark}; exec {qemu_binary()} "$@" -S; }}'
+    program.write_text(f'#!/bin/sh\n{first}\nexec {qemu_binary()} "$@"\n')
+    program.chmod(0o755)
+    vm = GuestVm("multiboot", binary=str(program))
+    with pytest.warns(UserWarning, match=r"started once more: (?s:.*)prelaunch(?s:.*)EIP="):
+        vm.start(timeout_s=8)
+    with vm:
+        assert vm.is_progressing()
+    program.write_text(f'#!/bin/sh\nexec {qemu_binary()} "$@" -S\n')
+    with (
+        pytest.warns(UserWarning, match="started once more"),
+        pytest.raises(MachineError, match="did not print"),
+    ):
+        vm.start(timeout_s=1)
+    assert not vm.alive()
 
 
 def test_a_guest_that_rests_leaves_its_processor(linux_guest: GuestFactory) -> None:

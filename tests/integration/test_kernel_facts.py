@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from stillframe.memory import uffd_abi
-from stillframe.memory.remote_attach import attach
-from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.kernel import uffd_abi
+from stillframe.kernel.remote_attach import attach
+from stillframe.kernel.userfaultfd import Userfaultfd
 from tests.support.probes import has_huge_pages, has_uffd_wp
 from tests.support.writer_process import IDLE, WriterProcess
 

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.board.memory.guest_ram import GuestRam
+from stillframe.capture import ram_capture, signal_protection
+from stillframe.capture.ram_capture import RamCapture
+from stillframe.capture.signal_protection import SignalProtection, chunk_bytes
 from stillframe.errors import BusyError, HostError, SnapshotFailed
-from stillframe.memory import ram_capture, signal_protection
-from stillframe.memory.guest_ram import GuestRam
-from stillframe.memory.own_protection import ProtectionKind
-from stillframe.memory.ram_capture import RamCapture
-from stillframe.memory.signal_protection import SignalProtection, chunk_bytes
-from stillframe.model import StoppedWrite
+from stillframe.model import ProtectionKind, StoppedWrite
 from tests.support.own_writer import OwnWriter, capturing, take_own, write_words
 from tests.support.writer_process import Captured, drain
 
@@ -110,8 +109,11 @@ def test_control_without_protection_our_own_capture_is_torn(
     kind: ProtectionKind, broken: type[RamCapture]
 ) -> None:
     with written(8 * MIB) as writers:
-        captures = [take_own(kind, writers, make=broken)[0] for _ in range(5)]
-        assert any(captured.is_torn(writers[0].written_bytes, PAGE) for captured in captures)
+        for _ in range(100):  # on a busy host the sweep may be over before a writer goes on
+            captured = take_own(kind, writers, make=broken)[0]
+            if captured.is_torn(writers[0].written_bytes, PAGE):
+                return
+        pytest.fail("no snapshot was torn")
 
 
 @each_kind
@@ -201,14 +203,14 @@ def test_releases_race_with_the_faults_of_many_threads() -> None:
 
 @each_kind
 def test_whoever_waits_for_a_page_is_woken_when_it_is_free(kind: ProtectionKind) -> None:
-    """Else a thread would only go on when its patience ends (a second, with mprotect)."""
+    """Else a thread would only go on when its patience ends (a second, with mprotect), 64 times."""
     with blocks(16 * MIB) as (ram,), capturing(kind, [ram]) as capture:
         ram.touch(0, 16 * MIB)
         capture.arm()
         capture.instant()
         began = time.monotonic()
         write_words(ram, range(0, 16 * MIB, 4 * CHUNK), 1)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 40
         assert capture.statistics()["faults"] == 16 * MIB // (4 * CHUNK)
 
 

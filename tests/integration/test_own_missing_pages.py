@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from stillframe.board.memory import missing_pages
+from stillframe.board.memory.guest_ram import GuestRam
+from stillframe.board.memory.missing_pages import MissingPages
 from stillframe.errors import BusyError, HostError, UsageError
-from stillframe.memory import missing_pages
-from stillframe.memory.guest_ram import GuestRam
-from stillframe.memory.missing_pages import MissingPages
-from stillframe.memory.userfaultfd import MISSING_PAGES, Userfaultfd
+from stillframe.kernel.userfaultfd import MISSING_PAGES, Userfaultfd
 from tests.support.own_writer import OwnWriter, capturing, write_words
 from tests.support.probes import has_uffd_wp
 
@@ -52,7 +52,7 @@ class Watched:
         self.missing.start()
 
     def told(self) -> tuple[int, int]:
-        return self._told.get(timeout=10)
+        return self._told.get(timeout=60)
 
     @property
     def nothing_told(self) -> bool:
@@ -78,7 +78,7 @@ class Doing(threading.Thread):
         self._result = self._work()
 
     def result(self) -> object:
-        self.join(timeout=10)
+        self.join(timeout=60)
         assert not self.is_alive(), "it still waits"
         return self._result
 
@@ -243,7 +243,7 @@ def test_nobody_is_told_before_the_start(rams: list[GuestRam]) -> None:
         with pytest.raises(queue.Empty):
             told.get(timeout=0.1)
         missing.start()
-        assert told.get(timeout=10) == (1, 5)
+        assert told.get(timeout=60) == (1, 5)
         missing.place(1, 5 * PAGE, b"\1" * PAGE)
         assert reading.result() == b"\1" * 4
     finally:

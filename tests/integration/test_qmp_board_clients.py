@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from stillframe.machine.board.config import BoardConfig
-from stillframe.machine.outside.vm_info import VmInfo
+from stillframe.board.hardware.config import BoardConfig
+from stillframe.board.migration.host import BoardHost, start_host
+from stillframe.machine.process.vm_info import VmInfo
 from stillframe.machine.qemu.machine import QemuMachine
-from stillframe.migration.host import BoardHost, start_host
 from stillframe.qmp.client import QmpClient
 from stillframe.vmstate.devices import split_device_state
 from tests.support.tiny_guest import IDLE, write_guest
@@ -97,7 +97,7 @@ def test_a_dimm_is_seen(host: BoardHost, machine: QemuMachine) -> None:
 def test_the_downtime_as_our_outside_code_has_it(host: BoardHost, machine: QemuMachine) -> None:
     """stop, device state into a memfd, cont: each announced while the one before is carried out."""
     watch = machine.watch()
-    machine.refuse_unsavable()
+    assert machine.preflight(moment="stop") == []
     machine.prepare_device_state()
     for _ in range(3):
         machine.stop()

@@ -29,17 +29,18 @@ from stillframe.errors import (
     NotFoundError,
     UsageError,
 )
-from stillframe.machine.running import connect, list_vms
+from stillframe.machine.finding import connect, list_vms
 from stillframe.model import MachineRecord
 from stillframe.restore.disk_use import is_written
 from stillframe.restore.start import RestoredVm, restore
 from stillframe.snapshot.job import SnapshotJob
 from stillframe.snapshot.options import SnapshotOptions
 from stillframe.snapshot.take import take_snapshot
+from stillframe.still.host_mark import HostKey
+from stillframe.still.import_stream import import_stream
+from stillframe.still.writer import SnapshotWriter
+from stillframe.store import open_snapshot
 from stillframe.store.backends.local import LocalSink
-from stillframe.store.import_stream import import_stream
-from stillframe.store.snapshot import Snapshot
-from stillframe.store.writer import SnapshotWriter
 from tests.support.guest_fixtures import GuestFactory
 from tests.support.probes import has_huge_pages, has_linux_guest, has_uffd_wp
 from tests.support.taking import take
@@ -91,15 +92,15 @@ def emulators(directory: Path) -> set[int]:
 
 
 def machine_record(path: Path) -> MachineRecord:
-    with Snapshot.open(path) as opened:
+    with open_snapshot(path) as opened:
         record = opened.manifest.machine
     assert record is not None
     return record
 
 
-def rewrite_manifest(path: Path, to: Path, **fields: Any) -> Path:
-    """A copy of a snapshot with other facts about its machine."""
-    with Snapshot.open(path) as opened, SnapshotWriter(LocalSink(to, overwrite=True)) as writer:
+def rewrite_manifest(path: Path, to: Path, *, here: bool = True, **fields: Any) -> Path:
+    """A copy of a snapshot with other facts about its machine. ``here``: marked as taken here."""
+    with open_snapshot(path) as opened, SnapshotWriter(LocalSink(to, overwrite=True)) as writer:
         manifest = opened.manifest
         by_frame: dict[int, list[Any]] = {}
         for number in range(len(opened.blocks)):
@@ -112,8 +113,10 @@ def rewrite_manifest(path: Path, to: Path, **fields: Any) -> Path:
             else:
                 writer.append_stream(raw)
         assert manifest.machine is not None
+        fields = {"command_line": ()} | fields if "argv" in fields else fields
         machine = msgspec.structs.replace(manifest.machine, **fields)
-        writer.finish(msgspec.structs.replace(manifest, machine=machine))
+        new = msgspec.structs.replace(manifest, machine=machine)
+        writer.finish(new, key=HostKey.load_or_make() if here else None)
     return to
 
 
@@ -143,11 +146,11 @@ def test_next_to_its_running_source(
         has_uffd_wp().require()
     take(vm, tmp_path / "x.still", **options)
     seen: list[tuple[int, int]] = []
-    new = restored(tmp_path / "x.still", on_progress=lambda *done: seen.append(done))
+    new = restored(tmp_path / "x.still", wait=True, on_progress=lambda *done: seen.append(done))
     assert new.state == "running"
     console = SerialConsole(tmp_path / "vm/serial0.sock")
-    assert console.is_progressing(5)
-    assert vm.is_progressing(5)
+    assert console.is_progressing()
+    assert vm.is_progressing()
     assert console.command("audit").startswith("audit ok pages=8192 ")
     assert vm.command("audit").startswith("audit ok pages=8192 ")
     assert seen[-1][0] == seen[-1][1] > RAM_MIB << 10
@@ -164,8 +167,8 @@ def test_under_kvm(multiboot_guest: GuestFactory, restored: Restorer, tmp_path: 
     take(vm, tmp_path / "x.still")
     assert restored(tmp_path / "x.still").state == "running"
     console = SerialConsole(tmp_path / "vm/serial0.sock")
-    assert console.is_progressing(5)
-    assert vm.is_progressing(5)
+    assert console.is_progressing()
+    assert vm.is_progressing()
     assert console.command("audit").startswith("audit ok pages=4096 ")
     console.close()
 
@@ -201,8 +204,8 @@ def test_with_everything_that_must_move(
     new = restored(tmp_path / "x.still")
     assert new.state == "running"
     console = SerialConsole(tmp_path / "vm/serial0.sock")
-    assert console.is_progressing(5)
-    assert vm.is_progressing(5)
+    assert console.is_progressing()
+    assert vm.is_progressing()
     assert {path: path.stat().st_mtime_ns for path in old.iterdir()} == before
     assert is_written(str(tmp_path / "a"))
     assert is_written(str(tmp_path / "vm/disk0.qcow2"))
@@ -246,7 +249,7 @@ def test_a_vm_on_the_terminal(restored: Restorer, snapshot: Path, tmp_path: Path
     file = rewrite_manifest(snapshot, tmp_path / "y.still", argv=argv)
     restored(file)
     console = SerialConsole(tmp_path / "vm/serial.sock")
-    assert console.is_progressing(5)
+    assert console.is_progressing()
     assert "tick" in (tmp_path / "vm/serial.log").read_text()
     console.close()
 
@@ -269,7 +272,7 @@ def test_it_goes_on_without_us(snapshot: Path, tmp_path: Path) -> None:
     try:
         assert done.stderr == ""
         console = SerialConsole(tmp_path / "vm/serial0.sock")
-        assert console.is_progressing(5)
+        assert console.is_progressing()
         console.close()
         assert os.getsid(pid) == pid
     finally:
@@ -282,7 +285,7 @@ def test_paused(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:
     console = SerialConsole(tmp_path / "vm/serial0.sock")
     assert not console.is_progressing(0.5)
     qmp_execute(Path(new.qmp_address), "cont")
-    assert console.is_progressing(5)
+    assert console.is_progressing()
     console.close()
 
 
@@ -350,8 +353,9 @@ def test_an_imported_stream_with_own_options(restored: Restorer, tmp_path: Path)
 # Failures leave nothing behind
 
 
-def test_a_damaged_frame(restored: Restorer, snapshot: Path, tmp_path: Path) -> None:
-    with Snapshot.open(snapshot) as opened:
+@pytest.mark.parametrize("how", ["wait", "stream"])
+def test_a_damaged_frame(restored: Restorer, snapshot: Path, tmp_path: Path, how: str) -> None:
+    with open_snapshot(snapshot) as opened:
         middle = opened.index.frame(opened.index.frame_count // 2)
     bad = tmp_path / "bad.still"
     shutil.copyfile(snapshot, bad)
@@ -361,7 +365,7 @@ def test_a_damaged_frame(restored: Restorer, snapshot: Path, tmp_path: Path) -> 
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(DataError, match=r"frame \d+ .*is damaged"):
-        restored(bad)
+        restored(bad, **{how: True})
     assert_nothing_left(tmp_path, "bad.still")
 
 
@@ -420,14 +424,15 @@ def test_a_socket_that_is_taken(restored: Restorer, snapshot: Path, source: Gues
     assert qmp_execute(source.qmp_path, "query-status")["status"] == "running"
 
 
-def test_an_interruption(snapshot: Path, restored: Restorer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["wait", "stream"])
+def test_an_interruption(snapshot: Path, restored: Restorer, tmp_path: Path, how: str) -> None:
 
     def interrupt(sent: int, _total: int) -> None:
         if sent > 1 << 20:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        restored(snapshot, on_progress=interrupt)
+        restored(snapshot, on_progress=interrupt, **{how: True})
     assert_nothing_left(tmp_path)
 
 
@@ -438,8 +443,32 @@ def test_qemu_killed_while_loading(snapshot: Path, restored: Restorer, tmp_path:
             os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(MachineError, match="QEMU ended by signal 9 while loading the snapshot"):
-        restored(snapshot, on_progress=kill)
+        restored(snapshot, on_progress=kill, stream=True)
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["stream", "wait"])
+def test_killed_before_the_stream(snapshot: Path, tmp_path: Path, how: str) -> None:
+    """The new QEMU waits for its stream: it must see that nobody is left to send it."""
+    code = (
+        "import os, signal, sys; from pathlib import Path;"
+        "from stillframe.restore import start;"
+        "start.Restoring._inspect = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "start.restore(sys.argv[1], directory=Path(sys.argv[2]), program=sys.argv[3],"
+        f" {how}=True)"
+    )
+    words = [sys.executable, "-c", code, str(snapshot), str(tmp_path / "vm"), qemu_binary()]
+    done = subprocess.run(
+        words, timeout=60, check=False, env=os.environ | {"PYTHONPATH": IMPORTED_FROM}
+    )
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while emulators(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = emulators(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 @pytest.mark.parametrize("after_bytes", [0, 4 << 20])
@@ -448,8 +477,9 @@ def test_killed_in_the_middle(snapshot: Path, tmp_path: Path, after_bytes: int) 
     code = (
         "import os, signal, sys; from pathlib import Path;"
         "from stillframe.restore.start import restore;"
-        "restore(sys.argv[1], directory=Path(sys.argv[2]), program=sys.argv[3], on_progress="
-        "lambda sent, _: sent > int(sys.argv[4]) and os.kill(os.getpid(), signal.SIGKILL))"
+        "restore(sys.argv[1], directory=Path(sys.argv[2]), program=sys.argv[3], stream=True,"
+        " on_progress=lambda sent, _:"
+        " sent > int(sys.argv[4]) and os.kill(os.getpid(), signal.SIGKILL))"
     )
     words = [sys.executable, "-c", code, str(snapshot), str(tmp_path / "vm"), qemu_binary()]
     done = subprocess.run(

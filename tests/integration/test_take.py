@@ -14,16 +14,19 @@ from typing import Any
 import pytest
 
 from guests.qemu import GuestVm, qemu_binary
+from stillframe.capture import ram_capture
+from stillframe.capture.ram_capture import RamCapture
 from stillframe.errors import BusyError, RefusedError, SnapshotCancelled, SnapshotFailed
+from stillframe.machine import Mode, Moment
+from stillframe.machine.finding import connect
 from stillframe.machine.qemu.machine import QemuMachine
-from stillframe.machine.running import connect
-from stillframe.memory import ram_capture
-from stillframe.memory.ram_capture import RamCapture
+from stillframe.qmp.command import Command
+from stillframe.snapshot import take as taking_module
 from stillframe.snapshot.job import SnapshotJob
 from stillframe.snapshot.options import SnapshotOptions
 from stillframe.snapshot.take import take_snapshot
+from stillframe.store import open_snapshot
 from stillframe.store.backends.local import LocalSink
-from stillframe.store.snapshot import Snapshot
 from tests.support.probes import has_uffd_wp
 from tests.support.taking import consistency, ram_block, take
 
@@ -80,6 +83,26 @@ def test_never_torn_with(
     check_moments(linux_guest(**FULL_LOAD), tmp_path, 2, **options)
 
 
+def test_a_full_spill_does_not_keep_the_guest_waiting_for_the_monitor(
+    linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ``cont`` the monitor is asked: by then somebody must make room, as a vCPU that waits
+    for it may hold the lock that the monitor needs."""
+    vm = linux_guest(**FULL_LOAD)
+    check = taking_module.check_instant
+    progressing: list[bool] = []
+
+    def wait_and_check(*arguments: Any) -> None:
+        time.sleep(1)  # the guest overwrites far more than the spill holds
+        progressing.append(vm.is_progressing())
+        check(*arguments)
+
+    monkeypatch.setattr(taking_module, "check_instant", wait_and_check)
+    take(vm, tmp_path / "a.still", spill_bytes=4 << 20)
+    assert progressing == [True]
+    assert consistency(vm, tmp_path / "a.still").consistent
+
+
 def test_without_protection_the_check_fails(
     linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +131,7 @@ def test_numbers_add_up(linux_guest: GuestFactory, tmp_path: Path) -> None:
     assert numbers.file_bytes == file.stat().st_size
     assert numbers.downtime_ms == pytest.approx(numbers.downtime.total_ms)
     assert file.stat().st_mode & 0o777 == 0o600
-    with Snapshot.open(file) as snapshot:
+    with open_snapshot(file) as snapshot:
         assert snapshot.id == taken.id
         assert snapshot.manifest.machine is not None
         assert snapshot.manifest.machine.machine_type.startswith("pc-q35-")
@@ -165,7 +188,7 @@ def test_restored_guest_is_at_the_instant(linux_guest: GuestFactory, tmp_path: P
     file = tmp_path / "a.still"
     take(vm, file)
     report = consistency(vm, file)
-    with Snapshot.open(file) as snapshot:
+    with open_snapshot(file) as snapshot:
         total = sum(page is not None for _, page in snapshot.iter_pages(ram_block(vm)))
     assert total > report.pages
     assert report.consistent
@@ -221,7 +244,7 @@ def test_cat_of_the_stream_is_what_zstd_gives(linux_guest: GuestFactory, tmp_pat
     plain = subprocess.run(
         ["zstd", "-dc", str(file)], stdout=subprocess.PIPE, check=True, timeout=60
     ).stdout
-    with Snapshot.open(file) as snapshot:
+    with open_snapshot(file) as snapshot:
         assert b"".join(snapshot.iter_stream()) == plain
 
 
@@ -245,7 +268,13 @@ def test_a_device_that_cannot_be_saved_is_refused(
 def test_such_a_device_plugged_in_after_the_preflight(
     linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(QemuMachine, "preflight", lambda *_: [])
+    """The first look saw nothing; the one right before the stop does."""
+    look = QemuMachine.preflight
+    monkeypatch.setattr(
+        QemuMachine,
+        "preflight",
+        lambda machine, mode, moment="first": look(machine, mode, moment) * (moment == "stop"),
+    )
     vm = linux_guest(
         extra=[
             "-device",
@@ -309,9 +338,9 @@ def test_a_guest_that_somebody_resumes_meanwhile_fails_the_snapshot(
     save = QemuMachine.save_device_state
     with connect(f"{tmp_path}/second.sock") as other:
 
-        def resume_and_save(machine: QemuMachine) -> bytes:
+        def resume_and_save(machine: QemuMachine, then: Command | None = None) -> bytes:
             other.cont()
-            return save(machine)
+            return save(machine, then)
 
         monkeypatch.setattr(QemuMachine, "save_device_state", resume_and_save)
         with pytest.raises(SnapshotFailed, match="RESUME") as failure:
@@ -346,14 +375,16 @@ def test_a_paused_vm_that_somebody_resumes_is_not_left_stopped(
 ) -> None:
     """It is resumed right after it was found paused: our stop must be undone."""
     vm = linux_guest(extra=["-qmp", f"unix:{tmp_path}/second.sock,server=on,wait=off"])
-    ask, look = QemuMachine.status, QemuMachine.refuse_unsavable
+    ask, look = QemuMachine.status, QemuMachine.preflight
     with connect(f"{tmp_path}/second.sock") as other:
         other.stop()
         resumed: list[bool] = []
 
-        def look_and_arm(machine: QemuMachine) -> None:
-            look(machine)
-            monkeypatch.setattr(QemuMachine, "status", status_and_resume)
+        def look_and_arm(machine: QemuMachine, mode: Mode, moment: Moment = "first") -> Any:
+            found = look(machine, mode, moment)
+            if moment == "stop":
+                monkeypatch.setattr(QemuMachine, "status", status_and_resume)
+            return found
 
         def status_and_resume(machine: QemuMachine) -> str:
             found = ask(machine)
@@ -362,7 +393,7 @@ def test_a_paused_vm_that_somebody_resumes_is_not_left_stopped(
                 other.cont()
             return found
 
-        monkeypatch.setattr(QemuMachine, "refuse_unsavable", look_and_arm)
+        monkeypatch.setattr(QemuMachine, "preflight", look_and_arm)
         with pytest.raises(SnapshotFailed, match="RESUME"):
             take(vm, tmp_path / "a.still")
     assert resumed
@@ -379,10 +410,10 @@ def test_a_reset_in_the_downtime_fails_the_snapshot(
     with connect(f"{tmp_path}/second.sock") as other:
         resets: list[object] = []
 
-        def reset_and_go_on(machine: QemuMachine) -> object:
+        def reset_and_go_on(machine: QemuMachine, *arguments: object) -> object:
             if not resets:
                 resets.append(other.qmp.execute("system_reset"))
-            return own(machine)
+            return own(machine, *arguments)
 
         monkeypatch.setattr(QemuMachine, step, reset_and_go_on)
         with pytest.raises(SnapshotFailed, match="RESET") as failure:

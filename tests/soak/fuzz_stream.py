@@ -24,11 +24,16 @@ from types import FrameType
 
 from stillframe.errors import DataError
 from stillframe.vmstate import writer
-from stillframe.vmstate.devices import describe, run_state, split_device_state
-from stillframe.vmstate.reader import verify_stream
+from stillframe.vmstate.devices import (
+    GLOBAL_STATE_IDSTR,
+    describe,
+    find_section,
+    split_device_state,
+)
 from stillframe.vmstate.x86_cpu import parse_x86_cpu
 from tests.compat.record_streams import RECORDINGS, load
 from tests.support import stream_build as sb
+from tests.support.stream_summary import run_state, verify_stream
 from tests.unit.vmstate.test_mapped_ram import mapped_file
 
 MEMORY_LIMIT_BYTES = 1 << 30
@@ -166,7 +171,8 @@ def split_state(_chooser: random.Random, data: bytes) -> str:
     for section in sections:
         try:
             parse_x86_cpu(section.payload, section.version_id)
-            run_state(sections)
+            if find_section(sections, GLOBAL_STATE_IDSTR) is not None:
+                run_state(sections)
         except DataError:
             pass
     describe(sections, target_page_bytes=4096)

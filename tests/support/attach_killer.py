@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from stillframe.memory.remote_attach import attach
+from stillframe.kernel.remote_attach import attach
 
 
 def _one_death(pid: int, delay_s: float) -> None:

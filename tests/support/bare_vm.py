@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 from guests.qemu import qemu_binary
+from tests.support.listening import wait_listening
 
 _START_S = 30.0
 
@@ -19,13 +19,26 @@ class BareVm:
     """One QEMU process; ``qmp`` and ``second_qmp`` are the paths of its two monitors."""
 
     def __init__(
-        self, *arguments: str, name: str | None = None, cwd: Path | None = None, qmp: bool = True
+        self,
+        *arguments: str,
+        name: str | None = None,
+        cwd: Path | None = None,
+        qmp: bool = True,
+        program: str | None = None,
     ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="bare-vm-")
         directory = Path(self._directory.name)
         self.qmp, self.second_qmp = str(directory / "qmp"), str(directory / "qmp2")
         self._stderr = directory / "stderr"
-        command = [qemu_binary(), "-display", "none", "-serial", "null", "-monitor", "none"]
+        command = [
+            program or qemu_binary(),
+            "-display",
+            "none",
+            "-serial",
+            "null",
+            "-monitor",
+            "none",
+        ]
         if not {"-accel", "-enable-kvm"} & set(arguments):
             command += ["-accel", "tcg"]
         if qmp:
@@ -52,11 +65,12 @@ class BareVm:
         return self.process.pid
 
     def _wait(self, monitor: Path | None) -> None:
-        deadline = time.monotonic() + _START_S
-        while monitor is not None and not monitor.exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"QEMU did not start: {self._stderr.read_text()}")
-            time.sleep(0.01)
+        if monitor is None:
+            return
+        try:
+            wait_listening(monitor, _START_S, lambda: self.process.poll() is None)
+        except RuntimeError as error:
+            raise RuntimeError(f"QEMU did not start: {self._stderr.read_text()}") from error
 
     def close(self) -> None:
         self.process.kill()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.ledger_host import Console, wait_for
+from tests.support.ledger_host import Console
 
 START_S = 30.0
 PROGRAM = (sys.executable, "-m", "stillframe")
@@ -153,4 +153,4 @@ def end(pid: int) -> None:
         os.close(pidfd)
 
 
-__all__ = ["BoardProcess", "Console", "end", "ledger", "restored", "resume", "wait_for"]
+__all__ = ["BoardProcess", "Console", "end", "ledger", "restored", "resume"]

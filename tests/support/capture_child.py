@@ -10,8 +10,8 @@ import sys
 
 import msgspec
 
-from stillframe.memory.ram_capture import RamCapture
-from stillframe.memory.remote_attach import attach
+from stillframe.capture.ram_capture import RamCapture
+from stillframe.kernel.remote_attach import attach
 from stillframe.model import RamBlock
 
 STAGES = ("attach", "register", "arm", "instant", "sweep", "finish")

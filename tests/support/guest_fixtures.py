@@ -10,6 +10,7 @@ import pytest
 
 from guests.qemu import GuestVm
 from tests.support.probes import (
+    has_guest_agent,
     has_huge_pages,
     has_kvm,
     has_linux_guest,
@@ -24,6 +25,8 @@ With ``wait_ready=False`` it does not wait for the guest, which may be an incomi
 
 
 def _require(options: dict[str, Any]) -> None:
+    if options.get("agent"):
+        has_guest_agent().require()
     if options.get("accelerator") == "kvm":
         has_kvm().require()
     if options.get("memory") == "hugetlb":

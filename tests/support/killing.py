@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from stillframe.store.snapshot import Snapshot
+from stillframe.store import open_snapshot
 from tests.support.taking import TakenFrom, finish, start_take
 
 
@@ -23,8 +24,11 @@ def kill_at_random_moments(
     times: int,
     seed: int,
     check_every: int = 1,
+    words: tuple[str, ...] = (),
 ) -> Counter[str]:
     """Start a snapshot, kill it at a random moment, and see that the guest is unharmed.
+
+    ``words``: for ``take``.
 
     Moments are spread over the time that a whole snapshot takes here. Every kill is followed by
     a look at the guest; every ``check_every``-th also by ``unharmed``, such as a whole snapshot.
@@ -35,15 +39,15 @@ def kill_at_random_moments(
     """
     chance = random.Random(seed)
     began = time.monotonic()
-    process = start_take(vm, directory / "whole.still")
+    process = start_take(vm, directory / "whole.still", *words)
     assert finish(process)[0] == 0
     whole_s = time.monotonic() - began
-    (directory / "whole.still").unlink()
+    _remove(directory / "whole.still")
     outcomes: Counter[str] = Counter()
     for number in range(times):
         file = directory / "killed.still"
         began = time.monotonic()
-        process = start_take(vm, file)
+        process = start_take(vm, file, *words)
         try:
             process.wait(chance.uniform(0.1, 1.1) * whole_s)
             whole_s = min(whole_s, time.monotonic() - began)
@@ -52,18 +56,24 @@ def kill_at_random_moments(
         code, _, complaints = finish(process)
         if code == 0:
             outcomes["finished"] += 1
-            file.unlink()
+            _remove(file)
         else:
             assert code == -signal.SIGKILL, complaints
             outcomes["killed"] += 1
             if file.exists():
                 # Killed between naming it and ending: then it is complete.
-                with Snapshot.open(file) as snapshot:
+                with open_snapshot(file) as snapshot:
                     snapshot.verify()
-                file.unlink()
                 outcomes["named"] += 1
-        assert vm.is_progressing(1.0), f"the guest does not go on after kill {number}"
+            _remove(file)  # copies get their names before the snapshot
+        assert vm.is_progressing(), f"the guest does not go on after kill {number}"
         assert os.listdir(directory) == [], "something was left behind"
         if number % check_every == 0:
             unharmed()
     return outcomes
+
+
+def _remove(file: Path) -> None:
+    """A snapshot and the copies of its disks."""
+    file.unlink(missing_ok=True)
+    shutil.rmtree(f"{file}.disks", ignore_errors=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from stillframe.machine.board.config import BoardConfig
-from stillframe.migration.host import start_host
+from stillframe.board.hardware.config import BoardConfig
+from stillframe.board.migration.host import start_host
 from tests.support.ledger_source import keep_disk_of_stop
 
 

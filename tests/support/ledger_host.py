@@ -6,28 +6,19 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from stillframe.machine.board.config import BoardConfig
-from stillframe.machine.board.guests import guest_path
-from stillframe.memory.own_protection import Preference
-from stillframe.migration.engine import Migration
-from stillframe.migration.host import BoardHost, start_host
+from stillframe.board.guests import guest_path
+from stillframe.board.hardware.config import BoardConfig
+from stillframe.board.memory.own_protection import Preference
+from stillframe.board.migration.engine import Migration
+from stillframe.board.migration.host import BoardHost, start_host
+from tests.support.waiting import wait_until
 
 TIMEOUT_S = 60.0
 REPOSITORY = Path(__file__).parents[2]
-
-
-def wait_for(condition: Callable[[], bool], what: str = "") -> None:
-    """Until a condition holds; fails after a while."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, what or "it never came about"
-        time.sleep(0.002)
 
 
 class Console:
@@ -36,7 +27,7 @@ class Console:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(TIMEOUT_S)
-        wait_for(path.exists, f"no serial line {path}")
+        wait_until(path.exists, f"no serial line {path}")
         self._socket.connect(str(path))
         self._rest = b""
 
@@ -105,7 +96,7 @@ class LedgerHost:
         return self.migration.query()
 
     def wait_status(self, *states: str) -> str:
-        wait_for(lambda: self.query().get("status") in states, f"status never was {states}")
+        wait_until(lambda: self.query().get("status") in states, f"status never was {states}")
         return str(self.query()["status"])
 
     def close(self) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 
+from stillframe.board.guests import guest_path
+from stillframe.board.hardware.config import BoardConfig
+from stillframe.board.migration.host import start_host
 from stillframe.errors import StillframeError
-from stillframe.machine.board.config import BoardConfig
-from stillframe.machine.board.guests import guest_path
-from stillframe.migration.host import start_host
 
 
 def main() -> None:

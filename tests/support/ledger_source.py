@@ -20,14 +20,14 @@ import msgspec
 
 from guests.serial import SerialConsole
 from stillframe import api
+from stillframe.board.guests import guest_path
+from stillframe.board.hardware.board import Board
+from stillframe.board.hardware.config import BoardConfig
+from stillframe.board.memory.own_protection import Preference
+from stillframe.board.migration.host import start_host
 from stillframe.errors import MachineError, SnapshotCancelled
-from stillframe.machine.board.board import Board
-from stillframe.machine.board.config import BoardConfig
-from stillframe.machine.board.guests import guest_path
-from stillframe.memory.own_protection import Preference
-from stillframe.migration.host import start_host
 from stillframe.qmp.client import QmpClient
-from stillframe.store.snapshot import Snapshot
+from stillframe.store import open_snapshot
 from stillframe.vmstate.reader import StreamReader
 from stillframe.vmstate.records import Pages, RamBlocks
 from tests.support.probes import has_uffd_wp
@@ -239,7 +239,7 @@ class OutsideSource:
         return cast(dict[str, Any], msgspec.to_builtins(taken.statistics))
 
     def ram(self, file: Path) -> bytes:
-        with Snapshot.open(file) as snapshot:
+        with open_snapshot(file) as snapshot:
             return snapshot.read_range("board.ram", 0, RAM_BYTES)
 
     def cancelled_snapshot(self, file: Path, after_s: float) -> bool:
@@ -261,7 +261,7 @@ class OutsideSource:
     def audit(self) -> str:
         return audit_over(self._console)
 
-    def is_progressing(self, within_s: float) -> bool:
+    def is_progressing(self, within_s: float = 20.0) -> bool:
         """Whether money is seen to move within that time."""
         deadline = time.monotonic() + within_s
         start = self._console.mark()

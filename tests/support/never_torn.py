@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from stillframe.board.migration.host import start_host
 from stillframe.errors import MachineError
-from stillframe.migration.host import start_host
 from tests.support.ledger_check import check_ledger
 from tests.support.ledger_source import (
     TIMEOUT_S,
@@ -24,7 +24,7 @@ from tests.support.ledger_source import (
 )
 
 _LONGEST_WAIT_S = 0.1
-_AUDIT_S = 20.0
+_AUDIT_S = 60.0
 _TICK_S = 1.0
 
 

@@ -65,6 +65,12 @@ def _interpreter() -> str | None:
     return None
 
 
+def interpreter_for_all() -> str:
+    """A Python of this version that every user may run; see ``can_become_nobody``."""
+    can_become_nobody().require()
+    return str(_interpreter())
+
+
 class OrdinaryUser:
     """A user without rights, with a directory and a copy of Stillframe of its own."""
 
@@ -98,7 +104,7 @@ class OrdinaryUser:
 
     def command(self, *words: object) -> list[str]:
         """The command that runs stillframe as that user."""
-        return [*AS_NOBODY, str(_interpreter()), "-m", "stillframe", *map(str, words)]
+        return [*AS_NOBODY, interpreter_for_all(), "-m", "stillframe", *map(str, words)]
 
     def run(self, *words: object) -> subprocess.CompletedProcess[bytes]:
         """Run stillframe to its end."""

@@ -18,11 +18,11 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from stillframe.board.memory.guest_ram import GuestRam
+from stillframe.capture import _capture, signal_protection
+from stillframe.capture.ram_capture import RamCapture
+from stillframe.capture.signal_protection import SignalProtection
 from stillframe.errors import HostError
-from stillframe.memory import _capture, signal_protection
-from stillframe.memory.guest_ram import GuestRam
-from stillframe.memory.ram_capture import RamCapture
-from stillframe.memory.signal_protection import SignalProtection
 from tests.support.native_build import build
 from tests.support.own_writer import OwnWriter, capturing, write_words
 

@@ -10,9 +10,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from stillframe.memory import _capture
-from stillframe.memory.capture_oracle import OracleBlock
-from stillframe.memory.own_protection import WriteProtection, open_own_protection
+from stillframe.board.memory.own_protection import open_own_protection
+from stillframe.capture import _capture
+from stillframe.capture.write_protection import WriteProtection
+from tests.support.capture_oracle import OracleBlock
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    """Where a mapping is."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
 
 class OwnBlock:
@@ -24,7 +30,7 @@ class OwnBlock:
         # Room to align it as a huge page would be.
         self._map = mmap.mmap(-1, length + block.page_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._map.madvise(mmap.MADV_NOHUGEPAGE)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        base = address_of(self._map)
         self.hva = -(-base // block.page_bytes) * block.page_bytes
         at = self.hva - base
         for page in range(block.pages):

@@ -11,10 +11,10 @@ import os
 import struct
 import sys
 
+from stillframe.board.memory.guest_ram import GuestRam
+from stillframe.board.memory.missing_pages import MissingPages
+from stillframe.board.memory.own_protection import open_own_protection
 from stillframe.errors import StillframeError
-from stillframe.memory.guest_ram import GuestRam
-from stillframe.memory.missing_pages import MissingPages
-from stillframe.memory.own_protection import open_own_protection
 from tests.support.own_writer import OwnWriter, native, take_own
 
 MIB = 1 << 20

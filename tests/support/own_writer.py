@@ -7,15 +7,16 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from types import TracebackType
 
 import pytest
 
+from stillframe.board.memory.guest_ram import GuestRam
+from stillframe.board.memory.own_protection import open_own_protection
+from stillframe.capture.ram_capture import RamCapture
+from stillframe.capture.write_protection import WriteProtection
 from stillframe.errors import HostError
-from stillframe.memory.guest_ram import GuestRam
-from stillframe.memory.own_protection import ProtectionKind, WriteProtection, open_own_protection
-from stillframe.memory.ram_capture import RamCapture
-from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.kernel.userfaultfd import Userfaultfd
+from stillframe.model import ProtectionKind
 from tests.support.native_build import build
 from tests.support.probes import has_uffd_wp
 from tests.support.writer_process import Captured, drain
@@ -70,12 +71,7 @@ class OwnWriter:
     def __enter__(self) -> OwnWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._native.writer_end(self._writer)
 
 

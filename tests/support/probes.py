@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from guests.agent_files import data_disk_image
+from guests.domain import ensure_libvirtd
 from guests.initramfs import linux_initramfs
 from guests.kernel import find_kernel
 from guests.multiboot_guest import multiboot_image
@@ -69,6 +71,17 @@ def has_linux_guest() -> Probe:
     except HostError as error:
         return Probe("linux-guest", str(error))
     return Probe("linux-guest")
+
+
+@cache
+def has_guest_agent() -> Probe:
+    """A QEMU guest agent for the Linux guest, and what makes its disk."""
+    try:
+        linux_initramfs(agent=True)
+        data_disk_image()
+    except HostError as error:
+        return Probe("guest-agent", str(error))
+    return Probe("guest-agent")
 
 
 @cache
@@ -133,3 +146,17 @@ def has_huge_pages(mib: int) -> Probe:
     if free < wanted:
         return Probe("hugetlb", f"{free} free 2 MiB pages, {wanted} needed (vm.nr_hugepages)")
     return Probe("hugetlb")
+
+
+@cache
+def has_libvirt() -> Probe:
+    """A libvirtd that this test run may start and use (root), with its Python binding."""
+    if os.geteuid() != 0:
+        return Probe("libvirt", "only root starts libvirtd")
+    try:
+        import libvirt  # noqa: F401
+
+        ensure_libvirtd()
+    except (ImportError, HostError) as error:
+        return Probe("libvirt", str(error))
+    return Probe("libvirt")

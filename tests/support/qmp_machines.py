@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from stillframe.machine.board.config import BoardConfig
-from stillframe.migration.host import start_host
+from stillframe.board.hardware.config import BoardConfig
+from stillframe.board.migration.host import start_host
 from tests.support.bare_vm import BareVm
 from tests.support.tiny_guest import write_guest
 

@@ -7,7 +7,6 @@ import select
 import socket
 import subprocess
 from dataclasses import dataclass
-from types import TracebackType
 
 from tests.support.native_build import build
 
@@ -71,12 +70,7 @@ class VictimProcess:
     def __enter__(self) -> VictimProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.process.kill()
         self.process.wait(timeout=10)
         for pipe in (self.process.stdin, self.process.stdout, self.channel):

@@ -12,11 +12,10 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 
-from stillframe.memory.ram_capture import RamCapture
-from stillframe.memory.remote_attach import attach
-from stillframe.memory.userfaultfd import Userfaultfd
+from stillframe.capture.ram_capture import RamCapture
+from stillframe.kernel.remote_attach import attach
+from stillframe.kernel.userfaultfd import Userfaultfd
 from stillframe.model import Backing, RamBlock, StoppedWrite
 from tests.support.native_build import build
 
@@ -31,6 +30,7 @@ _BACKING: dict[str, Backing] = {
     "zero": "shmem",
     "hugetlb": "hugetlbfs",
     "hugetlb-private": "hugetlbfs",
+    "hugetlb-private-memfd": "hugetlbfs",
 }
 
 
@@ -117,12 +117,7 @@ class WriterProcess:
     def __enter__(self) -> WriterProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._process.kill()
         self._process.wait(timeout=10)
         for pipe in (self._process.stdin, self._process.stdout):

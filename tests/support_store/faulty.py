@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from stillframe.store.backends.memory import MemorySink
+from stillframe.still.frames import BytesLike
 from stillframe.store.backends.oserrors import sink_error
-from stillframe.store.frames import BytesLike
+from tests.support_store.memory import MemorySink
 
 _ERRORS = {"E": errno.ENOSPC, "Q": errno.EDQUOT, "I": errno.EIO, "P": errno.EPIPE}
 

@@ -6,13 +6,13 @@ import random
 from collections.abc import Iterable, Sequence
 
 from stillframe.model import BlockRecord, Manifest
-from stillframe.store.backends import Sink
-from stillframe.store.backends.memory import MemorySink, MemorySource
-from stillframe.store.frames import LEVEL_DEFAULT
-from stillframe.store.index import KIND_DATA, KIND_ZERO, PageRun
-from stillframe.store.snapshot import Snapshot
-from stillframe.store.writer import SnapshotWriter
+from stillframe.still.frames import LEVEL_DEFAULT
+from stillframe.still.index import KIND_DATA, KIND_ZERO, PageRun
+from stillframe.still.sinks import Sink
+from stillframe.still.snapshot import Snapshot
+from stillframe.still.writer import SnapshotWriter
 from stillframe.vmstate import devices, writer
+from tests.support_store.memory import MemorySink, MemorySource
 
 PAGE = 4096
 RAM_ID = 2
@@ -49,13 +49,25 @@ def head(blocks: Sequence[tuple[str, int]] = BLOCKS) -> bytes:
     )
 
 
-def tail(payload: bytes = b"state of a device") -> bytes:
+def tail(payload: bytes = b"state of a device", *more: devices.DeviceSection) -> bytes:
     """The stream from the first device section on."""
     section = devices.make_section(
         section_id=9, idstr="timer", instance_id=0, version_id=2, payload=payload
     )
-    description = devices.describe([section], target_page_bytes=PAGE)
-    return section.raw + writer.eof() + writer.vmdescription(description)
+    sections = [section, *more]
+    description = devices.describe(sections, target_page_bytes=PAGE)
+    return b"".join(s.raw for s in sections) + writer.eof() + writer.vmdescription(description)
+
+
+def clock(below_bytes: int, above_bytes: int = 0) -> devices.DeviceSection:
+    """A PC's real-time clock, whose CMOS tells how much RAM is below and above 4 GiB."""
+    cmos = bytearray(245)
+    cmos[0x30:0x32] = min((below_bytes - (1 << 20)) >> 10, 0xFFFF).to_bytes(2, "little")
+    cmos[0x34:0x36] = (max(below_bytes - (16 << 20), 0) >> 16).to_bytes(2, "little")
+    cmos[0x5B:0x5E] = (above_bytes >> 16).to_bytes(3, "little")
+    return devices.make_section(
+        section_id=10, idstr="mc146818rtc", instance_id=0, version_id=3, payload=bytes(cmos)
+    )
 
 
 def ram_frame(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 
-from stillframe.store.frames import EncodedFrame, skippable_frame
-from stillframe.store.index import Index
-from stillframe.store.index_codec import decode_index, encode_index
-from stillframe.store.trailer import (
+from stillframe.still.frames import EncodedFrame, skippable_frame
+from stillframe.still.index import Index
+from stillframe.still.index_codec import decode_index, encode_index
+from stillframe.still.trailer import (
     INDEX_FRAME_MAGIC,
     MANIFEST_FRAME_MAGIC,
     SEEK_FOOTER,

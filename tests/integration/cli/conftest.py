@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from guests.qemu import GuestVm, qemu_binary
 from tests.integration.cli.program import run
+from tests.support.listening import wait_listening
 from tests.support.probes import has_linux_guest, has_qemu, has_uffd_wp
 
 
@@ -42,17 +42,16 @@ def odd_vm() -> Iterator[str]:
     has_qemu().require()
     directory = Path(tempfile.mkdtemp(prefix="stillframe-cli-"))
     socket = directory / "qmp"
-    command = [qemu_binary(), "-nodefaults", "-no-user-config", "-M", "q35", "-accel", "tcg"]
+    command = [qemu_binary(), "-nodefaults", "-no-user-config", "-accel", "tcg"]
+    command += ["-M", "q35,memory-backend=ram"]
+    command += ["-object", "memory-backend-memfd,id=ram,size=32M,share=on"]
     command += ["-m", "32M", "-display", "none", "-S", "-qmp", f"unix:{socket},server=on,wait=off"]
     command += ["-device", "virtio-balloon-pci,free-page-reporting=on"]
     command += ["-object", "memory-backend-ram,id=peer,size=1M,share=on"]
     command += ["-device", "ivshmem-plain,memdev=peer,master=off"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
-        while not socket.exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_listening(socket, alive=lambda: process.poll() is None)
         yield str(socket)
     finally:
         process.kill()

@@ -79,6 +79,29 @@ def on_terminal(
     return process.returncode, out, seen
 
 
+def answered(question: bytes, answer: bytes, *words: object) -> tuple[int, bytes, bytes]:
+    """Run stillframe on a terminal, and answer its question: (exit code, stdout, stderr)."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, words)],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"TERM": "dumb"},
+    )
+    os.close(theirs)
+    asked = b""
+    while question not in asked:
+        part = os.read(ours, 65536)
+        assert part, asked
+        asked += part
+    os.write(ours, answer)
+    seen = _read_terminal(ours)
+    out, _ = process.communicate(timeout=60)
+    os.close(ours)
+    return process.returncode, out, asked + seen
+
+
 def _read_terminal(fd: int) -> bytes:
     seen = b""
     deadline = time.monotonic() + 120

@@ -64,13 +64,17 @@ def test_ps(board: BoardProcess) -> None:
         "uid": os.getuid(),
         "vmm": "board",
         "version": __version__,
-        "qemu_version": None,
         "accelerator": "unicorn",
         "ram_bytes": RAM,
         "qmp": [str(board.qmp)],
         "status": "running",
         "snapshotable": True,
         "reasons": [],
+        "restored_from": None,
+        "resident": None,
+        "resident_ms": None,
+        "without_disks": False,
+        "forwards": [],
     }
     assert f" {board.name} " in run("ps").stdout.decode()
 

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.machine.board.guests import guest_path
+from stillframe.board.guests import guest_path
 from stillframe.qmp.client import QmpClient
 from tests.integration.cli.program import PROGRAM, run
 from tests.support.board_process import BoardProcess, ledger, transfers
-from tests.support.ledger_host import Console, wait_for
+from tests.support.ledger_host import Console
 from tests.support.ordinary_user import OrdinaryUser, ordinary_user
 from tests.support.tiny_guest import IDLE, PANIC, RESET, write_guest
+from tests.support.waiting import wait_until
 from tests.unit.restore.recorded import machine, write_snapshot
 
 __all__ = ["ordinary_user"]
@@ -126,7 +127,7 @@ def test_it_is_ended_by_a_signal(number: signal.Signals, runtime: Path, tmp_path
     assert b"QMP at" in process.stderr.readline()
     assert len(list(runtime.iterdir())) == 1
     process.send_signal(number)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == f"stillframe: ended by {number.name}\n".encode()
     assert list(runtime.iterdir()) == []
@@ -144,7 +145,7 @@ def test_its_monitor(tmp_path: Path) -> None:
             assert qmp.execute("query-status") == {"status": "prelaunch", "running": False}
             assert qmp.execute("query-name") == {"name": "w"}
             qmp.execute("cont")
-            wait_for(lambda: b"writer ready" in (tmp_path / "log").read_bytes())
+            wait_until(lambda: b"writer ready" in (tmp_path / "log").read_bytes())
             qmp.execute("quit")
         assert process.wait(10) == 0
         assert not socket.exists()
@@ -350,7 +351,7 @@ def test_the_picture_goes_into_a_file(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert b"QMP at" in process.stderr.readline()
         process.send_signal(signal.SIGUSR1)
-        wait_for(path.exists)
+        wait_until(path.exists)
         first = _picture(path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert first[:2] == (160, 120)
@@ -426,7 +427,7 @@ def test_incoming_from_a_snapshot_a_stream_and_a_socket(tmp_path: Path) -> None:
             console = moved.console
             with QmpClient.connect(str(source.qmp)) as qmp:
                 qmp.execute("migrate", {"uri": f"unix:{tmp_path}/m"})
-                wait_for(lambda: qmp.execute("query-status")["status"] == "postmigrate")  # type: ignore[index]
+                wait_until(lambda: qmp.execute("query-status")["status"] == "postmigrate")  # type: ignore[index]
             console.wait("tick")
             assert moved.audit().startswith("AUDIT ok")
 
@@ -479,7 +480,7 @@ def test_a_stream_tells_its_hardware(tmp_path: Path) -> None:
             wanted = {"capability": "background-snapshot", "state": True}
             qmp.execute("migrate-set-capabilities", {"capabilities": [wanted]})
             qmp.execute("migrate", {"uri": f"file:{tmp_path}/s"})
-            wait_for(lambda: qmp.execute("query-migrate")["status"] == "completed")  # type: ignore[index]
+            wait_until(lambda: qmp.execute("query-migrate")["status"] == "completed")  # type: ignore[index]
         assert run("import", tmp_path / "s", "-o", tmp_path / "s.still").returncode == 0
     with BoardProcess("--incoming", tmp_path / "s.still", directory=tmp_path, name="copy") as copy:
         assert copy.audit().startswith("AUDIT ok")
@@ -507,7 +508,7 @@ def test_files_of_another_kind_are_told_apart(tmp_path: Path) -> None:
     for verb in ("show", "verify", "restore"):
         done = run(verb, tmp_path / "a")
         assert done.returncode == 8
-        assert b"/a is a migration stream, no snapshot file; make one of it with" in done.stderr
+        assert b"/a is a migration stream, not a snapshot file; convert it with" in done.stderr
     done = run("import", path, "-o", tmp_path / "b")
     assert done.returncode == 8
     assert b"a .still file is a snapshot already" in done.stderr
@@ -541,7 +542,7 @@ def test_incoming_without_its_guest(tmp_path: Path) -> None:
     with BoardProcess(*words, directory=tmp_path, name="copy") as copy:
         console = copy.console
         with QmpClient.connect(str(copy.qmp)) as qmp:
-            wait_for(lambda: qmp.execute("query-status")["status"] == "paused")  # type: ignore[index]
+            wait_until(lambda: qmp.execute("query-status")["status"] == "paused")  # type: ignore[index]
             qmp.execute("cont")
         assert transfers(console.wait("tick")) <= instant + 10_000
         assert copy.audit().startswith("AUDIT ok")

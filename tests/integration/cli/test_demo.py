@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from stillframe.cli import demo_ledger
-from stillframe.cli.demo_board import number
+from stillframe.board.cli import demo_ledger
+from stillframe.board.cli.demo_board import number
 from stillframe.cli.main import main
 from stillframe.errors import MachineError
 from tests.integration.cli.program import PROGRAM, run
-from tests.support.ledger_host import wait_for
 from tests.support.ordinary_user import OrdinaryUser, ordinary_user
+from tests.support.waiting import wait_until
 
 __all__ = ["ordinary_user"]
 
@@ -120,7 +120,7 @@ def test_demo_on_a_terminal(temporary: Path, tmp_path: Path) -> None:
                 seen += os.read(ours, 65536)
             except OSError:  # the other side is closed
                 break
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
     os.close(ours)
     assert process.returncode == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", seen.decode()).replace("\r\n", "\n")
@@ -178,7 +178,9 @@ def test_the_boards_end_with_the_demo(number: signal.Signals, tmp_path: Path) ->
         assert process.returncode == 130
         assert err == b"stillframe: cancelled\n"
         assert list(tmp_path.iterdir()) == []
-    wait_for(lambda: not any(_in_session(entry, process.pid) for entry in Path("/proc").iterdir()))
+    wait_until(
+        lambda: not any(_in_session(entry, process.pid) for entry in Path("/proc").iterdir())
+    )
 
 
 def _in_session(entry: Path, session: int) -> bool:

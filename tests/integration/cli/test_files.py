@@ -88,6 +88,33 @@ def test_export_and_import(snapshot: Path, tmp_path: Path) -> None:
     assert run("verify", again).returncode == 0
 
 
+def test_import_into_the_store(snapshot: Path, tmp_path: Path) -> None:
+    stream, store = tmp_path / "a.qemu", ("--store", tmp_path / "store")
+    assert run("export", snapshot, "--format", "qemu", "-o", stream).returncode == 0
+    done = run("import", stream, *store)
+    assert (done.returncode, done.stderr.count(b"\n")) == (9, 1)  # there is none
+    assert run("init", tmp_path / "store").returncode == 0
+    done = run("import", stream, *store, "--tag", "old", "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert Path(shown["file"]).parent == tmp_path / "store" / "snapshots"
+    (listed,) = json.loads(run("ls", *store, "--json").stdout)
+    assert (listed["id"], listed["vm"], listed["tags"]) == (shown["id"], "import", ["old"])
+    piped = run("export", "import@old", *store, "--format", "qemu", "-o", "-")
+    assert piped.returncode == 0, piped.stderr
+    assert run("import", "-", *store, content=b"no stream").returncode == 8
+    assert run("import", stream, "-o", tmp_path / "x.still", "--tag", "a").returncode == 2
+    assert len(json.loads(run("ls", *store, "--json").stdout)) == 1
+    assert left_in(tmp_path / "store" / "pending") == []
+    sealed = ("--store", tmp_path / "sealed")
+    env = os.environ | {"STILLFRAME_PASSWORD": "word"}
+    assert run("init", tmp_path / "sealed", "--encrypt", env=env).returncode == 0
+    done = run("import", stream, *sealed, env=env)
+    assert done.returncode == 0, done.stderr
+    assert run("verify", "import@latest", *sealed, env=env).returncode == 0
+    assert run("show", "import@latest", *sealed).returncode == 12
+
+
 def test_export_one_block(snapshot: Path, tmp_path: Path) -> None:
     path = tmp_path / "bios"
     words = ("export", snapshot, "--format", "raw", "-o")

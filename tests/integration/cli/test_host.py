@@ -17,6 +17,7 @@ from guests.qemu import GuestVm, qemu_binary
 from tests.integration.cli.program import (
     run,
 )
+from tests.support.listening import wait_listening
 from tests.support.ordinary_user import AS_NOBODY, OrdinaryUser, ordinary_user
 
 pytestmark = pytest.mark.qemu
@@ -48,7 +49,7 @@ def test_ps(guest: GuestVm) -> None:
     assert shown["ram_bytes"] == 192 << 20
     assert shown["qmp"] == [str(guest.qmp_path)]
     assert shown["accelerator"] == "tcg"
-    assert re.fullmatch(r"\d+\.\d+\.\d+", shown["qemu_version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", shown["version"])
     text = run("ps").stdout.decode()
     assert text.splitlines()[0].split()[:2] == ["PID", "NAME"]
     assert str(guest.name) in text
@@ -64,10 +65,7 @@ def test_ps_says_when_only_a_right_is_missing(ordinary_user: OrdinaryUser) -> No
     command += ["-qmp", f"unix:{home}/qemu.qmp,server=on,wait=off"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
-        while not (home / "qemu.qmp").exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_listening(home / "qemu.qmp", alive=lambda: process.poll() is None)
         listed = json.loads(ordinary_user.run("ps", "--json").stdout)
         (shown,) = (vm for vm in listed if vm["pid"] == process.pid)
         assert shown["snapshotable"] is False

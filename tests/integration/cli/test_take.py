@@ -32,12 +32,12 @@ TAKE_KEYS: dict[str, Any] = {
     "id": str,
     "file": str,
     "downtime_ms": float,
-    "downtime": {"stop_ms", "devices_ms", "disks_ms", "protect_ms", "cont_ms"},
+    "downtime": {"stop_ms", "drain_ms", "devices_ms", "disks_ms", "protect_ms", "cont_ms"},
     "arm_ms": float,
     "total_ms": float,
     "ram_bytes": int,
     "file_bytes": int,
-    "pages": {"total", "zero", "data", "faulted", "never_populated"},
+    "pages": {"total", "zero", "data", "faulted", "never_populated", "unchanged"},
     "faults": int,
     "fault_p50_us": float,
     "fault_p99_us": float,
@@ -58,7 +58,7 @@ def test_take_piped(guest: GuestVm, tmp_path: Path) -> None:
             assert set(shown[key]) == kind
         else:
             assert isinstance(shown[key], kind), key
-    assert set(shown) - set(TAKE_KEYS) == {"notes", "spill_peak_bytes"}
+    assert {"notes", "spill_peak_bytes", "state", *TAKE_KEYS} <= set(shown)
     assert shown["file"] == str(path)
     assert shown["file_bytes"] == path.stat().st_size
     assert shown["downtime_ms"] == pytest.approx(sum(shown["downtime"].values()))
