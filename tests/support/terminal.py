@@ -20,6 +20,13 @@ AGAIN_S, END_S = 0.02, 60.0
 _PIECE = re.compile(r"\x1b\[\??[\d;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+|.", re.DOTALL)
 
 
+def _keep_what_was_written(terminal: int) -> None:
+    """Ctrl-C on a terminal discards what was written to it and not read yet (termios: NOFLSH)."""
+    attributes = termios.tcgetattr(terminal)
+    attributes[3] |= termios.NOFLSH
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+
+
 class Terminal:
     """A program whose standard streams are a terminal, which is its controlling one: what is typed
     there signals it, and only what is in its session."""
@@ -27,6 +34,7 @@ class Terminal:
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, COLUMNS, 0, 0))
+        _keep_what_was_written(theirs)
         colourful = {name: text for name, text in os.environ.items() if name != "NO_COLOR"}
         self._process = subprocess.Popen(
             list(words), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
