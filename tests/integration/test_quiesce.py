@@ -132,7 +132,16 @@ def test_what_could_not_be_thawed_is_said(
     api.take(str(vm.qmp_path), file, quiesce=True).wait(120)
     paused = api.restore(file, paused=True)
     assert any("have its guest agent thaw them once it runs" in note for note in paused.notes)
+    qmp_execute(Path(paused.qmp_address), "cont")
+    again = tmp_path / "again.still"
+    api.take(paused.pid, again).wait(120)
+    assert manifest_of(again).quiesced  # it has never been thawed
     paused.kill()
+    thawed = api.restore(again)
+    line = console(thawed)
+    wait_until(lambda: line.command("write") == "write ok", within_s=60.0)
+    line.close()
+    thawed.kill()
     deaf = api.restore(file, extra_args=["-chardev", "null,id=qga0"])
     assert any("does not thaw them" in n and "its channel is null" in n for n in deaf.notes)
     assert deaf.notes == next(one for one in list_restored() if one.pid == deaf.pid).notes

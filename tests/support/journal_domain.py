@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from guests.domain import GuestDomain
+from stillframe.disks.drives import OURS
 from tests.support.journal_vm import make_disks
 from tests.support.session_libvirt import SessionLibvirt
 
@@ -78,7 +79,7 @@ def nodes_of_ours(domain: GuestDomain) -> list[str]:
     """Names of jobs and nodes that stillframe made and that are still there."""
     nodes = [node["node-name"] for node in monitor(domain, "query-named-block-nodes")]
     jobs = [job["id"] for job in monitor(domain, "query-jobs")]
-    return [text for text in (*nodes, *jobs) if text.startswith("stillframe-")]
+    return [text for text in (*nodes, *jobs) if text.startswith(OURS)]
 
 
 def wait_nothing_of_ours(domain: GuestDomain) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from guests import journal
 from guests.qemu import RAM_ID, GuestVm
+from stillframe.disks.drives import OURS
 from stillframe.disks.point_in_time import DiskOptions
 from stillframe.model import CapturedDisk, Manifest
 from stillframe.qmp.client import QmpClient
@@ -174,4 +175,4 @@ def nodes_of_ours(vm: GuestVm) -> list[str]:
         nodes: Any = qmp.execute("query-named-block-nodes")
         jobs: Any = qmp.execute("query-jobs")
     names = [node["node-name"] for node in nodes] + [job["id"] for job in jobs]
-    return [name for name in names if name.startswith("stillframe-")]
+    return [name for name in names if name.startswith(OURS)]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from stillframe.disks.copied import Step, copied_disk, name_copy
-from stillframe.disks.drives import OURS, Drive
+from stillframe.disks.drives import OURS, Drive, own_name
 from stillframe.disks.images import local_size_bytes, measured_bytes
 from stillframe.disks.targets import Target, TargetDirectory
 from stillframe.errors import MachineError, SinkError, SnapshotFailed, StillframeError
@@ -47,7 +47,7 @@ class _Copy:
 
     def __init__(self, drive: Drive, name: str, target: Target) -> None:
         self.drive = drive
-        self.job = f"{OURS}{name}"
+        self.job = name
         self.nodes: list[str] = []
         self.target = target
         self.added: AddedFd | None = None
@@ -97,6 +97,10 @@ class _Copy:
     def all_nodes(self) -> tuple[str, ...]:
         """What there may be, each before what it stands on."""
         return tuple(f"{self.job}{kind}" for kind in "qnt")
+
+    def has(self, name: str) -> bool:
+        """Whether it is one of this copy's."""
+        return name == self.job or name in self.all_nodes
 
     @property
     def top(self) -> str:
@@ -151,7 +155,7 @@ class DiskCopies:
         try:
             for number, drive in enumerate(drives):
                 target = Target(directory, drive.label)
-                self._copies.append(_Copy(drive, f"{token}-{number}", target))
+                self._copies.append(_Copy(drive, own_name(token, number), target))
         except BaseException:
             self.close(keep=False)
             raise
@@ -298,7 +302,7 @@ class DiskCopies:
         data = event.data
         if event.name in _BROKEN:
             name = str(data.get("node-name") or data.get("reference"))
-            labels = [copy.drive.label for copy in self._copies if name.startswith(copy.job)]
+            labels = [copy.drive.label for copy in self._copies if copy.has(name)]
             label = labels[0] if labels else name
             return SinkError(
                 f"the copy of disk {label} could not be written",

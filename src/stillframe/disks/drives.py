@@ -16,8 +16,9 @@ from stillframe.machine.qemu.drive_names import device_id
 from stillframe.qmp.client import QmpClient
 from stillframe.qmp.replies import as_list, as_map
 
-OURS = "stillframe-"
-"""What the name of every job and node of ours begins with."""
+OURS = "still."
+"""What the name of every job and node of ours begins with. Short: QEMU reads the names that a
+transaction has in the stop byte by byte."""
 _FILTERS = frozenset({"throttle", "copy-on-read", "compress", "blkdebug", "blklogwrites"})
 _LOCAL = frozenset({"file", "host_device"})
 _FLASH = "flash"
@@ -185,6 +186,11 @@ def file_is_gone(process: Path, filename: str) -> bool:
 
 def _number(value: object) -> int:
     return value if isinstance(value, int) else 0
+
+
+def own_name(token: str, number: int) -> str:
+    """Of a job or node for a disk of one take; ``token``: see ``folding.new_token``."""
+    return f"{OURS}{token[-4:]}{number}"
 
 
 def foreign_jobs(qmp: QmpClient) -> list[tuple[str, str]]:

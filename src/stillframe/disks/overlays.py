@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from stillframe.disks import folding
-from stillframe.disks.drives import OURS, Drive
+from stillframe.disks.drives import Drive, own_name
 from stillframe.disks.images import frozen_file, qemu_img, shown_path
 from stillframe.disks.pins import pin
 from stillframe.disks.targets import reserve_room
@@ -75,12 +75,12 @@ class DiskOverlays:
         try:
             for number, drive in enumerate(drives):
                 place = directory or (None if drive.protocol == "file" else otherwise)
-                self._prepare(drive, place, f"{token}-{number}")
+                self._prepare(drive, place, token, number)
         except BaseException:
             self.undo()
             raise
 
-    def _prepare(self, drive: Drive, directory: str | None, name: str) -> None:
+    def _prepare(self, drive: Drive, directory: str | None, token: str, number: int) -> None:
         if directory is None and drive.protocol != "file":
             raise UsageError(
                 f"nowhere to put an overlay over {drive.filename}, which is no file",
@@ -88,9 +88,8 @@ class DiskOverlays:
             )
         image = Path(drive.file or drive.filename)
         place = Path(directory).absolute() if directory is not None else image.parent
-        path = str(
-            place / f"{image.name.partition(folding.MARK)[0]}{folding.MARK}{name}{folding.SUFFIX}"
-        )
+        name = f"{folding.MARK}{token}-{number}{folding.SUFFIX}"
+        path = str(place / f"{image.name.partition(folding.MARK)[0]}{name}")
         failure = f"cannot make an overlay over {drive.filename}"
         # -u: the image is not opened, which its lock would forbid.
         below = ["-b", str(image), "-F", drive.driver]
@@ -106,7 +105,7 @@ class DiskOverlays:
                 os.chown(path, owner.st_uid, owner.st_gid)
         except OSError as error:
             raise HostError(failure, why=error.strerror, guest_state="running") from error
-        node = f"{OURS}{name}"
+        node = own_name(token, number)
         self._qmp.execute(
             "blockdev-add",
             {

@@ -50,7 +50,7 @@ class DiskOptions(msgspec.Struct, frozen=True, kw_only=True):
     their images. ``encrypted``: the snapshot is, so copies go to a named place only, as they are
     not. ``snapshot``: the snapshot's path, None if it goes to no file.
     ``max_drain_ms``: longest wait for requests in flight. ``quiesce``: let the guest's agent freeze
-    its file systems around the instant.
+    its file systems around the instant. ``frozen``: they are already, since an earlier instant.
 
     Raises:
         UsageError: a choice that makes no sense.
@@ -61,6 +61,7 @@ class DiskOptions(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: str | None = None
     max_drain_ms: float = DEFAULT_MAX_DRAIN_MS
     quiesce: bool = False
+    frozen: bool = False
     encrypted: bool = False
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ class PointInTime:
         """What becomes of the disks, and what it costs."""
         self.without: tuple[str, ...] = ()
         """The disks that the snapshot leaves out."""
-        self.quiesced = options.quiesce
+        self.quiesced = options.quiesce or options.frozen
         """Whether the guest's file systems are frozen at the instant."""
 
     def prepare(self) -> None:

@@ -60,7 +60,7 @@ def thaw(vms: Sequence[RestoredVm]) -> list[RestoredVm]:
     with ThreadPoolExecutor(min(AT_ONCE, len(vms)), "stillframe-thaw") as pool:
         notes = list(pool.map(_thaw, vms))
     thawed = [
-        msgspec.structs.replace(vm, notes=(*vm.notes, note)) if note else vm
+        msgspec.structs.replace(vm, notes=(*vm.notes, note), frozen=True) if note else vm
         for vm, note in zip(vms, notes, strict=True)
     ]
     for vm in thawed:

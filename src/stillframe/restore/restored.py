@@ -73,6 +73,7 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
     ``domain``: of libvirt, if it is one; ``directory`` is that of its records then.
     ``snapshot_id``: what ``snapshot`` was then. ``image_files``: what it has its RAM from.
     ``leases``: files in the directories of disks that it needs together with others.
+    ``frozen``: its file systems are, since the instant, and nobody has thawed them.
     ``began_s``: when the restore did (monotonic clock). ``first_instruction_ms``, ``resident_ms``:
     from then; None if it is paused, or if nobody waited: :meth:`filled_ms` tells later.
     """
@@ -96,6 +97,7 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
     domain: DomainRef | None = None
     snapshot_id: str = ""
     image_files: tuple[ImageFile, ...] = ()
+    frozen: bool = False
     began_s: float = 0.0
     first_instruction_ms: float | None = None
     resident_ms: float | None = None

@@ -81,6 +81,12 @@ def origin_of(pid: int) -> str | None:
     return None if vm is None else vm.snapshot_id or None
 
 
+def is_frozen(pid: int) -> bool:
+    """Whether a VM was restored from a snapshot of a frozen guest, and not thawed then."""
+    vm = _restored(pid)
+    return vm is not None and vm.frozen
+
+
 def _restored(ref: str | int) -> RestoredVm | None:
     try:
         return find_restored(str(ref))

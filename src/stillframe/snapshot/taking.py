@@ -46,6 +46,9 @@ class Origins(Protocol):
     def origin_of(self, pid: int, /) -> str | None:
         """The id of the snapshot that a VM was started from."""
 
+    def is_frozen(self, pid: int, /) -> bool:
+        """Whether a VM's file systems are frozen since the instant that it was started from."""
+
 
 class Keeping(Protocol):
     """Makes something beside the snapshot; see ``image.keeping``."""
@@ -135,6 +138,8 @@ def begin_take(
 
         _await_resident(control, machine.pid, origins)
         chosen = options if opened is None else replace(options, parent=since(opened))
+        if origins.is_frozen(machine.pid):
+            chosen = replace(chosen, disks=replace(chosen.disks, frozen=True))
         if into is None:
             return save(control, machine, sink, chosen)
         return take_into_store(
