@@ -37,6 +37,9 @@ _GONE_S = 10.0
 _STILL_S = 60.0
 """So long without a byte, and the copies' storage does not answer."""
 _LATE_EVENT_S = 0.1
+_END_S = 10.0
+"""How long after a job its end may be told."""
+_ENDS = frozenset({"BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"})
 _BROKEN = frozenset({"QUORUM_REPORT_BAD", "QUORUM_FAILURE"})
 _GUESTS_OWN = "BLOCK_IO_ERROR"
 """An error that the guest met; it may be a copy's where neither of the two cures is to be had."""
@@ -122,7 +125,6 @@ class _Copy:
             "target": self.top,
             "sync": "full",
             "speed": _AT_FIRST_BYTES_PER_S,
-            "auto-dismiss": False,
         }
         if breaks_snapshot:
             data["on-cbw-error"] = "break-snapshot"
@@ -146,6 +148,7 @@ class DiskCopies:
         self._copies: list[_Copy] = []
         self._started = False
         self._broken: QmpEvent | None = None
+        self._ends: dict[str, QmpEvent] = {}
         self._news = threading.Event()
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -192,7 +195,6 @@ class DiskCopies:
         commands: list[tuple[str, dict[str, object]]] = [
             ("block-job-cancel", {"device": copy.job, "force": True}) for copy in self._copies
         ]
-        commands += [("job-dismiss", {"id": copy.job}) for copy in self._copies]
         commands += [
             ("blockdev-del", {"node-name": node})
             for copy in self._copies
@@ -223,6 +225,8 @@ class DiskCopies:
                 self._qmp.execute("block-job-set-speed", speed)
 
     def _note(self, event: QmpEvent) -> None:
+        if event.name in _ENDS:
+            self._ends[str(event.data.get("device"))] = event
         names = (event.data.get(key) for key in ("node-name", "reference"))
         ours = event.name in _BROKEN and any(str(name).startswith(OURS) for name in names)
         if (ours or (self._unshielded and event.name == _GUESTS_OWN)) and self._broken is None:
@@ -259,8 +263,8 @@ class DiskCopies:
                 total += _number(job.get("total-progress"))
                 if self._broken is not None:
                     raise self._failure(self._broken)
-                if not job or job.get("status") in ("concluded", "aborting", "null"):
-                    self._check_end(copy, job)
+                if not job:
+                    self._check_end(copy)
                     del waiting[name]
             step(done, total)
             if done != before:
@@ -287,16 +291,25 @@ class DiskCopies:
             guest_state="running",
         )
 
-    def _check_end(self, copy: _Copy, job: Mapping[str, object]) -> None:
-        error = job.get("error")
-        complete = bool(job) and job.get("current-progress") == job.get("total-progress")
-        if error or not complete:
-            raise SnapshotFailed(
-                f"the copy of disk {copy.drive.label} failed",
-                why=str(error) if error else "its job was cancelled by somebody else",
-                remedy="look at the disk and at the copy's file system, then take another",
-                guest_state="running",
-            )
+    def _check_end(self, copy: _Copy) -> None:
+        """A job goes when it has ended (an option to keep it would be read in the stop)."""
+        deadline_s = time.monotonic() + _END_S
+        while (end := self._ends.get(copy.job)) is None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S / 5)  # through libvirt it is told a little later
+        if end is None:
+            why = "nobody told how its job ended"
+        elif end.data.get("error"):
+            why = str(end.data["error"])
+        elif end.name != "BLOCK_JOB_COMPLETED" or end.data.get("offset") != end.data.get("len"):
+            why = "its job was cancelled by somebody else"
+        else:
+            return
+        raise SnapshotFailed(
+            f"the copy of disk {copy.drive.label} failed",
+            why=why,
+            remedy="look at the disk and at the copy's file system, then take another",
+            guest_state="running",
+        )
 
     def _failure(self, event: QmpEvent) -> StillframeError:
         data = event.data
@@ -344,7 +357,7 @@ class DiskCopies:
     def _any_running(self) -> bool:
         names = {copy.job for copy in self._copies}
         jobs = map(as_map, as_list(self._qmp.execute("query-jobs")))
-        return any(job.get("id") in names and job.get("status") != "concluded" for job in jobs)
+        return any(job.get("id") in names for job in jobs)
 
     def _stop_watching(self) -> None:
         self._ended.set()
@@ -358,9 +371,6 @@ class DiskCopies:
 
     def _let_go(self) -> None:
         for copy in self._copies:
-            if self._started:
-                with contextlib.suppress(QmpCommandError):
-                    self._qmp.execute("job-dismiss", {"id": copy.job})
             while copy.nodes:
                 with contextlib.suppress(QmpCommandError):
                     self._qmp.execute("blockdev-del", {"node-name": copy.nodes[-1]})
