@@ -68,14 +68,14 @@ static inline void clock_reset(struct clock *clock)
     clock->tick_stop_us = clock->max_stop_us = clock->max_stall_us = clock->over_1ms = 0;
 }
 
-/* The seconds have changed between `low` and `high`: see how much of them the TSC has missed.
+/* The seconds have changed to `day_second` between `low` and `high`: see how much of them the TSC
+ * has missed.
  *
  * A look at the clock may come late, so all moments are intervals. Where the interval seen overlaps
  * the one expected, there was no stop, and the moment is known better than before.
  */
-static inline void clock_edge(struct clock *clock, u64 low, u64 high)
+static inline void clock_edge(struct clock *clock, u32 day_second, u64 low, u64 high)
 {
-    u32 day_second = cmos_day_second();
     u64 stop_us = 0;
     if (clock->edge_high_ticks) {
         u64 seconds = (day_second + SECONDS_PER_DAY - clock->day_second) % SECONDS_PER_DAY;
@@ -106,8 +106,15 @@ static inline void clock_poll(struct clock *clock)
     u32 second = cmos_read(0);
     u64 after = read_ticks();
     if (second != clock->second) {
-        clock->second = second;
-        clock_edge(clock, clock->poll_ticks, after);
+        u32 day_second;
+        /* On a busy host a second may pass between two readings: all are of one and the same. */
+        do {
+            before = read_ticks();
+            day_second = cmos_day_second();
+            after = read_ticks();
+        } while (day_second != cmos_day_second());
+        clock->second = day_second % 60;
+        clock_edge(clock, day_second, clock->poll_ticks, after);
     }
     clock->poll_ticks = before;
     s64 to_edge = (s64)(clock->edge_low_ticks + clock->ticks_per_second - after);
