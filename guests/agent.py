@@ -17,12 +17,12 @@ from typing import Any
 from stillframe.errors import MachineError
 
 PORT_NAME = "org.qemu.guest_agent.0"
-START_TIMEOUT_S = 60.0
-_PING_S = 2.0
+START_TIMEOUT_S = 120.0
+_PING_S = 5.0
 
 
 def agent_execute(
-    path: Path, command: str, arguments: dict[str, object] | None = None, *, timeout_s: float = 10.0
+    path: Path, command: str, arguments: dict[str, object] | None = None, *, timeout_s: float = 60.0
 ) -> Any:
     """Connect to the agent's socket, give one command, and return its ``return`` value.
 

@@ -27,7 +27,7 @@ from stillframe.errors import HostError, MachineError
 
 URI = "qemu:///system"
 _DAEMONS = ("virtlogd", "libvirtd")
-_START_S = 20.0
+_START_S = 60.0
 
 
 _REAPER = """
@@ -245,7 +245,7 @@ class GuestDomain:
       <target dev='vdz' bus='virtio'/><serial>{DISK_SERIAL}</serial>
     </disk>"""
 
-    def ask_agent(self, command: str, *, timeout_s: float = 10.0) -> Any:
+    def ask_agent(self, command: str, *, timeout_s: float = 60.0) -> Any:
         """Give the guest agent a command without arguments, through libvirt, which holds its
         socket; what it returns.
 
@@ -283,10 +283,10 @@ class GuestDomain:
         """Run virsh on the domain's libvirt."""
         return virsh(*words, check=check, uri=self.uri)
 
-    def wait_tick(self, timeout_s: float = 30.0) -> Tick:
+    def wait_tick(self, timeout_s: float = 60.0) -> Tick:
         return self.console.wait_tick(timeout_s)
 
-    def is_progressing(self, within_s: float = 20.0) -> bool:
+    def is_progressing(self, within_s: float = 60.0) -> bool:
         return self.console.is_progressing(within_s)
 
     def stop(self) -> None:

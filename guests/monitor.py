@@ -14,7 +14,7 @@ from stillframe.errors import MachineError
 
 
 def qmp_execute(
-    path: Path, command: str, arguments: dict[str, object] | None = None, *, timeout_s: float = 10.0
+    path: Path, command: str, arguments: dict[str, object] | None = None, *, timeout_s: float = 60.0
 ) -> Any:
     """Connect, give one command, and return its ``return`` value. Events are skipped.
 

@@ -42,8 +42,8 @@ KERNEL_ARGUMENTS = (
     " transparent_hugepage=never sysctl.vm.compaction_proactiveness=0"
 )
 SMALLEST_LINUX_MIB = 128
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 60.0
 
 
 def qemu_binary() -> str:
@@ -285,7 +285,7 @@ class GuestVm:
                     stderr=log,
                     start_new_session=True,
                 )
-            self._wait_socket(time.monotonic() + 15)
+            self._wait_socket(time.monotonic() + 60)
             self._console = SerialConsole(self.serial_path)
             if wait_ready:
                 self._wait_ready(timeout_s)
@@ -336,7 +336,7 @@ class GuestVm:
         """Whether the QEMU process runs."""
         return self._process is not None and self._process.poll() is None
 
-    def wait_tick(self, timeout_s: float = 30.0) -> Tick:
+    def wait_tick(self, timeout_s: float = 60.0) -> Tick:
         """The next tick; see :meth:`SerialConsole.wait_tick`."""
         return self.console.wait_tick(timeout_s)
 
@@ -348,7 +348,7 @@ class GuestVm:
         """See :meth:`SerialConsole.command`."""
         return self.console.command(text, timeout_s=timeout_s)
 
-    def ask_agent(self, command: str, *, timeout_s: float = 10.0) -> Any:
+    def ask_agent(self, command: str, *, timeout_s: float = 60.0) -> Any:
         """Give the guest agent a command without arguments; see :func:`agent_execute`."""
         return agent_execute(self.agent_path, command, timeout_s=timeout_s)
 
@@ -356,7 +356,7 @@ class GuestVm:
         """Wait until the guest agent answers; see :func:`guests.agent.wait_agent`."""
         wait_agent(lambda within_s: self.ask_agent("guest-ping", timeout_s=within_s), timeout_s)
 
-    def is_progressing(self, within_s: float = 20.0) -> bool:
+    def is_progressing(self, within_s: float = 60.0) -> bool:
         """See :meth:`SerialConsole.is_progressing`."""
         return self.alive() and self.console.is_progressing(within_s)
 

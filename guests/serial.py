@@ -73,7 +73,7 @@ class SerialConsole:
         MachineError: nobody listens there.
     """
 
-    def __init__(self, path: Path, *, timeout_s: float = 10.0) -> None:
+    def __init__(self, path: Path, *, timeout_s: float = 60.0) -> None:
         self.path = path
         self._lines: deque[tuple[int, float, str]] = deque(maxlen=KEPT_LINES)
         self._count = 0
@@ -167,7 +167,7 @@ class SerialConsole:
                     )
                 self._news.wait(left)
 
-    def wait_tick(self, timeout_s: float = 30.0, *, since: int | None = None) -> Tick:
+    def wait_tick(self, timeout_s: float = 60.0, *, since: int | None = None) -> Tick:
         """The next tick after now (or after the mark ``since``).
 
         Raises:
@@ -200,7 +200,7 @@ class SerialConsole:
             rf"^({re.escape(text)} |unknown command)", timeout_s=timeout_s, since=start
         )
 
-    def is_progressing(self, within_s: float = 20.0) -> bool:
+    def is_progressing(self, within_s: float = 60.0) -> bool:
         """Whether the guest's clock is seen to go on within that time: two new ticks."""
         deadline = time.monotonic() + within_s
         start = self.mark()
@@ -218,7 +218,7 @@ class SerialConsole:
                     return False
                 self._news.wait(left)
 
-    def settled_stall_us(self, timeout_s: float = 10.0) -> int:
+    def settled_stall_us(self, timeout_s: float = 60.0) -> int:
         """The longest stall up to now, after every stop up to now has been accounted.
 
         Waits for two changes of second in the guest (see :class:`Tick`).

@@ -12,7 +12,7 @@ from pathlib import Path
 from guests.qemu import qemu_binary
 from tests.support.listening import wait_listening
 
-_START_S = 30.0
+_START_S = 60.0
 
 
 class BareVm:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.support.ledger_host import Console
 
-START_S = 30.0
+START_S = 60.0
 PROGRAM = (sys.executable, "-m", "stillframe")
 AUDIT = "AUDIT"
 

@@ -38,10 +38,10 @@ def kill_takes(vm: GuestVm, disks: list[Path], directory: Path, kind: str, kills
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL)
         finish(process)
-        assert vm.is_progressing(3.0), f"the guest does not go on after kill {number}"
+        assert vm.is_progressing(), f"the guest does not go on after kill {number}"
         assert_writes_on(vm)
         if kind == "copy":
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while nodes_of_ours(vm):
                 assert time.monotonic() < deadline, f"left after {fault}: {nodes_of_ours(vm)}"
                 time.sleep(0.1)

@@ -84,7 +84,7 @@ def nodes_of_ours(domain: GuestDomain) -> list[str]:
 
 def wait_nothing_of_ours(domain: GuestDomain) -> None:
     """What a guard takes back, it takes back soon."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while left := nodes_of_ours(domain):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

@@ -154,12 +154,12 @@ def overlays_over(file: Path, directory: Path) -> list[Path]:
 
 def writes(qmp_path: Path) -> int:
     """Disk writes of the guest so far."""
-    with QmpClient.connect(str(qmp_path)) as qmp:
+    with QmpClient.connect(str(qmp_path), timeout_s=60) as qmp:
         stats: Any = qmp.execute("query-blockstats")
         return sum(entry["stats"]["wr_operations"] for entry in stats)
 
 
-def assert_writes_on(vm: GuestVm, within_s: float = 30.0, qmp_path: Path | None = None) -> None:
+def assert_writes_on(vm: GuestVm, within_s: float = 60.0, qmp_path: Path | None = None) -> None:
     """The guest writes to its disks. ``qmp_path``: a monitor that is free, if the usual is not."""
     monitor = qmp_path or vm.qmp_path
     before, deadline = writes(monitor), time.monotonic() + within_s
@@ -171,7 +171,7 @@ def assert_writes_on(vm: GuestVm, within_s: float = 30.0, qmp_path: Path | None 
 
 def nodes_of_ours(vm: GuestVm) -> list[str]:
     """Names of jobs and nodes that stillframe made and that are still there."""
-    with QmpClient.connect(str(vm.qmp_path)) as qmp:
+    with QmpClient.connect(str(vm.qmp_path), timeout_s=60) as qmp:
         nodes: Any = qmp.execute("query-named-block-nodes")
         jobs: Any = qmp.execute("query-jobs")
     names = [node["node-name"] for node in nodes] + [job["id"] for job in jobs]

@@ -15,6 +15,7 @@ from stillframe.board.hardware.config import BoardConfig
 from stillframe.board.memory.own_protection import Preference
 from stillframe.board.migration.engine import Migration
 from stillframe.board.migration.host import BoardHost, start_host
+from tests.support.listening import wait_listening
 from tests.support.waiting import wait_until
 
 TIMEOUT_S = 60.0
@@ -27,7 +28,7 @@ class Console:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(TIMEOUT_S)
-        wait_until(path.exists, f"no serial line {path}")
+        wait_listening(path)  # its path is there before it listens
         self._socket.connect(str(path))
         self._rest = b""
 

@@ -261,7 +261,7 @@ class OutsideSource:
     def audit(self) -> str:
         return audit_over(self._console)
 
-    def is_progressing(self, within_s: float = 20.0) -> bool:
+    def is_progressing(self, within_s: float = 60.0) -> bool:
         """Whether money is seen to move within that time."""
         deadline = time.monotonic() + within_s
         start = self._console.mark()

@@ -14,7 +14,7 @@ _LISTENS = 0x10000  # __SO_ACCEPTCON
 
 
 def wait_listening(
-    path: Path | str, timeout_s: float = 30.0, alive: Callable[[], bool] = lambda: True
+    path: Path | str, timeout_s: float = 60.0, alive: Callable[[], bool] = lambda: True
 ) -> None:
     """Return when a socket listens at ``path``, bound by its absolute or its relative name.
 

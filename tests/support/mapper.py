@@ -39,7 +39,7 @@ class Mapper:
             user=user,
         )
         self.pid = self.process.pid
-        assert self._line(10) == "ready"
+        assert self._line(60) == "ready"
 
     def _line(self, within_s: float) -> str | None:
         assert self.process.stdout is not None
@@ -60,7 +60,7 @@ class Mapper:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def answer(self, within_s: float = 5.0) -> int | None:
+    def answer(self, within_s: float = 60.0) -> int | None:
         """The byte that it found; None if it still waits."""
         line = self._line(within_s)
         return None if line is None else int(line)

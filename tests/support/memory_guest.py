@@ -71,10 +71,14 @@ class MemoryGuest:
     def qmp_path(self) -> Path:
         return Path(self.qmp)
 
-    def is_progressing(self, within_s: float = 1.0) -> bool:
-        before = len(self._text())
-        time.sleep(within_s)
-        return len(self._text()) > before
+    def is_progressing(self, within_s: float = 60.0) -> bool:
+        """Whether it is seen to print within that time."""
+        before, deadline = len(self._text()), time.monotonic() + within_s
+        while len(self._text()) <= before:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _text(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
@@ -94,7 +98,7 @@ class MemoryGuest:
             self._until(f"DONE {line}", within_s)
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        with QmpClient.connect(self.control, timeout_s=10) as client:
+        with QmpClient.connect(self.control, timeout_s=60) as client:
             return client.execute(command, arguments)
 
     def close(self) -> None:

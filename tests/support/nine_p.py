@@ -67,7 +67,7 @@ class NinePGuest:
 
     def _io_base(self) -> int:
         """Where the BIOS has put the device's ports."""
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 60
         while True:
             self._ask(f"outl 0xcf8 {0x80000010 | _SLOT << 11:#x}")
             base = int(self._ask("inl 0xcfc"), 16) & ~3
@@ -96,7 +96,7 @@ class NinePGuest:
         self._write(available + 2, struct.pack("<H", self._sent))
         self._out("w", 16, 0)
         used = (available + 6 + 2 * self._size + 4095) & ~4095
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while struct.unpack("<H", self._read(used + 2, 2))[0] != self._sent:
             assert time.monotonic() < deadline_s, "no answer from the device"
             time.sleep(0.01)

@@ -8,7 +8,7 @@ import json
 import socket
 from typing import Any, Self
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 class RawQmp:

@@ -33,7 +33,7 @@ def assert_guest_goes_on(vm: RestoredVm, pages: int, after_tick: int = 0) -> Non
     """The guest runs, its memory is what it wrote, and it has not started anew."""
     line = console(vm)
     try:
-        assert line.is_progressing(30)
+        assert line.is_progressing()
         assert line.wait_tick().n > after_tick
         assert line.command("audit").startswith(f"audit ok pages={pages} ")
     finally:

@@ -32,7 +32,7 @@ class TakenFrom(Protocol):
         """Its monitor."""
         ...
 
-    def is_progressing(self, within_s: float = 20.0) -> bool:
+    def is_progressing(self, within_s: float = 60.0) -> bool:
         """Whether its guest is seen to go on within that time."""
         ...
 

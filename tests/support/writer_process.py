@@ -10,6 +10,7 @@ import select
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -69,9 +70,9 @@ class WriterProcess:
         self.written_bytes = written - written % page
 
     def command(self, line: str = "s") -> WriterStatus:
-        """Send one command; TimeoutError if the process does not answer in ten seconds."""
+        """Send one command; TimeoutError if the process does not answer in a minute."""
         self.send(line)
-        return self.answer(10)
+        return self.answer(60)
 
     def send(self, line: str) -> None:
         """Send one command without waiting: it may fault."""
@@ -103,12 +104,13 @@ class WriterProcess:
 
     def exit_now(self) -> None:
         self.send("z")
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=60)
 
     def runs(self) -> bool:
-        """Whether it writes: its counter moves within a second."""
+        """Whether it writes: its counter moves within a minute."""
         before = self.command().written_pages
-        for _ in range(50):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             if self.command().written_pages > before:
                 return True
             threading.Event().wait(0.02)
@@ -119,7 +121,7 @@ class WriterProcess:
 
     def __exit__(self, *_error: object) -> None:
         self._process.kill()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=60)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):

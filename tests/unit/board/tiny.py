@@ -18,7 +18,7 @@ from stillframe.board.hardware.config import BoardConfig
 from stillframe.board.state.load_state import StateLoader
 from stillframe.vmstate.source import StreamSource
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 RESULTS = 0x800000
 """Where tiny guests leave numbers of eight bytes (``results`` in C)."""
 
