@@ -22,10 +22,11 @@ from stillframe.kernel.remote_attach import attach
 from tests.support.native_build import build
 from tests.support.probes import has_qemu, has_uffd_wp
 from tests.support.victim_process import VictimProcess
+from tests.support.waiting import wait_until
 
 _ROOT = Path(__file__).resolve().parents[2]
 _NOBODY = 65534
-_SYS_PAUSE, _SYS_GETPID = 34, 39
+_SYS_PAUSE, _SYS_GETPID, _SYS_PAUSE_32 = 34, 39, 29
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +78,7 @@ def test_no_signal_is_lost_while_attaching(working: VictimProcess) -> None:
         ended.set()
         sender.join()
     working.command("A")
-    deadline = time.monotonic() + 5
-    while working.command().rt_signals < sent and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: working.command().rt_signals >= sent)
     status = working.assert_unharmed()
     assert status.rt_signals == sent
     assert status.usr1_signals > 0
@@ -100,7 +99,7 @@ def test_a_signal_that_comes_meanwhile_ends_sigsuspend() -> None:
         try:
             for n in range(1, 201):
                 os.kill(victim.pid, signal.SIGRTMIN)
-                deadline = time.monotonic() + 2
+                deadline = time.monotonic() + 60
                 while (status := victim.command()).suspended < n:
                     assert time.monotonic() < deadline, f"call {n} did not end: {status}"
             assert status.rt_signals == 200
@@ -120,7 +119,7 @@ def test_a_signal_that_comes_while_it_stands_still_ends_its_call() -> None:
             thread.start()
             thread.join()
             assert not failures
-            deadline = time.monotonic() + 2
+            deadline = time.monotonic() + 60
             while (status := victim.command()).suspended < n:
                 assert time.monotonic() < deadline, f"call {n} did not end: {status}"
             assert (status.rt_signals, status.errors) == (n, 0)
@@ -137,10 +136,7 @@ def _signal_inside(pid: int, failures: list[BaseException]) -> None:
 
 
 def _wait_for_call(pid: int, number: int) -> None:
-    deadline = time.monotonic() + 2
-    while Path(f"/proc/{pid}/syscall").read_text().split()[0] != str(number):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().split()[0] == str(number))
 
 
 def test_a_stopped_process_stays_stopped(working: VictimProcess) -> None:
@@ -154,7 +150,7 @@ def test_a_stopped_process_stays_stopped(working: VictimProcess) -> None:
 
 
 def _wait_for_state(pid: int, state: str) -> None:
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 60
     while True:
         stat = Path(f"/proc/{pid}/stat").read_text()
         if stat.rsplit(")", 1)[1].split()[0] == state:
@@ -168,7 +164,7 @@ def _wait_for_state(pid: int, state: str) -> None:
 
 def _wait_until_untraced(pid: int) -> None:
     # A thread is joined a moment before the kernel has let go of what it traced.
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 60
     while "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.0005)
@@ -184,7 +180,7 @@ def _die_often(pid: int, times: int, most_us: int) -> None:
         ],
         cwd=_ROOT,
         check=True,
-        timeout=120,
+        timeout=240,
     )
 
 
@@ -374,7 +370,7 @@ def test_a_process_under_a_debugger(working: VictimProcess) -> None:
             attach(working.pid)
         assert caught.value.guest_state == "running"
     finally:
-        debugger.communicate(b"detach\nquit\n", timeout=30)
+        debugger.communicate(b"detach\nquit\n", timeout=120)
     working.assert_unharmed()
     attach(working.pid).close()
 
@@ -383,7 +379,7 @@ def test_a_32_bit_process() -> None:
     program = build("tests/native/pause32.c", "-m32", "-nostdlib", "-static", "-ffreestanding")
     process = subprocess.Popen([str(program)])
     try:
-        time.sleep(0.1)
+        _wait_for_call(process.pid, _SYS_PAUSE_32)  # it is that program now, and no Python
         with pytest.raises(RefusedError, match="64-bit"):
             attach(process.pid)
         assert process.poll() is None

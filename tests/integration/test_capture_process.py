@@ -21,6 +21,7 @@ from stillframe.errors import MachineError, SnapshotFailed
 from stillframe.model import StoppedWrite
 from tests.support.capture_child import STAGES
 from tests.support.probes import has_huge_pages, has_uffd_wp
+from tests.support.waiting import wait_until
 from tests.support.writer_process import (
     FULL_SPEED,
     IDLE,
@@ -38,6 +39,8 @@ RAM_MIB = 16
 HUGE_RAM_MIB = 48
 KINDS = ("private", "thp", "shared", "zero", "hugetlb", "hugetlb-private", "hugetlb-private-memfd")
 _UFFDIO_WRITEPROTECT = 0xC018AA06
+PROMPT_S = 10.0
+"""It takes milliseconds; a busy host may not run us for seconds. What is stuck is so for ever."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -129,13 +132,13 @@ def test_faults_are_served_while_somebody_keeps_the_gil(ram: str, kind: type[Ram
     """Also of pages of zeroes in RAM that is held, which are looked up there."""
     with start(ram, IDLE) as writer, armed(writer, kind=kind) as capture:
         writer.send("w 0 7")
-        assert writer.answers_with_gil_held(10), "a fault of the armed phase waited"
-        writer.answer(10)
+        assert writer.answers_with_gil_held(60), "a fault of the armed phase waited"
+        writer.answer(60)
         stop_and_fix(writer, capture)
         for offset in range(8192, 8192 + 64 * 8192, 8192):
             writer.send(f"w {offset} 7")
-            assert writer.answers_with_gil_held(10), "a fault of the saving phase waited"
-            writer.answer(10)
+            assert writer.answers_with_gil_held(60), "a fault of the saving phase waited"
+            writer.answer(60)
 
 
 def test_a_pass_of_arming_in_which_the_guest_writes_new_pages() -> None:
@@ -177,14 +180,12 @@ def test_a_full_spill_makes_the_guest_wait_and_loses_nothing(kind: str) -> None:
     with start(kind, FULL_SPEED) as writer, armed(writer, spill_bytes=2 * MIB) as capture:
         captured = Captured()
         stop_and_fix(writer, capture)
-        time.sleep(0.2)
+        wait_until(lambda: capture.statistics()["stalls"], "the guest did not wait")
         waiting = writer.command().written_pages
-        time.sleep(0.2)
+        time.sleep(0.4)
         assert writer.command().written_pages == waiting, "the guest did not wait"
-        # Who drops RAM meanwhile waits for the fault thread to read the event.
-        began = time.monotonic()
+        # Who drops RAM meanwhile waits for the fault thread to read the event, and for no room.
         writer.drop("d", writer.block.used_length_bytes - 4096, 4096)
-        assert time.monotonic() - began < 1
         drain(capture, captured)
         capture.finish()
         drain(capture, captured)
@@ -408,7 +409,7 @@ def test_more_is_dropped_at_once_than_the_spill_takes(kind: str, how: str) -> No
         assert drop.is_alive(), "nobody waited"
         captured = Captured()
         drain(capture, captured)
-        drop.join(timeout=10)
+        drop.join(timeout=60)
         assert not drop.is_alive()
         capture.finish()
         drain(capture, captured)
@@ -424,7 +425,7 @@ def test_cancelled_while_a_drop_waits_for_room() -> None:
         time.sleep(0.2)
         assert drop.is_alive()
         capture.release()
-        drop.join(timeout=1)
+        drop.join(timeout=PROMPT_S)
         assert not drop.is_alive()
 
 
@@ -519,7 +520,7 @@ def test_release_at_any_stage_leaves_the_process_running(kind: str, stage: str) 
                     drain(capture, Captured())
             began = time.monotonic()
             capture.release()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < PROMPT_S
             if stage == "stopped":
                 writer.command("c")
             assert writer.runs()
@@ -567,10 +568,10 @@ def test_kill_9_of_the_capturing_process(kind: str, stage: str) -> None:
                 time.sleep(chance.random() ** 3 * 0.02)
             finally:
                 child.kill()
-                child.wait(timeout=10)
+                child.wait(timeout=60)
                 if child.stdout is not None:
                     child.stdout.close()
             began = time.monotonic()
             assert writer.runs(), f"the guest stands still after a death in {stage}"
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < PROMPT_S
         assert_one_instant(writer, take(writer))

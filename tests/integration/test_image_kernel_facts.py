@@ -78,7 +78,7 @@ def image() -> Iterator[Image]:
 
 def _message(uffd: Userfaultfd) -> int | None:
     """Address of the next fault."""
-    if not select.select([uffd.fileno()], [], [], 2.0)[0]:
+    if not select.select([uffd.fileno()], [], [], 60.0)[0]:
         return None
     event, _, address, _ = struct.unpack("=B7xQQQ", os.read(uffd.fileno(), 32))
     assert event == 0x12
