@@ -23,7 +23,7 @@ from tests.support.listening import wait_listening
 from tests.support.probes import has_uffd_wp
 from tests.support.small_file_system import mounted_tmpfs
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
 SIZE = 8 << 20
 SECRET = ["-object", "secret,id=key,data=geheim"]

@@ -100,7 +100,7 @@ def test_a_restored_guest_finds_its_disks(
     words = disk_arguments(overlays_over(file, tmp_path), "qcow2")
     incoming = ["-incoming", f"exec:cat {stream}"]
     restored = linux_guest(**journal_options([*words, *incoming]), wait_ready=False)
-    assert_writes_on(restored, within_s=30.0)
+    assert_writes_on(restored)
     time.sleep(1.0)
     assert_writes_on(restored)
     assert_writes_on(vm)
@@ -135,7 +135,7 @@ def test_a_copy_is_what_the_disk_was(linux_guest: GuestFactory, tmp_path: Path) 
     with api.connect(str(vm.qmp_path)) as machine:
         machine.stop()
         file = tmp_path / "x.still"
-        api.take(machine, file).wait(60)
+        api.take(machine, file, max_drain_ms=5000).wait(60)
         assert machine.status() == "paused"
     for disk, captured in zip(disks, manifest_of(file).captured_disks, strict=True):
         qemu_img("compare", "-U", disk, captured_path(file, captured))

@@ -79,7 +79,7 @@ def fillers(vm: RestoredVm) -> dict[int, int]:
 
 def end(vm: RestoredVm) -> None:
     os.kill(vm.pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while vm.is_running and time.monotonic() < deadline_s:
         time.sleep(0.02)
 
@@ -273,7 +273,7 @@ def test_from_threads_and_asyncio(snapshot: Path, source: GuestVm) -> None:
     for vm in (*first, *second):
         vm.kill()
         assert not vm.is_running
-    assert source.is_progressing(10)
+    assert source.is_progressing()
 
 
 def test_restores_at_once_from_asyncio_are_awaited_by_several(snapshot: Path) -> None:

@@ -54,7 +54,7 @@ def assert_goes_on(vm: RestoredVm | GuestVm, after_tick: int = 0) -> None:
     if isinstance(vm, RestoredVm):
         assert_guest_goes_on(vm, PAGES, after_tick)
         return
-    assert vm.is_progressing(30)
+    assert vm.is_progressing()
     assert vm.command("audit").startswith(f"audit ok pages={PAGES} ")
 
 
@@ -131,7 +131,7 @@ def test_all_of_ram_is_the_instants(any_source: GuestVm, tmp_path: Path) -> None
         first, *others = fork.vms
         assert os.path.samefile(f"/proc/{first.pid}/exe", f"/proc/{any_source.pid}/exe")
         early = read_ram(first.pid, first.qmp_address)
-        assert any_source.is_progressing(30)  # it overwrites what was read, and what was not
+        assert any_source.is_progressing()  # it overwrites what was read, and what was not
     assert api.verify(file).frames
     # With KVM, QEMU itself patches the ROM of its vapic (hw/i386/kvmvapic.c, vapic_post_load).
     allowed = {("pc.ram", VAPIC_PAGE)} if any_source.accelerator == "kvm" else set()
@@ -172,7 +172,7 @@ def test_a_clone_that_does_not_start_leaves_nothing(
         api.fork(source.pid, 2, keep=place / "kept.still", extra_args=wrong)
     assert not list(place.iterdir())
     assert_nothing_left(places)
-    assert source.is_progressing(30)
+    assert source.is_progressing()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -225,7 +225,7 @@ def test_a_clone_whose_cgroup_is_full(vms: ImageVms, cgroup: MemoryCgroup) -> No
     assert filling.wait(FILL_S)
     console = vms.console(1)
     try:
-        assert console.is_progressing(20)
+        assert console.is_progressing()
         assert console.command("audit").startswith("audit ok ")
     finally:
         console.close()

@@ -177,7 +177,7 @@ def test_virsh_restores_the_export(tmp_path: Path) -> None:
             virsh("restore", str(image))
             console = SerialConsole(guest.directory / "serial.sock")
             try:
-                assert console.wait_tick(20).n > 1
+                assert console.wait_tick(60).n > 1
             finally:
                 console.close()
             assert guest.state() == "running"
@@ -185,7 +185,7 @@ def test_virsh_restores_the_export(tmp_path: Path) -> None:
         image.unlink(missing_ok=True)
 
 
-def _wait_until(condition: object, timeout_s: float = 20.0) -> None:
+def _wait_until(condition: object, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:

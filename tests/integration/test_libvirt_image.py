@@ -62,7 +62,7 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def goes_on(domain: RestoredDomain) -> bool:
     console = SerialConsole(next(Path(domain.directory).glob("serial-*.sock")))
     try:
-        return console.is_progressing(20)
+        return console.is_progressing()
     finally:
         console.close()
 
