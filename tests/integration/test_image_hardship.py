@@ -116,7 +116,7 @@ def small_memory(tmp_path: Path) -> Iterator[Path]:
 def cgroup() -> Iterator[MemoryCgroup]:
     made = MemoryCgroup()
     yield made
-    made.path.rmdir()
+    made.remove()
 
 
 def restored_without_filler(file: Path) -> RestoredVm:

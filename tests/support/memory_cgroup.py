@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from stillframe.kernel.memory_cgroups import NAMES, memory_cgroups, memory_mounts
+from tests.support.waiting import wait_until
 
 
 class MemoryCgroup:
@@ -47,3 +49,13 @@ class MemoryCgroup:
         """Set the limit so that this much is left."""
         usage = int((self.path / self.usage_name).read_text())
         (self.path / self.limit_name).write_text(str(usage + room_bytes))
+
+    def remove(self) -> None:
+        """Once what was killed in it has left it."""
+
+        def is_gone() -> bool:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            return not self.path.exists()
+
+        wait_until(is_gone)
