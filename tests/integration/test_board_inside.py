@@ -6,6 +6,7 @@ from pathlib import Path
 
 import stillframe
 import stillframe.board
+from tests.support.waiting import wait_until
 from tests.unit.board.tiny import RESULTS, TIMEOUT_S, compile_guest
 
 COUNTER = "void _start(struct info *info, u64 cpu) { for (;;) results[cpu]++; }"
@@ -33,5 +34,5 @@ def test_its_snapshot_goes_on_in_another_board(tmp_path: Path) -> None:
         saved = count(other)
         assert before <= saved <= after
         other.host.board.cont()
+        wait_until(lambda: count(other) > saved)
         assert not other.wait(0.1)
-        assert count(other) > saved

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stillframe.errors import MachineError, UsageError
-from tests.unit.board.tiny import TIMEOUT_S, Tiny, compile_guest, transfer
+from tests.unit.board.tiny import RESULTS, TIMEOUT_S, Tiny, compile_guest, transfer
 
 SPIN = "void _start(struct info *info, u64 cpu) { for (;;) results[cpu]++; }"
 
@@ -68,7 +68,7 @@ def test_timer_interrupts_and_clock() -> None:
             u64 before = clock();
             out32(0x510, 2000000); out32(0x514, 0); out32(0x518, 1);
             __asm__ volatile("sti");
-            while (!results[1]) __asm__ volatile("hlt");
+            SLEEP_UNTIL(results[1]);
             results[2] = clock() - before;
             out32(0x510, 500000); out32(0x518, 2);
             while (results[0] < 20) ;              /* without hlt: it must be interrupted */
@@ -173,7 +173,7 @@ def test_vcpus_wake_each_other_and_share_lock_units() -> None:
             }
             /* then they pass a ball around, each asleep until it comes */
             for (u64 round = 0; round < 200; round++) {
-                while (results[1] != round * info->vcpus + cpu) __asm__ volatile("hlt");
+                SLEEP_UNTIL(results[1] == round * info->vcpus + cpu);
                 results[1]++;
                 out32(0x5a8, (cpu + 1) % info->vcpus);
             }
@@ -332,7 +332,7 @@ def test_power_button() -> None:
             load_table(); line_on(7, pressed);
             results[1] = 1;
             __asm__ volatile("sti");
-            while (!results[0]) __asm__ volatile("hlt");
+            SLEEP_UNTIL(results[0]);
             power_off(in32(0x560));
         }"""
     with Tiny(source) as tiny:
@@ -478,6 +478,7 @@ def test_the_disks_cache_is_in_the_file_when_the_board_stops(tmp_path: Path) -> 
     disk.write_bytes(bytes(64 * 4096))
     with Tiny(source, disk=disk) as tiny:
         tiny.board.power_on()
+        tiny.until(lambda: tiny.results(2)[1] > 0)
         choose = random.Random(3)
         pause = threading.Event()
         for _ in range(30):
@@ -501,10 +502,10 @@ def test_entropy() -> None:
             results[1] = in32(0x520); results[2] = in32(0x520);
             out32(0x524, 0x900005); out32(0x528, 0); out32(0x52c, 300001);
             __asm__ volatile("sti");
-            while (!results[0]) __asm__ volatile("hlt");
+            SLEEP_UNTIL(results[0]);
             results[3] = in32(0x52c);
             out32(0x524, 0xfff800); out32(0x52c, 0x10000);       /* half of a page is RAM */
-            while (results[0] < 2) __asm__ volatile("hlt");
+            SLEEP_UNTIL(results[0] >= 2);
             results[4] = in32(0x52c);
             power_off(0);
         }"""
@@ -604,11 +605,24 @@ def test_stopping_at_random_moments_keeps_every_instruction() -> None:
         assert tiny.told().count("STOP") == 200
 
 
+def stop_between_ticks(tiny: Tiny) -> None:
+    """Stop it, and not within its handler, which counts its beginnings and its ends."""
+    for _ in range(1000):
+        tiny.board.stop()
+        begun, ended = tiny.results(5)[3:]
+        if begun == ended:
+            return
+        tiny.board.cont()
+    pytest.fail("it is in its handler all the time")
+
+
 def test_nothing_happens_while_it_is_stopped() -> None:
     source = """
         static HANDLER void tick(struct frame *frame)
         {
-            results[0] += in32(0x518); results[1] = clock();
+            results[3]++;
+            results[1] = clock(); results[0] += in32(0x518); results[2] = clock();
+            results[4]++;
         }
         void _start(struct info *info, u64 cpu)
         {
@@ -620,17 +634,21 @@ def test_nothing_happens_while_it_is_stopped() -> None:
     with Tiny(source) as tiny:
         tiny.board.power_on()
         tiny.until(lambda: tiny.results(1)[0] >= 5)
-        tiny.board.stop()
-        count, clock_ns = tiny.results(2)
+        stop_between_ticks(tiny)
+        count, since_ns, until_ns, *_ = stopped = tiny.results(5)
         threading.Event().wait(0.5)
-        assert tiny.results(2) == (count, clock_ns)
+        assert tiny.results(5) == stopped
+        began = time.monotonic()
         tiny.board.cont()
         tiny.until(lambda: tiny.results(1)[0] >= count + 3)
-        tiny.board.stop()
-        later, later_ns = tiny.results(2)
+        stop_between_ticks(tiny)
+        ran_ms = (time.monotonic() - began) * 1000
+        later, later_since_ns, later_until_ns = tiny.results(3)
         # half a second did not pass for the guest
-        assert later - count < 300
-        assert abs((later_ns - clock_ns) // 1_000_000 - (later - count)) <= 2
+        assert later - count <= ran_ms + 1
+        # it read its clock before it asked for the ticks and after it, whatever came in between
+        passed_ms = (later_since_ns - until_ns) / 1e6, (later_until_ns - since_ns) / 1e6
+        assert passed_ms[0] - 1 <= later - count <= passed_ms[1] + 1
 
 
 def _spinning(vcpus: int) -> Tiny:
@@ -668,8 +686,8 @@ def test_times_of_stop_save_and_cont(capsys: pytest.CaptureFixture[str]) -> None
                     f"save {medians[1]:.3f}, cont {medians[2]:.3f}",
                     end="",
                 )
-            # A bound that a loaded machine keeps, too.
-            assert medians[0] < 5
+            # The shortest: what other programs take from it is not the board's.
+            assert min(times_ms[0]) < 5
 
 
 _CHAOS = """
@@ -719,7 +737,7 @@ def test_a_copy_goes_on_as_the_original_does() -> None:
         with Tiny(source, vcpus=2) as original, Tiny(source, vcpus=2) as copy:
             copy.board.start_incoming()
             original.board.power_on()
-            _has_done(original, choose.randrange(1, 100))
+            _has_done(original, choose.randrange(1, 75))
             original.board.stop("save-vm")
             transfer(original, copy)
             assert copy.board.run_state == "inmigrate"
@@ -785,7 +803,9 @@ def test_dma_that_is_under_way_is_saved(tmp_path: Path) -> None:
     now = Tiny(source, disk=disk)
     try:
         now.board.power_on()
-        for _ in range(25):
+        for number in range(200):
+            if number >= 25 and under_way >= 3:
+                break
             pause.wait(choose.random() * 0.02)
             now.board.stop("finish-migrate")
             block, entropy = now.board.hardware.block, now.board.hardware.entropy
@@ -814,31 +834,34 @@ def test_timer_and_sleep_are_saved() -> None:
         {
             load_table(); line_on(2, tick);
             results[2] = clock();
-            out32(0x510, 300000000); out32(0x514, 0); out32(0x518, 1);
+            out32(0x510, 2000000000); out32(0x514, 0); out32(0x518, 1);
             results[3] = 1;
-            __asm__ volatile("sti; hlt");
-            while (!results[0]) __asm__ volatile("hlt");
+            SLEEP_UNTIL(results[0]);
             power_off(0);
         }"""
     with Tiny(source) as original, Tiny(source) as copy:
         copy.board.start_incoming()
+        began = time.monotonic()
         original.board.power_on()
         original.until(lambda: original.results(4)[3] == 1)
+        halts = original.board.hardware.vcpus[0].registers
+        original.until(lambda: halts.halted == 1)
         threading.Event().wait(0.05)
         original.board.stop("finish-migrate")
+        ran_s = time.monotonic() - began
         assert original.board.hardware.vcpus[0].registers.halted == 1
         transfer(original, copy)
         original.board.close()
-        threading.Event().wait(0.35)
-        copy.board.finish_incoming()
+        threading.Event().wait(0.5)
         began = time.monotonic()
+        copy.board.finish_incoming()
         assert copy.ended() == 0
         waited_s = time.monotonic() - began
-        assert 0.1 < waited_s < 2
         count, expired_ns, begun_ns = copy.results(3)
         assert count == 1
         # the time between boards did not pass, and what was left did
-        assert 300_000_000 <= expired_ns - begun_ns < 300_000_000 + waited_s * 1e9
+        assert waited_s >= 2 - ran_s
+        assert 2_000_000_000 <= expired_ns - begun_ns < (ran_s + waited_s) * 1e9
 
 
 def test_what_the_guest_asked_for_is_saved() -> None:
@@ -935,7 +958,7 @@ _PAGED = """
         out32(0x510, 300000); out32(0x514, 0); out32(0x518, 2);
         volatile u64 *twice = (u64 *)(ALIAS + 0xa00000), *once = (u64 *)0xa00000;
         __asm__ volatile("sti");
-        for (u64 i = 1; i < ROUNDS; i++) {
+        for (u64 i = 1; !results[2]; i++) {                    /* results[2]: it is enough */
             *twice = i;
             if (*once != i) results[7]++;
             u64 where = ALIAS + (101ULL << 21) + i;
@@ -952,19 +975,20 @@ _PAGED = """
 
 
 def test_a_guest_with_page_tables_is_saved_too() -> None:
-    source = _PAGED.replace("ROUNDS", "10000")
-    with Tiny(source) as original, Tiny(source) as copy:
+    with Tiny(_PAGED) as original, Tiny(_PAGED) as copy:
         copy.board.start_incoming()
         original.board.power_on()
         original.until(lambda: original.results(2)[0] >= 3 and original.results(2)[1] >= 1000)
         original.board.stop("finish-migrate")
-        assert original.results(2)[1] < 9000
+        before = original.results(2)[1]
         transfer(original, copy)
         assert copy.board.hardware.vcpus[0].registers.cr0 & 1 << 31
         copy.board.finish_incoming()
+        copy.until(lambda: copy.results(2)[1] >= before + 1000)
+        copy.board.rams[0].write(RESULTS + 16, b"\1")
         assert copy.ended() == 0
         ticks, rounds, _, _, _, _, faults, wrong = copy.results(8)
-        assert (rounds, faults, wrong) == (9999, 2 * 9999, 0)
+        assert (faults, wrong) == (2 * rounds, 0)
         assert ticks > original.results(1)[0]
 
 

@@ -188,7 +188,8 @@ def start_postcopy(source: LedgerHost, other: LedgerHost, path: Path) -> None:
     for ledger in (source, other):
         ledger.migration.set_capabilities({"postcopy-ram": True})
     never_done(source)
-    source.migration.parameters.set({"max-postcopy-bandwidth": 24 << 20})
+    # Slow enough that a busy host looks at it before all has come.
+    source.migration.parameters.set({"max-postcopy-bandwidth": 4 << 20})
     other.migration.incoming(f"unix:{path}")
     source.migration.migrate(f"unix:{path}")
     wait_until(lambda: source.query().get("ram", {}).get("transferred", 0) > 4 << 20)
@@ -432,7 +433,7 @@ def test_nobody_waits_for_the_migration(hosts: Factory, tmp_path: Path) -> None:
     """The monitor answers all the time: the board lock is not held while anything is sent."""
     made = hosts()
     source = made.source()
-    never_done(source)
+    never_done(source, 6 << 20)
     ended = threading.Event()
     source.migration.migrate(f"file:{tmp_path}/a")
     slowest = 0.0
@@ -443,7 +444,7 @@ def test_nobody_waits_for_the_migration(hosts: Factory, tmp_path: Path) -> None:
         ended.wait(0.005)
     source.migration.cancel()
     assert source.migration.wait(60)
-    assert slowest < 0.5
+    assert slowest < 2  # of four seconds and more
 
 
 def test_events_and_answers_over_qmp(hosts: Factory, tmp_path: Path) -> None:
@@ -520,7 +521,7 @@ def test_quit_while_the_guest_waits_for_a_reader(
         with reader:
             wait_until(lambda: nearly_full(source.query()["x-stillframe"]))
             RawQmp(tmp_path / "qmp").execute("quit")
-            assert source.board.wait(10)
+            assert source.board.wait(60)
     assert source.query()["status"] == "cancelled"
 
 
@@ -553,7 +554,7 @@ def test_quit_while_the_guest_waits_for_a_page(
 
     wait_until(waits)
     RawQmp(tmp_path / "qmp").execute("quit")
-    assert other.board.wait(10)
+    assert other.board.wait(60)
     assert other.query()["status"] == "failed"
 
 

@@ -38,6 +38,7 @@ from tests.support.tiny_guest import IDLE, write_guest
 from tests.support.waiting import wait_until
 
 RAM = 24 << 20
+TAKE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_never_torn(board: BoardProcess, tmp_path: Path) -> None:
     for number in range(5):
         time.sleep(0.03 * number)
         with connect(board.name) as machine:
-            take_job(machine, tmp_path / f"{number}.still").wait(30)
+            take_job(machine, tmp_path / f"{number}.still").wait(TAKE_S)
         with open_snapshot(tmp_path / f"{number}.still") as snapshot:
             ram = b"".join(snapshot.read_page("board.ram", page) for page in range(RAM >> 12))
         report = check_ledger(ram)
@@ -161,16 +162,16 @@ def test_ram_that_is_plugged_in_meanwhile(tmp_path: Path) -> None:
         connect(board.name) as machine,
         connect(board.name) as other,
     ):
-        job = take_job(machine, tmp_path / "a.still", 16 << 20)
+        job = take_job(machine, tmp_path / "a.still", 4 << 20)
         wait_until(lambda: job.stats.phase == "saving")
         backend = {"qom-type": "memory-backend-ram", "id": "m0", "size": 8 << 20}
         other.qmp.execute("object-add", backend)
         other.qmp.execute("device_add", {"driver": "pc-dimm", "id": "d0", "memdev": "m0"})
         # It came after the instant, so it is no part of the snapshot.
-        assert any("appeared after the instant" in note for note in job.wait(30).notes)
+        assert any("appeared after the instant" in note for note in job.wait(TAKE_S).notes)
         assert [block.idstr for block in machine.ram_blocks()][2:] == ["board.dimm0"]
         assert board.audit().startswith("AUDIT ok")
-        taken = take_job(machine, tmp_path / "b.still").wait(30)
+        taken = take_job(machine, tmp_path / "b.still").wait(TAKE_S)
         with open_snapshot(taken.file) as snapshot:
             places = [part.gpa for part in snapshot.manifest.memory_map]
             assert places == [0, 0xE0000000, 1 << 32]
@@ -233,6 +234,6 @@ def test_it_ends_while_it_is_saved(tmp_path: Path) -> None:
         wait_until(lambda: job.stats.phase == "saving")
         threading.Timer(0.05, board.process.kill).start()
         with pytest.raises(StillframeError) as caught:
-            job.wait(30)
+            job.wait(TAKE_S)
         assert caught.value.guest_state == "none"
     assert list(tmp_path.iterdir()) == []

@@ -57,6 +57,11 @@ static void line_on(unsigned line, void *handler)
     gate(0x20 + line, handler);
     out32(0x5a0, in32(0x5a0) | 1u << line);
 }
+/* What an interrupt brings about: between the look and hlt it would be slept through. */
+#define SLEEP_UNTIL(condition) do { \\
+    __asm__ volatile("cli"); \\
+    while (!(condition)) __asm__ volatile("sti; hlt; cli" : : : "memory"); \\
+    __asm__ volatile("sti"); } while (0)
 #define HANDLER __attribute__((interrupt, target("general-regs-only")))
 """
 
