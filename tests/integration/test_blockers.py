@@ -23,6 +23,7 @@ from tests.support.bare_vm import BareVm
 from tests.support.newer_qemu import require_newer_qemu
 from tests.support.probes import has_kvm, has_uffd_wp
 from tests.support.run_states import state_of
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -94,6 +95,9 @@ def test_ram_for_analysis_of_a_vm_that_cannot_be_saved(
 ) -> None:
     file = tmp_path / "a.still"
     with BareVm(*SMALL, *NVME, "-device", "pci-serial-2x") as vm:
+        with QmpClient.connect(vm.second_qmp, timeout_s=60) as qmp:
+            # The BIOS has copied itself to RAM, and its clock ticks.
+            wait_until(lambda: int(qmp.hmp("xp /1wx 0x46c").split(":")[1], 16))
         with pytest.raises(RefusedError, match="for-analysis"):
             api.take(vm.qmp, file, mode=mode).wait(60)
         taken = api.take(vm.qmp, file, mode=mode, for_analysis=True).wait(60)

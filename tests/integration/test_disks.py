@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from guests import journal
 from guests.qemu import GuestVm
 from stillframe import api
 from stillframe.disks.point_in_time import PointInTime
 from tests.support.journal_vm import (
+    WORKERS,
     assert_writes_on,
     captured_path,
     check_images,
@@ -27,9 +29,11 @@ from tests.support.journal_vm import (
     qemu_img,
     take_with_disks,
     torn,
+    writes,
 )
 from tests.support.probes import has_uffd_wp
 from tests.support.taking import command
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -109,14 +113,18 @@ def test_a_restored_guest_finds_its_disks(
 def test_disks_taken_after_the_instant_are_found_out(
     linux_guest: GuestFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: with the transaction 30 ms after cont, the same check must fail."""
+    """The control: with the transaction after the writes that follow cont, it must fail."""
     disks = make_disks(tmp_path, "raw")
-    vm = linux_guest(**journal_options(disk_arguments(disks, "raw")))
+    second = tmp_path / "second"
+    words = ["-qmp", f"unix:{second},server=on,wait=off", *disk_arguments(disks, "raw")]
+    vm = linux_guest(**journal_options(words))
     assert_writes_on(vm)
     in_stop, after_instant = PointInTime.in_stop, PointInTime.after_instant
 
     def late(self: PointInTime) -> None:
-        time.sleep(0.03)
+        # More than each worker had under way on each disk.
+        enough = writes(second) + 2 * journal.DISKS * WORKERS
+        wait_until(lambda: writes(second) > enough)
         in_stop(self)
         after_instant(self)
 
