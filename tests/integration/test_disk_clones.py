@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -53,7 +54,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 def files_in_use(vm: GuestVm, monitor: Path | None = None) -> list[str]:
     """The images that the VM's drives are on."""
-    with QmpClient.connect(str(monitor or vm.qmp_path)) as qmp:
+    with QmpClient.connect(str(monitor or vm.qmp_path), timeout_s=60) as qmp:
         drives: Any = qmp.execute("query-block")
         return [drive["inserted"]["file"] for drive in drives if "inserted" in drive]
 
@@ -178,8 +179,9 @@ def test_without_a_guard_the_next_one_folds_back(
 def guards_of(pid: int) -> list[int]:
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if b"guard_process" in Path(f"/proc/{child}/cmdline").read_bytes():
-            found.append(int(child))
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            if b"guard_process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
     return found
 
 

@@ -22,6 +22,8 @@ from tests.support.journal_vm import captured_path, digest, manifest_of, qemu_im
 from tests.support.listening import wait_listening
 from tests.support.probes import has_uffd_wp
 from tests.support.small_file_system import mounted_tmpfs
+from tests.support.surveyed import surveyed
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -305,13 +307,16 @@ def test_ps_says_where_the_disks_must_be_left_out(tmp_path: Path, stack: ExitSta
     encrypted = stack.enter_context(BareVm(*SECRET, "-drive", drive, name="sf-encrypted"))
     plain = raw_disk(tmp_path / "disk.raw")
     stack.enter_context(BareVm("-drive", f"file={plain},format=raw,if=virtio", name="sf-plain"))
-    seen = {vm.name: vm for vm in api.survey()}
+    seen = {name: surveyed(name) for name in ("sf-encrypted", "sf-plain")}
     assert seen["sf-encrypted"].without_disks
     assert any("without disk" in reason for reason in seen["sf-encrypted"].reasons)
     assert not seen["sf-plain"].without_disks
     if seen["sf-encrypted"].snapshotable:
-        done = subprocess.run(
-            [sys.executable, "-m", "stillframe", "ps"], capture_output=True, text=True, check=True
-        )
-        assert "yes, without disks" in done.stdout
+        words = [sys.executable, "-m", "stillframe", "ps"]
+
+        def says_so() -> bool:  # unless its monitor did not answer in time
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            return "yes, without disks" in done.stdout
+
+        wait_until(says_so)
     assert encrypted.pid == seen["sf-encrypted"].pid

@@ -13,6 +13,7 @@ from stillframe import api
 from stillframe.store import open_snapshot
 from tests.support.bare_vm import BareVm
 from tests.support.journal_vm import captured_path, manifest_of, qemu_img
+from tests.support.listening import wait_listening
 from tests.support.probes import has_uffd_wp
 from tests.support.restoring import Restores
 from tests.support.waiting import wait_until
@@ -83,7 +84,7 @@ class _Swtpm:
         state, control = f"dir={directory}", f"type=unixio,path={socket}"
         command = ["swtpm", "socket", "--tpm2", "--tpmstate", state, "--ctrl", control]
         self._process = subprocess.Popen(command)
-        wait_until(socket.exists, "swtpm does not start", within_s=120)
+        wait_listening(socket, 120.0, lambda: self._process.poll() is None)
 
     def __enter__(self) -> _Swtpm:
         return self

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from stillframe.restore.start import Restoring
 from tests.integration.cli.program import run
 from tests.support.board_process import BoardProcess, Console, end, ledger, transfers
 from tests.support.probes import has_uffd_wp
+from tests.support.waiting import wait_until
 
 RAM = 16 << 20
 
@@ -78,7 +80,13 @@ def test_clones_of_a_running_board_go_on_each_by_itself(
     assert transfers(board.audit()) > before
 
     parent = f"{board.name} (pid {board.pid})"
-    seen = {vm["pid"]: vm for vm in json.loads(run("ps", "--json").stdout)}
+    seen: dict[int, dict[str, Any]] = {}
+
+    def all_answered() -> bool:
+        seen.update((vm["pid"], vm) for vm in json.loads(run("ps", "--json").stdout))
+        return all(seen[pid]["status"] for pid in (board.pid, *(vm.pid for vm in vms)))
+
+    wait_until(all_answered)
     assert seen[board.pid]["restored_from"] is None
     for vm in vms:
         assert (seen[vm.pid]["vmm"], seen[vm.pid]["status"]) == ("board", "running")

@@ -84,17 +84,17 @@ def test_each_has_a_vmgenid_and_ports_of_its_own(source: GuestVm, tmp_path: Path
         assert uuid.UUID(told["guid"]).bytes_le == guid
         seen.add(guid)
     assert len(seen) == 4
-    ports = [forward.port for clone in clones for forward in clone.forwards]
+    ports = [(one.protocol, one.port) for clone in clones for one in clone.forwards]
     assert len(set(ports)) == 6
     for clone in clones:
         tcp, udp = clone.forwards
         assert (tcp.network, tcp.protocol, tcp.guest_port) == ("net0", "tcp", 22)
         assert (udp.protocol, udp.guest_port) == ("udp", 53)
-        socket.create_connection(("127.0.0.1", tcp.port), 10).close()
+        socket.create_connection(("127.0.0.1", tcp.port), 60).close()
         assert any("each has a new one" in note for note in clone.notes)
         assert any("host name, machine id" in note for note in clone.notes)
     shown = json.loads(run("ps", "--json").stdout)
-    assert {f["port"] for vm in shown for f in vm["forwards"]} == set(ports)
+    assert {(f["protocol"], f["port"]) for vm in shown for f in vm["forwards"]} == set(ports)
 
 
 class Agent(threading.Thread):

@@ -31,17 +31,28 @@ def measured_rate_mib_per_s(vm: GuestVm, seconds: float) -> float:
     return (last.pages - first.pages) * 4096 / MIB / ((last.t_ms - first.t_ms) / 1000)
 
 
+def assert_writes_at(vm: GuestVm, mib_per_s: float) -> None:
+    """It never writes faster, and as fast where the host lets it: it catches up with little of what
+    a busy one has taken from it."""
+    deadline = time.monotonic() + 120
+    while (measured := measured_rate_mib_per_s(vm, 2)) < mib_per_s * 0.9:
+        assert time.monotonic() < deadline, f"it writes {measured} MiB/s"
+    assert measured <= mib_per_s * 1.1
+
+
 def cpu_time_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def ram_report(vm: GuestVm, file: Path, *, pieces: int = 1) -> ConsistencyReport:
-    """Let QEMU itself save guest-physical memory, in some pieces, and check it."""
+    """Let QEMU itself save guest-physical memory, and check it; in several pieces if it runs."""
     piece_bytes = vm.ram_mib * MIB // pieces
     pages: list[bytes] = []
     for number in range(pieces):
         where = {"val": number * piece_bytes, "size": piece_bytes, "filename": str(file)}
+        if number:
+            vm.wait_tick()  # it goes on between two of them
         qmp_execute(vm.qmp_path, "pmemsave", where, timeout_s=60)
         pages += guest_pages(file.read_bytes())
     return check_pages(pages)
@@ -50,7 +61,7 @@ def ram_report(vm: GuestVm, file: Path, *, pieces: int = 1) -> ConsistencyReport
 @pytest.mark.parametrize("memory", ["private", "memfd", "shm", "file"])
 def test_linux_guest_writes_at_its_rate(linux_guest: GuestFactory, memory: str) -> None:
     vm = linux_guest(memory=memory, rate_mib_per_s=20)
-    assert measured_rate_mib_per_s(vm, 2) == pytest.approx(20, rel=0.1)
+    assert_writes_at(vm, 20)
     assert vm.is_progressing()
     assert vm.command("audit").startswith("audit ok pages=8192 ")
 
@@ -81,7 +92,7 @@ def test_a_guest_that_prints_nothing_is_started_once_more(tmp_path: Path) -> Non
     program.chmod(0o755)
     vm = GuestVm("multiboot", binary=str(program))
     with pytest.warns(UserWarning, match=r"started once more: (?s:.*)prelaunch(?s:.*)EIP="):
-        vm.start(timeout_s=8)
+        vm.start(timeout_s=20)
     with vm:
         assert vm.is_progressing()
     program.write_text(f'#!/bin/sh\nexec {qemu_binary()} "$@" -S\n')
@@ -166,7 +177,7 @@ def test_statistics_of_an_undisturbed_guest_show_no_stop(linux_guest: GuestFacto
 
 def test_bare_metal_guest(multiboot_guest: GuestFactory, tmp_path: Path) -> None:
     vm = multiboot_guest(rate_mib_per_s=20, populate_mib=16)
-    assert measured_rate_mib_per_s(vm, 1) == pytest.approx(20, rel=0.1)
+    assert_writes_at(vm, 20)
     assert vm.command("audit").startswith("audit ok pages=8192 populated=4096 ")
     qmp_execute(vm.qmp_path, "stop")
     report = ram_report(vm, tmp_path / "ram")
@@ -230,7 +241,7 @@ def test_audit_after_a_restore_by_qemu_itself(
 def test_quit_ends_qemu(linux_guest: GuestFactory) -> None:
     vm = linux_guest()
     assert vm.command("quit") == "quit ok"
-    assert vm.process.wait(10) == 0
+    assert vm.process.wait(60) == 0
     assert not vm.alive()
     assert not vm.is_progressing()
 

@@ -248,7 +248,7 @@ def test_two_processes_make_the_same_one(
         subprocess.Popen(command("image", "add", str(file), "--json"), stdout=subprocess.PIPE)
         for _ in range(3)
     ]
-    outputs = [json.loads(maker.communicate(timeout=60)[0]) for maker in makers]
+    outputs = [json.loads(maker.communicate(timeout=240)[0]) for maker in makers]
     assert [maker.returncode for maker in makers] == [0, 0, 0]
     assert len({output["id"] for output in outputs}) == len(cache.images()) == 1
     assert wrong_pages(cache, file) == []

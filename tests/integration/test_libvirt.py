@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import threading
@@ -21,7 +23,9 @@ from stillframe.snapshot import faultpoints
 from stillframe.store import open_snapshot
 from tests.support.killing import kill_at_random_moments
 from tests.support.probes import has_libvirt, has_linux_guest, has_uffd_wp
+from tests.support.surveyed import surveyed
 from tests.support.taking import command, finish, start_take
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu]
 
@@ -42,7 +46,7 @@ def _consistent(file: Path) -> bool:
 
 
 def test_it_is_listed_as_a_vm_that_can_be_snapshotted(domain: GuestDomain) -> None:
-    shown = next(vm for vm in api.survey() if vm.name == domain.name)
+    shown = surveyed(domain.name)
     assert shown.snapshotable is True, shown.reasons
     assert shown.pid == domain.pid
 
@@ -64,20 +68,35 @@ def test_a_snapshot_of_one_instant_and_libvirt_knows_the_truth(
 
 
 def test_lifecycle_events_are_libvirts_own(domain: GuestDomain, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()  # it writes whole lines to a terminal, and to a pipe at its end
+    os.set_blocking(ours, False)
+    seen = b""
+
+    def has_seen(word: bytes) -> bool:
+        nonlocal seen
+        with contextlib.suppress(BlockingIOError):
+            seen += os.read(ours, 65536)
+        return word in seen
+
+    def hears_of_another_event() -> bool:
+        words = ["--key", "sf", "--set", f"<seen n='{time.monotonic_ns()}'/>", "--live"]
+        virsh("metadata", domain.name, "https://stillframe.test/", *words)
+        return has_seen(b"metadata-change")
+
     watcher = subprocess.Popen(
-        ["virsh", "-c", "qemu:///system", "event", domain.name, "lifecycle", "--loop"],
-        stdout=subprocess.PIPE,
-        text=True,
+        ["virsh", "-c", "qemu:///system", "event", domain.name, "--all", "--loop"],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
     )
     try:
-        time.sleep(0.5)
+        wait_until(hears_of_another_event)  # it is there
         api.take(domain.name, tmp_path / "b.still").wait(120)
-        time.sleep(0.5)
+        wait_until(lambda: has_seen(b"Suspended") and has_seen(b"Resumed"), repr(seen))
     finally:
-        watcher.send_signal(signal.SIGINT)
-        text, _ = watcher.communicate(timeout=60)
-    assert "Suspended" in text
-    assert "Resumed" in text
+        watcher.kill()
+        watcher.wait()
+        os.close(ours)
+        os.close(theirs)
 
 
 def test_killed_at_random_moments(domain: GuestDomain, tmp_path: Path) -> None:
@@ -141,7 +160,7 @@ def test_a_suspended_domain_stays_suspended(domain: GuestDomain, tmp_path: Path)
 
 def test_a_job_of_libvirt_is_named(tmp_path: Path) -> None:
     has_libvirt().require()
-    base, copy = Path("/var/tmp/sf-job-base.raw"), Path("/var/tmp/sf-job-copy.raw")
+    base, copy = (Path(f"/var/tmp/sf-job-{os.getpid()}-{name}.raw") for name in ("base", "copy"))
     try:
         for path in (base, copy):
             with path.open("wb") as file:

@@ -103,7 +103,9 @@ def test_a_libvirt_that_cannot_revert_is_refused_by_name(
 
 @pytest.mark.parametrize("point", ["stopped", "devices", "protected"])
 def test_killed_with_copies_under_way(domain: GuestDomain, place: Path, point: str) -> None:
-    process = start_take(domain, place / "killed.still", "--max-drain", "5000", fault=f"{point}=kill")
+    process = start_take(
+        domain, place / "killed.still", "--max-drain", "5000", fault=f"{point}=kill"
+    )
     assert finish(process)[0] == -signal.SIGKILL
     assert_writes_on(domain)
     assert domain.state() == "running"

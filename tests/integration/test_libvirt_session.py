@@ -22,6 +22,7 @@ from tests.support.journal_domain import assert_writes_on, journal_domain
 from tests.support.journal_vm import captured_path, digest, manifest_of, torn
 from tests.support.probes import has_libvirt, has_linux_guest, has_uffd_wp
 from tests.support.session_libvirt import SessionLibvirt
+from tests.support.surveyed import surveyed
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -75,7 +76,7 @@ def went_back(domain: GuestDomain, taken: Path) -> Iterator[None]:
 
 
 def test_it_is_of_one_instant(domain: GuestDomain, taken: Path, session: SessionLibvirt) -> None:
-    shown = next(vm for vm in api.survey() if vm.name == domain.name)
+    shown = surveyed(domain.name)
     assert shown.snapshotable is True, shown.reasons
     assert torn(taken, session.directory, block="pc.ram") == []
     assert domain.state() == "running"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Monitor:
     """Does things to the VM before it is taken."""
 
     def __init__(self, vm: BareVm) -> None:
-        self._qmp = QmpClient.connect(vm.qmp)
+        self._qmp = QmpClient.connect(vm.qmp, timeout_s=60)
 
     def __call__(self, command: str, **arguments: Any) -> Any:
         return self._qmp.execute(command, {k.replace("_", "-"): v for k, v in arguments.items()})
@@ -44,12 +43,12 @@ class Monitor:
         """The guest's part is played by a reset, on which QEMU removes what was asked for."""
         self("device_del", id=device)
         self("system_reset")
-        for _ in range(200):
-            names = [item["name"] for item in self("qom-list", path="/machine/peripheral")]
-            if device not in names:
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"{device} stays")
+
+        def is_gone() -> bool:
+            plugged = self("qom-list", path="/machine/peripheral")
+            return device not in [item["name"] for item in plugged]
+
+        wait_until(is_gone, f"{device} stays")
 
     def close(self) -> None:
         self._qmp.close()
@@ -391,14 +390,14 @@ def test_a_temporary_overlay(tmp_path: Path, form: str) -> None:
 
 def job_done(m: Monitor, job: str) -> None:
     """Complete a block job once it is ready, and wait for its end."""
-    for _ in range(400):
-        jobs = [entry for entry in m("query-jobs") if entry["id"] == job]
-        if not jobs:
-            return
-        if jobs[0]["status"] == "ready":
-            m("job-complete", id=job)
-        time.sleep(0.05)
-    raise AssertionError(f"job {job} does not end")
+
+    def status() -> str:
+        return next((one["status"] for one in m("query-jobs") if one["id"] == job), "ended")
+
+    wait_until(lambda: status() in ("ready", "ended"), f"job {job} does not get ready")
+    if status() == "ready":
+        m("job-complete", id=job)
+    wait_until(lambda: status() == "ended", f"job {job} does not end")
 
 
 def to_a_mirror(m: Monitor, directory: Path) -> None:
@@ -514,11 +513,7 @@ def test_what_no_option_says_is_noted(tmp_path: Path, what: str) -> None:
             [nic] = [e["name"] for e in entries if e["type"] == "child<virtio-net-pci>"]
             m("device_del", id=f"/machine/unattached/{nic}")
             m("system_reset")
-            for _ in range(200):
-                if "type=nic" not in m.hmp("info network"):
-                    return
-                time.sleep(0.05)
-            raise AssertionError("the card stays")
+            wait_until(lambda: "type=nic" not in m.hmp("info network"), "the card stays")
 
     with BareVm("-nodefaults", *options, "-m", "64") as vm:
         changed(vm, change)

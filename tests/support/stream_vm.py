@@ -16,6 +16,8 @@ from typing import Any
 from guests.qemu import qemu_binary
 
 TIMEOUT_S = 60
+_SILENCE_S = 10
+"""After which nothing more comes, on a busy host either."""
 
 WRITER_BOOT_SECTOR = (
     bytes.fromhex(
@@ -116,11 +118,12 @@ class StreamVm:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
-            listener.settimeout(2)
+            listener.settimeout(TIMEOUT_S)
             self.qmp("migrate", uri=f"unix:{path}")
             with contextlib.suppress(TimeoutError):
                 while True:
                     channel, _ = listener.accept()
+                    listener.settimeout(_SILENCE_S)
                     channels.append(bytearray())
                     threads.append(Thread(target=_drain, args=(channel, channels[-1])))
                     threads[-1].start()
@@ -173,7 +176,7 @@ class StreamVm:
 
 def _drain(channel: socket.socket, into: bytearray) -> None:
     """Read until the other side is silent: it may keep the connection open."""
-    channel.settimeout(2)
+    channel.settimeout(_SILENCE_S)
     with channel, contextlib.suppress(TimeoutError, ConnectionError):
         while part := channel.recv(1 << 20):
             into += part
