@@ -15,6 +15,7 @@ from stillframe import api
 from stillframe.store import open_snapshot
 from stillframe.vmstate.description import split_description
 from tests.support.probes import has_qemu, has_uffd_wp
+from tests.support.round_trip import settled
 from tests.support.stream_vm import QmpError, stream_vm
 
 pytestmark = pytest.mark.qemu
@@ -105,7 +106,7 @@ def arguments(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
 
 def take(monitor: Path, file: Path) -> list[tuple[str, int]]:
     """Take it; its device sections."""
-    api.take(str(monitor), file).wait(60)
+    settled(lambda: api.take(str(monitor), file).wait(60))
     with open_snapshot(file) as snapshot:
         snapshot.verify(deep=True)
         return [(section.idstr, section.instance_id) for section in snapshot.skeleton().devices]

@@ -108,6 +108,7 @@ int main(int argc, char **argv) {
     size_t written = length - length / 4;
     written -= written % page;
     for (size_t at = 0; at < written; at += page) *(volatile uint64_t *)(ram + at) = 0;
+    if (thp) madvise(ram, written, 25); /* MADV_COLLAPSE: where there was no huge page free just then */
     printf("%lu %zu %d %zu\n", (unsigned long)ram, length, fd, page);
     fflush(stdout);
     pthread_t thread;

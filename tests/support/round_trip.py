@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,11 @@ def take_machine(machine: ProcessMachine, file: Path, **options: Any) -> TakenSn
     return job.wait(_TIMEOUT_S)
 
 
-def _take_settled(machine: ProcessMachine, file: Path) -> TakenSnapshot:
+def settled(take: Callable[[], TakenSnapshot]) -> TakenSnapshot:
     """The firmware resizes blocks after each reset, which ends a take; another one is taken."""
     for _ in range(20):
         try:
-            return take_machine(machine, file)
+            return take()
         except SnapshotFailed as error:
             if "RAM blocks changed" not in error.what:
                 raise
@@ -66,7 +66,7 @@ def round_trip(ref: str, directory: Path, **options: Any) -> Iterator[RoundTrip]
     """Take the VM and restore it; ``options`` are those of ``restore``. The new one is killed."""
     file = directory / "x.still"
     with connect(ref) as machine:
-        taken = _take_settled(machine, file)
+        taken = settled(lambda: take_machine(machine, file))
     given = {"directory": directory / "vm", "program": qemu_binary()} | options
     vm = restore(file, **given)
     try:
