@@ -42,8 +42,9 @@ KERNEL_ARGUMENTS = (
     " transparent_hugepage=never sysctl.vm.compaction_proactiveness=0"
 )
 SMALLEST_LINUX_MIB = 128
-START_TIMEOUT_S = 90.0
-STOP_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 60.0
+SOCKETS_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
 
 
 def qemu_binary() -> str:
@@ -285,7 +286,7 @@ class GuestVm:
                     stderr=log,
                     start_new_session=True,
                 )
-            self._wait_socket(time.monotonic() + 60)
+            self._wait_socket(time.monotonic() + SOCKETS_TIMEOUT_S)
             self._console = SerialConsole(self.serial_path)
             if wait_ready:
                 self._wait_ready(timeout_s)

@@ -159,8 +159,12 @@ def writes(qmp_path: Path) -> int:
         return sum(entry["stats"]["wr_operations"] for entry in stats)
 
 
-def assert_writes_on(vm: GuestVm, within_s: float = 60.0, qmp_path: Path | None = None) -> None:
-    """The guest writes to its disks. ``qmp_path``: a monitor that is free, if the usual is not."""
+def assert_writes_on(vm: GuestVm, within_s: float = 180.0, qmp_path: Path | None = None) -> None:
+    """The guest writes to its disks. (On a busy host a flush alone may take seconds.)
+
+    Args:
+        qmp_path: a monitor that is free, if the usual is not.
+    """
     monitor = qmp_path or vm.qmp_path
     before, deadline = writes(monitor), time.monotonic() + within_s
     while writes(monitor) < before + 4:

@@ -69,7 +69,7 @@ def vm_in_state(state: str, directory: Path, *, machine: str = "pc") -> Iterator
             gdb = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
             _connect(gdb, directory / "gdb")
             gdb.sendall(b"+$s#73")
-        with QmpClient.connect(vm.second_qmp, timeout_s=30) as qmp:
+        with QmpClient.connect(vm.second_qmp, timeout_s=60) as qmp:
             if state == "paused":
                 qmp.execute("stop")
             wait_state(qmp, state)

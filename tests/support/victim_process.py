@@ -55,8 +55,8 @@ class VictimProcess:
     def assert_unharmed(self) -> VictimStatus:
         """It runs on, and none of its checks ever failed."""
         before = self.command()
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+        deadline_s = time.monotonic() + 60
+        while time.monotonic() < deadline_s:
             status = self.command()
             assert status.errors == 0, f"failed checks {status.errors:#x}"
             if status.loops > before.loops + 1:

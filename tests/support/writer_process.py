@@ -108,9 +108,8 @@ class WriterProcess:
 
     def runs(self) -> bool:
         """Whether it writes: its counter moves within a minute."""
-        before = self.command().written_pages
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+        before, deadline_s = self.command().written_pages, time.monotonic() + 60
+        while time.monotonic() < deadline_s:
             if self.command().written_pages > before:
                 return True
             threading.Event().wait(0.02)

@@ -33,7 +33,7 @@ class LossyProxy:
             def _pass(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length)
-                server = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                server = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in left_out}
                 server.request(self.command, self.path, body, headers)
                 reply = server.getresponse()

@@ -25,7 +25,7 @@ class ObjectServer(S3Server):
         )
         self.port = self._listening()
         request = urllib.request.Request(f"{self.endpoint}/{BUCKET}", method="PUT")
-        urllib.request.urlopen(request, timeout=30).close()
+        urllib.request.urlopen(request, timeout=60).close()
 
     def _listening(self, within_s: float = 60.0) -> int:
         deadline = time.monotonic() + within_s

@@ -50,7 +50,7 @@ class S3Server:
             region_name="us-east-1",
             aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
-            config=Config(retries={"total_max_attempts": 1}, read_timeout=30),
+            config=Config(retries={"total_max_attempts": 1}, read_timeout=60),
         )
 
     def stop(self) -> None:
