@@ -17,6 +17,7 @@ from guests.serial import SerialConsole
 from stillframe.errors import MachineError
 from tests.support.guest_fixtures import GuestFactory
 from tests.support.probes import has_multiboot_guest
+from tests.support.stream_vm import into_file
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
@@ -213,8 +214,9 @@ def migrate_to_file(vm: GuestVm, file: Path) -> None:
     """Stop the VM and let QEMU itself write its stream."""
     qmp_execute(vm.qmp_path, "stop")
     qmp_execute(vm.qmp_path, "migrate-set-parameters", {"max-bandwidth": 1 << 40})
-    qmp_execute(vm.qmp_path, "migrate", {"uri": f"exec:cat > {file}"})
+    qmp_execute(vm.qmp_path, "migrate", {"uri": into_file(file)})
     wait_status(vm, "query-migrate", "completed")
+    wait_until(file.exists)
 
 
 @pytest.mark.parametrize("corrupt", [False, True])

@@ -23,6 +23,7 @@ from stillframe.store import open_snapshot
 from stillframe.store.backends.local import LocalSink
 from tests.support.listening import wait_listening
 from tests.support.probes import has_qemu
+from tests.support.stream_vm import into_file
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
@@ -61,20 +62,20 @@ def qemu(directory: Path, *arguments: str) -> Iterator[Path]:
             yield monitor
         finally:
             process.kill()
-            process.wait(20)
+            process.wait(60)
     assert (directory / "log").read_text() == ""
 
 
 def save(monitor: Path, path: Path) -> None:
     """Let QEMU save the VM into a file."""
-    qmp_execute(monitor, "migrate", {"uri": f"exec:cat > {path}"})
+    qmp_execute(monitor, "migrate", {"uri": into_file(path)})
 
     def status() -> Any:
         return qmp_execute(monitor, "query-migrate").get("status")
 
     wait_until(lambda: status() not in (None, "setup", "active", "device"))
     assert status() == "completed"
-    wait_until(lambda: path.stat().st_size > 0)
+    wait_until(path.exists)
 
 
 def import_file(stream: Path, path: Path) -> None:

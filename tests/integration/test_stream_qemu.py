@@ -7,12 +7,15 @@ import random
 import re
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from operator import ne
 from pathlib import Path
 
 import pytest
 
+from guests.consistency import check_pages, guest_pages
 from guests.kernel import find_kernel
 from guests.multiboot_guest import multiboot_image
 from guests.qemu import qemu_binary
@@ -42,6 +45,7 @@ from tests.support.probes import has_linux_guest, has_multiboot_guest, has_qemu,
 from tests.support.stream_build import PAGE, Pipe, replay
 from tests.support.stream_summary import run_state, verify_stream
 from tests.support.stream_vm import StreamVm, stream_vm, write_boot_sector
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -87,6 +91,19 @@ def stopped(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StreamVm
         time.sleep(BOOT_S)
         vm.qmp("stop")
         yield vm
+
+
+def wait_for_boot_sector(vm: StreamVm) -> None:
+    """Until the sector of ``write_boot_sector`` counts: the BIOS takes its time on a busy host."""
+
+    def counters() -> bytes:
+        return vm.memory(576 << 10)[64 << 10 :: PAGE]
+
+    def moves() -> bool:
+        before = counters()
+        return all(before) and all(map(ne, before, counters()))
+
+    wait_until(moves, "the boot sector does not run")
 
 
 def require_capability(vm: StreamVm, name: str) -> None:
@@ -222,7 +239,10 @@ def test_a_stream_from_parts_loads_without_a_warning(
 ) -> None:
     boot = write_boot_sector(tmp_path) if machine in ("q35-smp", "pc") else []
     with stream_vm([*MACHINES[machine], *boot], tmp_path) as source:
-        time.sleep(BOOT_S)
+        if boot:
+            wait_for_boot_sector(source)
+        else:
+            time.sleep(BOOT_S)
         source.qmp("stop")
         sections = [
             with_run_state(s, state) if s.idstr == "globalstate" else s
@@ -244,8 +264,7 @@ def test_a_stream_from_parts_loads_without_a_warning(
         if boot:
             loaded.qmp("cont")
             before = loaded.memory(640 << 10)
-            time.sleep(0.3)
-            assert loaded.memory(640 << 10) != before
+            wait_until(lambda: loaded.memory(640 << 10) != before, "it does not go on")
         assert loaded.quit() == ""
         assert loaded.process.returncode == 0
 
@@ -253,7 +272,7 @@ def test_a_stream_from_parts_loads_without_a_warning(
 def test_running_is_restored_running(tmp_path: Path) -> None:
     boot = write_boot_sector(tmp_path)
     with stream_vm([*BASE, *boot], tmp_path) as source:
-        time.sleep(BOOT_S)
+        wait_for_boot_sector(source)
         source.qmp("stop")
         sections = split_device_state(source.device_state())
         ram = replay(read(source.migrate()))
@@ -262,7 +281,7 @@ def test_running_is_restored_running(tmp_path: Path) -> None:
     refusing = subprocess.run(
         [qemu_binary(), "-display", "none", *BASE, *boot, "-incoming", f"exec:cat {path}"],
         capture_output=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert refusing.returncode != 0
@@ -278,7 +297,7 @@ def test_running_is_restored_running(tmp_path: Path) -> None:
 def test_a_stream_of_a_background_snapshot(tmp_path: Path) -> None:
     has_uffd_wp().require()
     with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
-        time.sleep(BOOT_S)
+        wait_for_boot_sector(vm)
         vm.capability("background-snapshot")
         stream = vm.migrate()
         assert vm.status() == "running"
@@ -295,15 +314,33 @@ def check_consistent(ram: dict[str, bytes]) -> None:
     assert edges in ([], [1])
 
 
+LOST_PAGES = 8
+"""QEMU 7.2 with TCG loses the last writes to a few hot pages in live precopy, with XBZRLE or
+without: not all, but nearly all must be as in the VM's memory."""
+
+
 def test_live_precopy_sends_pages_again(tmp_path: Path) -> None:
     with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
-        time.sleep(BOOT_S)
+        wait_for_boot_sector(vm)
         stream = vm.migrate()
         memory = vm.memory(RAM_BYTES)
     events = read(stream)
-    ram = replay(events)
-    check_consistent(ram)
-    assert main_block(ram)[: 640 << 10] == memory[: 640 << 10]
+    ram = main_block(replay(events))
+    came = Counter(
+        page
+        for event in events
+        if isinstance(event, Pages) and event.block_index == 0
+        for page in range(event.offset_bytes, event.offset_bytes + len(event.data), PAGE)
+    )
+    assert came.total() > len(came), "none came again"
+    different = [o for o in range(0, 640 << 10, PAGE) if ram[o : o + PAGE] != memory[o : o + PAGE]]
+    assert len(different) <= LOST_PAGES
+
+
+def passes_of_guest(vm: StreamVm) -> int:
+    """How often the bare-metal guest has written all of its pages."""
+    report = check_pages(guest_pages(vm.memory(RAM_BYTES)))
+    return report.newer if report.pages == report.expected_pages else 0
 
 
 def test_xbzrle_pages_are_applied(tmp_path: Path) -> None:
@@ -313,11 +350,11 @@ def test_xbzrle_pages_are_applied(tmp_path: Path) -> None:
     path = tmp_path / "stream.bin"
     with stream_vm([*BASE, "-nodefaults", *guest], tmp_path) as vm:
         require_capability(vm, "xbzrle")
-        time.sleep(2 * BOOT_S)
+        wait_until(lambda: passes_of_guest(vm) > 2, "the guest does not write")
         vm.capability("xbzrle")
         vm.qmp("migrate-set-parameters", **{"max-bandwidth": 6 * MIB, "downtime-limit": 1})
         vm.qmp("migrate", uri=f"exec:cat>{path}")
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 120
         while (answer := vm.qmp("query-migrate")).get("status") != "completed":
             assert time.monotonic() < deadline, "QEMU does not end"
             if answer.get("xbzrle-cache", {}).get("pages", 0) > 500:
@@ -329,9 +366,7 @@ def test_xbzrle_pages_are_applied(tmp_path: Path) -> None:
     ram = main_block(replay(read(stream, applied)))
     assert len(applied) > 20
     different = [o for o in applied if ram[o : o + PAGE] != memory[o : o + PAGE]]
-    # QEMU 7.2 with TCG loses the last writes to a few hot pages in live precopy, also without
-    # XBZRLE: not all, but nearly all must be as in the VM's memory.
-    assert len(different) <= 8
+    assert len(different) <= LOST_PAGES
     with pytest.raises(DataError, match="XBZRLE"):
         verify_stream(io.BytesIO(stream))
 
@@ -339,7 +374,7 @@ def test_xbzrle_pages_are_applied(tmp_path: Path) -> None:
 def test_compressed_pages(tmp_path: Path) -> None:
     with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
         require_capability(vm, "compress")
-        time.sleep(BOOT_S)
+        wait_for_boot_sector(vm)
         vm.qmp("stop")
         memory = vm.memory(RAM_BYTES)
         vm.capability("compress")
@@ -413,7 +448,7 @@ def test_return_path_and_postcopy_advice(tmp_path: Path) -> None:
     """A postcopy source that never switches over sends an ordinary stream with commands."""
     with stream_vm([*BASE, "-S"], tmp_path) as vm:
         vm.capability("postcopy-ram")
-        (stream,) = vm.migrate_to_socket()
+        (stream,) = vm.migrate_to_socket(1)
     events = read(stream)
     codes = [e.code for e in events if isinstance(e, Command)]
     assert codes[:1] == [1]
@@ -427,8 +462,7 @@ def test_return_path_and_postcopy_advice(tmp_path: Path) -> None:
 def test_multifd_is_refused_by_name(tmp_path: Path) -> None:
     with stream_vm([*BASE, "-S"], tmp_path) as vm:
         vm.capability("multifd")
-        channels = vm.migrate_to_socket()
-    assert len(channels) > 1
+        channels = vm.migrate_to_socket(3)
     for channel in channels:
         with pytest.raises(DataError, match="multifd"):
             read(channel)
@@ -489,7 +523,10 @@ def test_registers_are_those_that_the_monitor_prints(guest: str, tmp_path: Path)
     if guest == "sector":
         (tmp_path / "boot.img").write_bytes(REGISTER_SECTOR + bytes(MIB))
     with stream_vm([*BASE, "-smp", "2", *(boot if guest == "sector" else [])], tmp_path) as vm:
-        time.sleep(BOOT_S if guest == "sector" else 0.2)
+        if guest == "sector":
+            wait_until(lambda: "=12345678" in vm.hmp("info registers"), "it does not run")
+        else:
+            time.sleep(0.2)
         vm.qmp("stop")
         printed = vm.hmp("info registers -a").split("CPU#")[1:]
         sections = [s for s in split_device_state(vm.device_state()) if s.idstr == "cpu"]

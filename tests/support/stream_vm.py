@@ -14,10 +14,10 @@ from threading import Thread
 from typing import Any
 
 from guests.qemu import qemu_binary
+from tests.support.waiting import wait_until
 
 TIMEOUT_S = 60
-_SILENCE_S = 10
-"""After which nothing more comes, on a busy host either."""
+_SILENT_S = 10.0
 
 WRITER_BOOT_SECTOR = (
     bytes.fromhex(
@@ -27,6 +27,12 @@ WRITER_BOOT_SECTOR = (
     + b"\x55\xaa"
 )
 """Boots on any x86 and changes one byte in each page from 64 KiB to 576 KiB, forever."""
+
+
+def into_file(path: Path) -> str:
+    """The URI of a migration into a file, which has its name only once all is in it: QEMU calls a
+    migration completed while ``cat`` may still have some of it to write."""
+    return f"exec:cat>{path}.part && mv {path}.part {path}"
 
 
 class QmpError(Exception):
@@ -103,12 +109,14 @@ class StreamVm:
     def migrate(self) -> bytes:
         """The stream of a migration to a file."""
         path = self.directory / "stream.bin"
-        self.qmp("migrate", uri=f"exec:cat>{path}")
+        path.unlink(missing_ok=True)
+        self.qmp("migrate", uri=into_file(path))
         self.wait_migrated()
+        wait_until(path.exists)
         return path.read_bytes()
 
-    def migrate_to_socket(self) -> list[bytes]:
-        """What a migration sends on each of its channels to one that only listens.
+    def migrate_to_socket(self, count: int) -> list[bytes]:
+        """What a migration sends on each of its ``count`` channels to one that only listens.
 
         The status is not waited for: with a return path QEMU waits for the other side.
         """
@@ -120,13 +128,11 @@ class StreamVm:
             listener.listen()
             listener.settimeout(TIMEOUT_S)
             self.qmp("migrate", uri=f"unix:{path}")
-            with contextlib.suppress(TimeoutError):
-                while True:
-                    channel, _ = listener.accept()
-                    listener.settimeout(_SILENCE_S)
-                    channels.append(bytearray())
-                    threads.append(Thread(target=_drain, args=(channel, channels[-1])))
-                    threads[-1].start()
+            for _ in range(count):
+                channel, _ = listener.accept()
+                channels.append(bytearray())
+                threads.append(Thread(target=_drain, args=(channel, channels[-1])))
+                threads[-1].start()
         for thread in threads:
             thread.join(TIMEOUT_S)
         return [bytes(c) for c in channels]
@@ -176,7 +182,7 @@ class StreamVm:
 
 def _drain(channel: socket.socket, into: bytearray) -> None:
     """Read until the other side is silent: it may keep the connection open."""
-    channel.settimeout(_SILENCE_S)
+    channel.settimeout(_SILENT_S)
     with channel, contextlib.suppress(TimeoutError, ConnectionError):
         while part := channel.recv(1 << 20):
             into += part
