@@ -54,7 +54,7 @@ def assert_thawed(domain: GuestDomain) -> None:
 
     def thawed() -> bool:
         try:
-            return bool(domain.ask_agent(STATUS) == "thawed")
+            return bool(domain.ask_agent(STATUS, timeout_s=10) == "thawed")
         except MachineError:
             return False
 

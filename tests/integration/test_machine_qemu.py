@@ -23,6 +23,7 @@ import pytest
 from stillframe.errors import BusyError, MachineError, NotFoundError, RefusedError, UsageError
 from stillframe.machine.finding import connect, find_vm, list_vms
 from stillframe.machine.process.device_state import DeviceStateSaver, save_device_state
+from stillframe.machine.process.vm_info import VmInfo
 from stillframe.machine.qemu import ramblocks
 from stillframe.machine.qemu.machine import QemuMachine
 from stillframe.machine.qemu.ram_list import RamListError
@@ -33,6 +34,7 @@ from stillframe.qmp.command import QmpCommandError
 from tests.support.bare_vm import BareVm
 from tests.support.listening import wait_listening
 from tests.support.probes import has_huge_pages, has_kvm, has_qemu
+from tests.support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.qemu,
@@ -309,6 +311,12 @@ def test_memory_that_is_not_plugged_in_is_no_block() -> None:
         assert {(b.idstr, b.used_length_bytes) for b in blocks} == monitor_sees(machine)
 
 
+def page_at(pid: int, address: int) -> bytes:
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        memory.seek(address)
+        return memory.read(4096)
+
+
 def test_shared_memory_is_the_same_through_its_file(tmp_path: Path) -> None:
     """What the snapshotter maps itself: descriptor and offset lead to the block's bytes."""
     file = tmp_path / "ram"
@@ -324,14 +332,11 @@ def test_shared_memory_is_the_same_through_its_file(tmp_path: Path) -> None:
             BareVm("-M", "q35", "-m", "64", "-object", backend, *MAIN) as vm,
             connect(vm.qmp) as machine,
         ):
-            time.sleep(BIOS_S)
-            machine.stop()
             block = by_name(machine.ram_blocks())["m0"]
             assert block.backing_offset_bytes == offset
-            with Path(f"/proc/{vm.pid}/mem").open("rb", buffering=0) as memory:
-                memory.seek(block.hva)
-                seen = memory.read(4096)
-            assert any(seen), "the BIOS has written its tables"
+            wait_until(lambda at=(vm.pid, block.hva): any(page_at(*at)))  # the BIOS's tables
+            machine.stop()
+            seen = page_at(vm.pid, block.hva)
             with Path(f"/proc/{vm.pid}/fd/{block.backing_fd}").open("rb", buffering=0) as backing:
                 backing.seek(block.backing_offset_bytes)
                 assert backing.read(4096) == seen
@@ -431,22 +436,28 @@ def test_announced_commands_are_run_only_when_completed(booted: BareVm) -> None:
         # A guard that inherited the connection has to say its command all the same.
         with qmp.socket.dup() as guard:
             guard.sendall(b'\xff\n{"execute": "system_reset", "id": "guard"}\n')
-        assert reset.wait(5)
+        assert reset.wait(60)
 
 
 # Finding and describing
 
 
 def test_list_vms_tells_what_runs(booted: BareVm) -> None:
-    vm = next(vm for vm in list_vms(ask_version=True) if vm.pid == booted.pid)
+    def asked() -> VmInfo:
+        return next(vm for vm in list_vms(ask_version=True) if vm.pid == booted.pid)
+
+    # It is asked for a moment only, in which a busy host may leave it no time to answer.
+    wait_until(lambda: asked().version is not None)
+    vm = next(vm for vm in list_vms() if vm.pid == booted.pid)
     assert vm.name == BOOTED_NAME
     assert vm.ram_bytes == 128 * MIB
     assert vm.accelerator == "tcg"
     assert vm.uid == os.getuid()
     assert abs(vm.started_s - time.time()) < 3600
     assert vm.qmp_addresses == (booted.qmp, booted.second_qmp)
-    assert vm.version is not None
-    assert re.fullmatch(r"\d+\.\d+\.\d+", vm.version)
+    found: list[str | None] = []
+    wait_until(lambda: found.append(asked().version) or found[-1] is not None)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found[-1] or "")
 
 
 def test_a_held_monitor_is_not_waited_for_by_ps(booted: BareVm) -> None:
@@ -454,7 +465,7 @@ def test_a_held_monitor_is_not_waited_for_by_ps(booted: BareVm) -> None:
         began = time.monotonic()
         vm = next(vm for vm in list_vms(ask_version=True) if vm.pid == booted.pid)
         assert vm.version is None
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10, "five seconds for each, as for any other command"
 
 
 def test_a_vm_is_found_by_name_pid_and_socket(booted: BareVm) -> None:
@@ -520,7 +531,7 @@ def test_a_stuck_vm_is_a_clear_error() -> None:
                 QmpClient.connect(vm.second_qmp, timeout_s=0.2)
         finally:
             os.kill(vm.pid, signal.SIGCONT)
-        assert qmp.execute("query-status", timeout_s=10)
+        assert qmp.execute("query-status", timeout_s=60)
 
 
 def test_a_socket_whose_path_was_used_before_is_asked_itself(tmp_path: Path) -> None:
@@ -559,7 +570,7 @@ def test_an_inherited_monitor_socket_is_found(tmp_path: Path) -> None:
             os._exit(127)
         os.close(fd)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(NotFoundError, BusyError):
                 with connect(INHERITED_NAME) as machine:
@@ -578,9 +589,7 @@ def test_an_ambiguous_name_and_a_vm_without_monitor() -> None:
         BareVm("-S", "-m", "32", name=TWIN_NAME) as one,
         BareVm("-S", "-m", "32", name=TWIN_NAME, qmp=False) as two,
     ):
-        deadline = time.monotonic() + 5
-        while two.pid not in {vm.pid for vm in list_vms()} and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: two.pid in {vm.pid for vm in list_vms()})
         with pytest.raises(UsageError, match=f"2 VMs.*{one.pid}, {two.pid}|{two.pid}, {one.pid}"):
             find_vm(TWIN_NAME)
         with pytest.raises(UsageError, match="no QMP monitor"):
@@ -602,7 +611,7 @@ def test_a_held_monitor_is_busy_and_another_is_used(booted: BareVm) -> None:
     with QmpClient.connect(booted.qmp):
         with pytest.raises(BusyError, match="in use by another client"):
             connect(booted.qmp, timeout_s=0.3)
-        with connect(BOOTED_NAME, timeout_s=0.3) as machine:
+        with connect(BOOTED_NAME, timeout_s=3) as machine:
             assert machine.qmp.address == booted.second_qmp
         with (
             QmpClient.connect(booted.second_qmp),
@@ -659,7 +668,7 @@ def test_stop_cont_and_events(booted: BareVm) -> None:
         machine.cont()
         assert machine.status() == "running"
         machine.qmp.execute("system_reset")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while "RESET" not in {event.name for event in watch.seen()}:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -680,9 +689,12 @@ def blockers(machine: QemuMachine, mode: Any = "background") -> dict[str, str]:
 
 def test_nothing_hinders_a_plain_machine(booted: BareVm) -> None:
     with connect(booted.qmp) as machine:
-        before = time.monotonic()
-        assert machine.preflight() == []
-        assert time.monotonic() - before < 0.5, "0.03 s is usual"
+        took_s: list[float] = []
+        for _ in range(10):  # others on the host may take the time of any one
+            before = time.monotonic()
+            assert machine.preflight() == []
+            took_s.append(time.monotonic() - before)
+        assert min(took_s) < 0.5, "0.03 s is usual"
 
 
 IVSHMEM = ["-object", "memory-backend-ram,size=1M,id=iv,share=on", "-device",
@@ -774,7 +786,7 @@ def test_a_second_process_that_maps_the_ram_is_named() -> None:
                     fd = os.open(path, os.O_RDWR)
                     mapping = mmap.mmap(fd, 4096, access=access)
                     os.write(tell, b"x")
-                    time.sleep(30)
+                    time.sleep(600)
                     mapping.close()
                 os._exit(0)
             try:
@@ -807,7 +819,7 @@ def test_a_running_migration_is_refused() -> None:
         crawl(machine, sink)
         assert blockers(machine) == {"migration-running": "busy"}
         machine.qmp.execute("migrate_cancel")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while found := blockers(machine):
             assert time.monotonic() < deadline, found
             time.sleep(0.05)
@@ -828,7 +840,7 @@ def test_another_userfaultfd_is_refused() -> None:
         except QmpCommandError as error:
             pytest.skip(f"missing uffd-wp: {error.description}")
         crawl(machine, sink)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while "userfaultfd" not in (found := blockers(machine)):
             assert time.monotonic() < deadline, found
             time.sleep(0.05)

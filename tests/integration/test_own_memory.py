@@ -22,6 +22,7 @@ from stillframe.capture.signal_protection import SignalProtection, chunk_bytes
 from stillframe.errors import BusyError, HostError, SnapshotFailed
 from stillframe.model import ProtectionKind, StoppedWrite
 from tests.support.own_writer import OwnWriter, capturing, take_own, write_words
+from tests.support.waiting import wait_until
 from tests.support.writer_process import Captured, drain
 
 PAGE = 4096
@@ -49,7 +50,7 @@ def written(*lengths_bytes: int, pause_us: int = 0) -> Iterator[list[OwnWriter]]
 
 def moves(writer: OwnWriter) -> bool:
     before = writer.pages
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 60
     while writer.pages == before and time.monotonic() < deadline:
         time.sleep(0.001)
     return writer.pages > before
@@ -152,9 +153,7 @@ def test_a_full_spill_makes_writers_wait_and_loses_nothing(kind: ProtectionKind)
         capture.protect_written()
         capture.instant()
         writer.go_on()
-        deadline = time.monotonic() + 10
-        while not capture.statistics()["stalls"] and time.monotonic() < deadline:
-            time.sleep(0.002)
+        wait_until(lambda: capture.statistics()["stalls"])
         waiting = writer.pages
         time.sleep(0.1)
         assert writer.pages == waiting, "it did not wait"
@@ -169,22 +168,25 @@ def test_a_full_spill_makes_writers_wait_and_loses_nothing(kind: ProtectionKind)
 @each_kind
 @pytest.mark.parametrize("stage", ["registered", "armed", "hold", "active", "swept"])
 def test_release_at_any_stage_lets_our_own_writers_go(kind: ProtectionKind, stage: str) -> None:
+    took_s: list[float] = []
     with written(4 * MIB, 2 * MIB) as writers:
         rams = [writer.ram for writer in writers]
-        with capturing(kind, rams, spill_bytes=2 * MIB) as capture:
-            if stage != "registered":
-                capture.arm()
-            if stage == "hold":
-                capture._core.set_phase(ram_capture._capture.PHASE_HOLD)
-            if stage in ("active", "swept"):
-                capture.instant()
-            if stage == "swept":
-                drain(capture, {ram.idstr: Captured() for ram in rams})
-            began = time.monotonic()
-            capture.release()
-            assert time.monotonic() - began < 1
+        for _ in range(3):  # others on the host may take the time of any one
+            with capturing(kind, rams, spill_bytes=2 * MIB) as capture:
+                if stage != "registered":
+                    capture.arm()
+                if stage == "hold":
+                    capture._core.set_phase(ram_capture._capture.PHASE_HOLD)
+                if stage in ("active", "swept"):
+                    capture.instant()
+                if stage == "swept":
+                    drain(capture, {ram.idstr: Captured() for ram in rams})
+                began = time.monotonic()
+                capture.release()
+                took_s.append(time.monotonic() - began)
+                assert all(moves(writer) for writer in writers)
             assert all(moves(writer) for writer in writers)
-        assert all(moves(writer) for writer in writers)
+    assert min(took_s) < 1
 
 
 def test_releases_race_with_the_faults_of_many_threads() -> None:
@@ -338,7 +340,7 @@ def test_a_thread_that_writes_while_rounds_are_taken_is_never_missed() -> None:
         rounds = 0
         with OwnWriter(ram) as writer:
             deadline = time.monotonic() + 1
-            while time.monotonic() < deadline:
+            while time.monotonic() < deadline or rounds <= 10:
                 for _, first, count in capture.take_written():
                     start, end = first * PAGE, (first + count) * PAGE
                     copy[start:end] = ram.read(start, end - start)

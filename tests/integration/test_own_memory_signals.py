@@ -19,7 +19,7 @@ def run(scenario: str, argument: str = "") -> tuple[int, str, str]:
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     return done.returncode, done.stdout.strip(), done.stderr

@@ -23,7 +23,7 @@ def run(prefer: str, *how: str) -> str:
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -71,7 +71,9 @@ def test_all_commands_are_tried(board: str) -> None:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(st.sampled_from(COMMANDS.split()), ARGUMENTS), max_size=12))
 def test_any_arguments(board: str, commands: list[tuple[str, dict[str, object]]]) -> None:
@@ -87,7 +89,9 @@ def test_any_arguments(board: str, commands: list[tuple[str, dict[str, object]]]
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.sampled_from(COMMANDS.split()), st.data())
 def test_few_arguments(board: str, name: str, data: st.DataObject) -> None:

@@ -275,7 +275,7 @@ def test_what_is_told_of_a_migration(pair: Pair) -> None:
         one.execute("getfd", {"fdname": "stream"}, (memfd,))
         os.close(memfd)
         one.execute("migrate", {"uri": "fd:stream"})
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 60
         while (info := one.execute("query-migrate"))["status"] != "completed":
             assert time.monotonic() < deadline_s
         told.append(info)

@@ -56,7 +56,9 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RawQmp]:
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(COMMANDS, max_size=12).map(b"".join))
 def test_the_same_answers_to_commands(qemu: RawQmp, ours: RawQmp, data: bytes) -> None:
@@ -64,7 +66,9 @@ def test_the_same_answers_to_commands(qemu: RawQmp, ours: RawQmp, data: bytes) -
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(GARBAGE | st.binary(min_size=1, max_size=3), max_size=25).map(b"".join))
 def test_the_byte_ff_ends_any_garbage(qemu: RawQmp, ours: RawQmp, data: bytes) -> None:

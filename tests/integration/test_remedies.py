@@ -22,6 +22,7 @@ from stillframe.qmp.client import QmpClient
 from tests.support.bare_vm import BareVm
 from tests.support.probes import has_uffd_wp
 from tests.support.round_trip import take_machine
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -154,10 +155,9 @@ def tracer(pid: int) -> Iterator[subprocess.Popen[bytes]]:
         words = [sys.executable, "-c", TRACE, str(pid)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(500):
-            if f"TracerPid:\t{process.pid}\n" in Path(f"/proc/{pid}/status").read_text():
-                break
-            time.sleep(0.02)
+        wait_until(
+            lambda: f"TracerPid:\t{process.pid}\n" in Path(f"/proc/{pid}/status").read_text()
+        )
         yield process
     finally:
         process.terminate()
@@ -198,8 +198,7 @@ def test_a_debugger_that_holds_the_vm_is_named(tmp_path: Path, by: str) -> None:
             stderr=subprocess.DEVNULL,
         )
         try:
-            while "tracing stop" not in Path(f"/proc/{vm.pid}/status").read_text():
-                time.sleep(0.05)
+            wait_until(lambda: "tracing stop" in Path(f"/proc/{vm.pid}/status").read_text())
             with pytest.raises(HostError, match=rf"process {gdb.pid} \(gdb\) traces") as refused:
                 connect(ref, timeout_s=1.0)
             assert "--mode stop" not in (refused.value.remedy or "")
@@ -234,9 +233,10 @@ def test_a_busy_monitor_and_a_second_one(tmp_path: Path) -> None:
 
 
 def test_two_vms_of_one_name() -> None:
-    with BareVm("-m", "64", name="twin") as first, BareVm("-m", "64", name="twin") as second:
+    twin = f"twin-{os.getpid()}"
+    with BareVm("-m", "64", name=twin) as first, BareVm("-m", "64", name=twin) as second:
         with pytest.raises(UsageError, match="2 VMs are called") as refused:
-            connect("twin")
+            connect(twin)
         pids = re.findall(r"\d+", refused.value.remedy or "")
         assert sorted(map(int, pids)) == sorted([first.pid, second.pid])
         with connect(pids[0]) as machine:
@@ -244,7 +244,8 @@ def test_two_vms_of_one_name() -> None:
 
 
 def test_a_name_that_nobody_has() -> None:
-    with BareVm("-m", "64", name="here") as vm:
+    here = f"here-{os.getpid()}"
+    with BareVm("-m", "64", name=here) as vm:
         with pytest.raises(NotFoundError) as refused:
             connect("nowhere")
         words = re.search(r"'stillframe (\w+)'", refused.value.remedy or "")
@@ -255,4 +256,4 @@ def test_a_name_that_nobody_has() -> None:
             text=True,
             check=True,
         )
-        assert f"{vm.pid}  here" in listed.stdout
+        assert re.search(rf"\b{vm.pid} +{here}\b", listed.stdout)

@@ -49,7 +49,7 @@ def test_a_9p_file_system_is_unmounted(tmp_path: Path) -> None:
     words = ("-fsdev", f"local,id=f,path={shared},security_model=none", *nine_p.ARGUMENTS)
     with BareVm("-m", "64", *words, "-qtest", f"unix:{wire},server=on,wait=off") as vm:
         take(vm.qmp, tmp_path)
-        guest = nine_p.NinePGuest(wire)
+        guest = nine_p.NinePGuest(wire, Path(vm.second_qmp))
         guest.mount()
         said = refused(vm.qmp, tmp_path)
         assert "migration-blocker" in said

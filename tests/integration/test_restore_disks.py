@@ -86,7 +86,7 @@ def test_the_guest_finds_its_disks(
     assert len([note for note in again.notes if "as it was at the instant" in note]) == 2
     console = SerialConsole(Path(next(path for path in again.sockets if "serial" in path)))
     try:
-        before, deadline = _writes(again), time.monotonic() + 60
+        before, deadline = _writes(again), time.monotonic() + 180
         while _writes(again) < before + 40:
             assert time.monotonic() < deadline, "the restored guest does not write"
             time.sleep(0.1)

@@ -119,7 +119,7 @@ def test_what_a_new_vm_was_given_counts_as_touched(tmp_path: Path) -> None:
         backend = f"memory-backend-file,mem-path={reused},share=on,id=m,size=64M"
         with (
             BareVm("-S", "-m", "64", "-object", backend, "-machine", "memory-backend=m") as vm,
-            QmpClient.connect(vm.qmp, timeout_s=10) as qmp,
+            QmpClient.connect(vm.qmp, timeout_s=60) as qmp,
         ):
             touched = touched_pages(vm.pid, qmp)
             blocks = {block.idstr: block for block in read_ram_blocks(vm.pid, qmp)}

@@ -43,7 +43,7 @@ def test_the_state_is_kept(qemu: str, state: str, tmp_path: Path) -> None:
                 assert not file.exists()
             else:
                 api.take(vm.qmp, file, mode=mode).wait(60)
-            with QmpClient.connect(vm.second_qmp, timeout_s=30) as qmp:
+            with QmpClient.connect(vm.second_qmp, timeout_s=60) as qmp:
                 assert state_of(qmp) == state
                 if mode == "stop" and state == "suspended":
                     qmp.execute("system_wakeup")

@@ -12,6 +12,7 @@ import pytest
 from guests.qemu import GuestVm
 from stillframe import api
 from stillframe.errors import HostError, SinkError
+from stillframe.restore import restored as restored_room
 from stillframe.restore.restored import list_restored
 from stillframe.store import keys as keys_room
 from stillframe.store import open_snapshot, removing
@@ -52,6 +53,7 @@ def store(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The default store; VMs that were restored end with the test."""
     monkeypatch.setenv("STILLFRAME_STORE", server.url)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(restored_room, "ROOTS_RUN", tmp_path / "stillframe")  # not others' VMs
     tmp_path.chmod(0o700)
     yield api.init()
     for vm in list_restored():

@@ -110,12 +110,13 @@ def test_without_protection_the_check_fails(
     vm = linux_guest(**FULL_LOAD)
     core = ram_capture._capture
     monkeypatch.setattr(core, "PHASE_ACTIVE", core.PHASE_RELEASE)
-    torn = 0
-    for number in range(3):
-        file = tmp_path / f"{number}.still"
+    file = tmp_path / "a.still"
+    for _ in range(20):  # on a busy host the sweep may be over before the guest goes on
         take(vm, file)
-        torn += not consistency(vm, file).consistent
-    assert torn > 0
+        if not consistency(vm, file).consistent:
+            return
+        file.unlink()
+    pytest.fail("no snapshot was torn")
 
 
 def test_numbers_add_up(linux_guest: GuestFactory, tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_starts_again_in_plain_qemu(linux_guest: GuestFactory, tmp_path: Path) -
         binary=qemu_binary(),
     )
     with again.start(wait_ready=False):
-        tick = again.wait_tick(30)
+        tick = again.wait_tick()
         assert tick.passes > 0
         assert again.command("audit").startswith("audit ok")
         assert vm.is_progressing()
@@ -212,10 +213,10 @@ def test_a_second_snapshot_at_the_same_time_is_refused(
             lambda control: take_snapshot(control, two, LocalSink(tmp_path / "2.still"), slow)
         )
         with pytest.raises(BusyError, match="another snapshot"):
-            second.wait(10)
+            second.wait(60)
         first.cancel()
         with pytest.raises(SnapshotCancelled):
-            first.wait(10)
+            first.wait(60)
     assert vm.is_progressing()
     assert not list(tmp_path.glob("*.still"))
 
@@ -366,7 +367,7 @@ def test_the_state_of_a_paused_vm_is_told(linux_guest: GuestFactory, tmp_path: P
             time.sleep(0.01)
         job.cancel()
         with pytest.raises(SnapshotCancelled) as cancelled:
-            job.wait(20)
+            job.wait(60)
     assert cancelled.value.guest_state == "paused"
 
 

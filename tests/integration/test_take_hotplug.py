@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +12,15 @@ from stillframe.errors import SnapshotFailed
 from stillframe.machine.finding import connect
 from stillframe.model import RamBlock
 from stillframe.qmp.client import QmpClient
+from stillframe.snapshot.encoders import Encoders
 from stillframe.snapshot.job import SnapshotJob
 from stillframe.snapshot.options import SnapshotOptions
 from stillframe.snapshot.take import take_snapshot
-from stillframe.snapshot.taken import TakenSnapshot
 from stillframe.store import open_snapshot
 from stillframe.store.backends.local import LocalSink
 from tests.support.bare_vm import BareVm
 from tests.support.probes import has_qemu, has_uffd_wp
+from tests.support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.qemu,
@@ -37,35 +38,34 @@ def _needs_uffd() -> None:
 
 
 def plug(vm: BareVm, *devices: dict[str, object]) -> None:
-    with QmpClient.connect(vm.second_qmp, timeout_s=10) as qmp:
+    with QmpClient.connect(vm.second_qmp, timeout_s=60) as qmp:
         for device in devices:
             qmp.execute("object-add" if "qom-type" in device else "device_add", device)
 
 
 @pytest.mark.parametrize("devices", [(NIC,), (BACKEND, DIMM)], ids=["nic", "dimm"])
 def test_what_is_plugged_in_after_the_instant_is_noted(
-    devices: tuple[dict[str, object], ...], tmp_path: Path
+    devices: tuple[dict[str, object], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "a.still"
-    found: list[TakenSnapshot] = []
-    with BareVm("-nodefaults", "-m", "64,slots=2,maxmem=1G") as vm:
-        time.sleep(1)  # the BIOS
-        with connect(vm.qmp) as machine:
-            options = SnapshotOptions(max_bandwidth_bytes_per_s=60 << 10)
-            job = SnapshotJob(
-                lambda control: take_snapshot(control, machine, LocalSink(file), options)
-            )
-            waiter = threading.Thread(target=lambda: found.append(job.wait(60)))
-            waiter.start()
-            deadline = time.monotonic() + 10
-            while job.stats.phase != "saving":
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+    drain, plugged = Encoders.drain, threading.Event()
+
+    def later(encoders: Encoders, *arguments: Any) -> None:
+        plugged.wait(120)
+        drain(encoders, *arguments)
+
+    monkeypatch.setattr(Encoders, "drain", later)
+    with BareVm("-nodefaults", "-m", "64,slots=2,maxmem=1G") as vm, connect(vm.qmp) as machine:
+        job = SnapshotJob(
+            lambda control: take_snapshot(control, machine, LocalSink(file), SnapshotOptions())
+        )
+        try:
+            wait_until(lambda: job.stats.phase == "saving")
             plug(vm, *devices)
-            assert waiter.is_alive(), "the take was over before"
-            waiter.join(60)
-    assert found
-    assert any("appeared after the instant" in note for note in found[0].notes)
+        finally:
+            plugged.set()
+        found = job.wait(60)
+    assert any("appeared after the instant" in note for note in found.notes)
     with open_snapshot(file) as snapshot:
         assert all(block.idstr != "d0" for block in snapshot.blocks)
         assert snapshot.verify().missing_pages == 0

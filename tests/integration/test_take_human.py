@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,14 @@ from tests.support.newer_qemu import require_newer_qemu
 from tests.support.probes import has_linux_guest, has_uffd_wp
 from tests.support.restoring import Restores
 from tests.support.taking import consistency, finish, start_take
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu]
 
 MODES: tuple[api.Mode, ...] = ("background", "stop")
 STOCK, NEWER = "stock", "newer"
+SMALL = f"small-{os.getpid()}"
+"""No other VM of this host is called so."""
 WAY = {"background": "its own background snapshot", "stop": "while it was stopped"}
 
 
@@ -116,16 +120,17 @@ def test_kill_9(vm: HumanGuestVm, tmp_path: Path, point: str, mode: str) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["b.still"]
 
 
-def retry(take: object) -> None:
+def retry(take: Callable[[], object]) -> None:
     """Until the guard, which is at work yet, has let go of the monitor, and put all back."""
-    for _ in range(20):
+
+    def is_taken() -> bool:
         try:
-            take()  # type: ignore[operator]
+            take()
         except BusyError:
-            continue
-        else:
-            return
-    raise AssertionError("the guard holds on to the monitor")
+            return False
+        return True
+
+    wait_until(is_taken, "the guard holds on to the monitor", within_s=120.0)
 
 
 class Sink:
@@ -188,7 +193,7 @@ class started(BareVm):  # noqa: N801 - used like a function
         self._path = path
         monitor = ("-monitor", f"unix:{path},server=on,wait=off")
         machine = ("-nodefaults", "-M", "q35", "-m", "16")
-        super().__init__(*machine, *monitor, *arguments, name="smallhuman", qmp=False)
+        super().__init__(*machine, *monitor, *arguments, name=SMALL, qmp=False)
         wait_listening(path)
 
     def __enter__(self) -> Path:  # type: ignore[override]
@@ -197,11 +202,11 @@ class started(BareVm):  # noqa: N801 - used like a function
 
 def test_by_name_into_a_store(small: Path, tmp_path: Path) -> None:
     store = api.init(tmp_path / "store")
-    taken = api.take("smallhuman", store=store, tags=("first",)).wait(60)
-    with api.open(api.locate("smallhuman@first", store=store)) as snapshot:
+    taken = api.take(SMALL, store=store, tags=("first",)).wait(60)
+    with api.open(api.locate(f"{SMALL}@first", store=store)) as snapshot:
         assert snapshot.id == taken.id
     with pytest.raises(UsageError, match="no QMP monitor"):
-        api.connect("smallhuman")
+        api.connect(SMALL)
 
 
 def test_what_is_refused(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

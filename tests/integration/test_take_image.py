@@ -113,7 +113,7 @@ def test_the_guest_does_not_wait_for_a_slow_disk_of_the_image(
     def slow(*args: object, **options: object) -> None:
         nonlocal written
         written += 1
-        done.wait(0.3)
+        done.wait(1.0)
         write(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(NewImage, "write", slow)

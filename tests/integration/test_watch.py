@@ -174,7 +174,7 @@ def test_after_a_reset_nothing_is_taken_on_trust(
             told = threading.Event()
             forget = qmp.subscribe(lambda event: told.set() if event.name == "RESET" else None)
             qmp.execute("system_reset")
-            assert told.wait(30)
+            assert told.wait(60)
             forget()
 
         steps = Steps(reset)
@@ -221,7 +221,7 @@ def test_a_device_that_was_unplugged_ends_what_was_tracked(store: Store) -> None
                 lambda event: told.set() if event.name == "DEVICE_DELETED" else None
             )
             qmp.execute("device_del", {"id": "t1"})
-            assert told.wait(30)
+            assert told.wait(60)
             forget()
 
         steps = Steps(unplug)

@@ -12,6 +12,10 @@ import socket
 import struct
 import time
 from pathlib import Path
+from typing import Any
+
+from guests.monitor import qmp_execute
+from tests.support.waiting import wait_until
 
 ARGUMENTS = (
     "-M",
@@ -28,14 +32,14 @@ _NO_TAG, _NO_FID = 0xFFFF, 0xFFFFFFFF
 
 
 class NinePGuest:
-    """``socket_path``: of ``-qtest unix:...,server=on,wait=off``."""
+    """``socket_path``: of ``-qtest unix:...,server=on,wait=off``; ``monitor``: a free one."""
 
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(self, socket_path: Path, monitor: Path) -> None:
         self._link = socket.socket(socket.AF_UNIX)
         self._link.connect(str(socket_path))
         self._lines = self._link.makefile("rw")
         self._sent = 0
-        self._base = self._io_base()
+        self._base = _io_base(monitor)
         self._out("b", 18, 0)
         self._out("b", 18, 3)  # acknowledged, driver
         self._out("l", 4, 0)
@@ -65,17 +69,6 @@ class NinePGuest:
         assert answer.startswith("OK"), answer
         return answer[2:].strip()
 
-    def _io_base(self) -> int:
-        """Where the BIOS has put the device's ports."""
-        deadline_s = time.monotonic() + 60
-        while True:
-            self._ask(f"outl 0xcf8 {0x80000010 | _SLOT << 11:#x}")
-            base = int(self._ask("inl 0xcfc"), 16) & ~3
-            if base:
-                return base
-            assert time.monotonic() < deadline_s
-            time.sleep(0.05)
-
     def _out(self, width: str, register: int, value: int) -> None:
         self._ask(f"out{width} {self._base + register:#x} {value:#x}")
 
@@ -101,6 +94,27 @@ class NinePGuest:
             assert time.monotonic() < deadline_s, "no answer from the device"
             time.sleep(0.01)
         assert self._read(_FROM, 5)[4] == kind + 1
+
+
+def _io_base(monitor: Path) -> int:
+    """Where the BIOS has put the device's ports, once it has switched them on.
+
+    By the monitor: who looks by port I/O is in the way of the BIOS, which does the same.
+    """
+    found: list[int] = []
+
+    def is_mapped() -> bool:
+        buses: Any = qmp_execute(monitor, "query-pci")
+        (device,) = (one for one in buses[0]["devices"] if one["slot"] == _SLOT)
+        found.extend(
+            region["address"]
+            for region in device["regions"]
+            if region["type"] == "io" and region["address"] > 0
+        )
+        return bool(found)
+
+    wait_until(is_mapped, "the BIOS does not map it")
+    return found[0]
 
 
 def _text(text: str) -> bytes:
