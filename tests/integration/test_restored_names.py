@@ -15,11 +15,12 @@ from stillframe.errors import NotFoundError, UsageError
 from stillframe.image.filler import Filler
 from stillframe.image.filling import Filling
 from stillframe.restore import start
-from stillframe.restore.restored import find_restored
+from stillframe.restore.restored import RestoredVm, find_restored
 from tests.integration.cli.program import run
 from tests.support.probes import has_linux_guest, has_uffd_wp
 from tests.support.restored_vms import assert_guest_goes_on
 from tests.support.taking import take
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("places")]
 
@@ -87,6 +88,18 @@ def test_clones_are_not_named_behind_our_back(snapshot: Path) -> None:
         api.fork(snapshot, 1, extra_args=["-name", "other"])
 
 
+def surveyed(vm: RestoredVm) -> api.SurveyedVm:
+    """As the survey has it, once its monitor has answered: it is asked for a moment only."""
+    found: list[api.SurveyedVm] = []
+
+    def has_answered() -> bool:
+        found.extend(one for one in api.survey() if one.pid == vm.pid)
+        return found[-1].version is not None
+
+    wait_until(has_answered)
+    return found[-1]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_that_is_being_filled_is_not_said_to_be_unfit(
     snapshot: Path, monkeypatch: pytest.MonkeyPatch, count: int
@@ -99,7 +112,7 @@ def test_one_that_is_being_filled_is_not_said_to_be_unfit(
         patch.setattr(start, "hand_over", lambda filling, _path: held.append(filling))
         vm, *_ = api.fork(snapshot, count)
     assert vm.is_being_filled
-    (seen,) = [one for one in api.survey() if one.pid == vm.pid]
+    seen = surveyed(vm)
     assert seen.snapshotable
     assert seen.reasons == (
         "its image is being filled: take, fork and watch wait until all is there",
@@ -111,5 +124,5 @@ def test_one_that_is_being_filled_is_not_said_to_be_unfit(
     }
     held[0].sweep()
     assert held[0].wait(60)
-    (seen,) = [one for one in api.survey() if one.pid == vm.pid]
+    seen = surveyed(vm)
     assert (seen.snapshotable, seen.reasons) == (True, ())

@@ -16,7 +16,7 @@ from stillframe.image.filling import Filling
 from stillframe.snapshot.encoders import Encoders
 from stillframe.still.container import Container
 
-FRAME_S, LONG_S = 0.2, 3.0
+FRAME_S, LONG_S = 0.2, 6.0
 
 
 def slow(owner: type, name: str, pause_s: float) -> None:

@@ -124,7 +124,7 @@ def left_in(directory: Path) -> list[str]:
 def wait_for(process: subprocess.Popen[bytes], words: bytes) -> None:
     assert process.stderr is not None
     seen = b""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if select.select([process.stderr], [], [], 1.0)[0]:
             line = process.stderr.readline()

@@ -18,6 +18,7 @@ from tests.integration.cli.program import run
 from tests.support.board_process import BoardProcess, end, ledger, restored, transfers
 from tests.support.ordinary_user import OrdinaryUser, ordinary_user
 from tests.support.probes import has_uffd_wp
+from tests.support.waiting import wait_until
 
 __all__ = ["ordinary_user"]
 
@@ -57,8 +58,14 @@ def _listed(board: BoardProcess, shown: bytes) -> dict[str, Any]:
 
 
 def test_ps(board: BoardProcess) -> None:
-    found = _listed(board, run("ps", "--json").stdout)
-    assert found == {
+    found: list[dict[str, Any]] = []
+
+    def has_answered() -> bool:  # it is asked for a moment only
+        found.append(_listed(board, run("ps", "--json").stdout))
+        return found[-1]["status"] is not None
+
+    wait_until(has_answered)
+    assert found[-1] == {
         "pid": board.pid,
         "name": board.name,
         "uid": os.getuid(),

@@ -6,11 +6,11 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tests.support.waiting import wait_until
 __all__ = ["ordinary_user"]
 
 LIMIT_S = 30.0
+END_S = 60.0
 
 
 def check(shown: dict[str, Any], pictures: Path) -> None:
@@ -57,11 +58,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     assert list(place.iterdir()) == []
 
 
+def _used_by_children_s() -> float:
+    """Processor time: what passes besides is also that of others on the host."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_demo_piped(temporary: Path, tmp_path: Path) -> None:
-    began = time.monotonic()
+    before_s = _used_by_children_s()
     done = run("demo", "-o", tmp_path / "p", "--json")
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < LIMIT_S
+    assert _used_by_children_s() - before_s < LIMIT_S
     assert done.stderr == b""
     check(json.loads(done.stdout), tmp_path / "p")
 
@@ -75,7 +82,7 @@ def test_demo_without_a_place_or_a_reader(temporary: Path, tmp_path: Path) -> No
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(LIMIT_S) == 141  # and no directory is left for pictures
+        assert process.wait(END_S) == 141  # and no directory is left for pictures
 
 
 def test_demo_where_userfaultfd_is_refused(temporary: Path, tmp_path: Path) -> None:
@@ -84,7 +91,7 @@ def test_demo_where_userfaultfd_is_refused(temporary: Path, tmp_path: Path) -> N
         [*command, "demo", "-o", tmp_path / "p", "--json"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -115,7 +122,7 @@ def test_demo_on_a_terminal(temporary: Path, tmp_path: Path) -> None:
     ) as process:
         os.close(theirs)
         seen = b""
-        while select.select([ours], [], [], LIMIT_S)[0]:
+        while select.select([ours], [], [], END_S)[0]:
             try:
                 seen += os.read(ours, 65536)
             except OSError:  # the other side is closed
@@ -151,7 +158,7 @@ def test_what_a_killed_demo_left_is_swept_away(tmp_path: Path) -> None:
             left = [entry for entry in tmp_path.iterdir() if "pictures" not in entry.name]
             assert len(left) == 1
             process.send_signal(last)
-            process.communicate(timeout=20)
+            process.communicate(timeout=60)
         assert left[0].exists() == (last == signal.SIGKILL)
     assert [entry.name for entry in tmp_path.iterdir()] == ["stillframe-demo-pictures-x"]
 
@@ -173,7 +180,7 @@ def test_the_boards_end_with_the_demo(number: signal.Signals, tmp_path: Path) ->
             os.killpg(process.pid, number)  # as a terminal does
         else:
             process.send_signal(number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert err == b"stillframe: cancelled\n"

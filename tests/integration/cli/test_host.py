@@ -66,8 +66,12 @@ def test_ps_says_when_only_a_right_is_missing(ordinary_user: OrdinaryUser) -> No
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         wait_listening(home / "qemu.qmp", alive=lambda: process.poll() is None)
-        listed = json.loads(ordinary_user.run("ps", "--json").stdout)
-        (shown,) = (vm for vm in listed if vm["pid"] == process.pid)
+
+        def ours() -> dict[str, Any]:
+            listed = json.loads(ordinary_user.run("ps", "--json").stdout)
+            return next(vm for vm in listed if vm["pid"] == process.pid)
+
+        shown = _until(ours, lambda vm: vm["snapshotable"] is not None)
         assert shown["snapshotable"] is False
         (reason,) = shown["reasons"]
         assert reason.startswith("userfaultfd is not allowed here")
@@ -87,11 +91,10 @@ def test_ps_says_when_only_a_right_is_missing(ordinary_user: OrdinaryUser) -> No
 def _until(
     look: Callable[[], dict[str, Any]], good: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Another process may hold the monitor for a moment."""
+    """Another process may hold the monitor for a moment, and it is asked for a moment only."""
     found = look()
-    for _ in range(5):
-        if good(found):
-            break
+    deadline = time.monotonic() + 60
+    while not good(found) and time.monotonic() < deadline:
         time.sleep(0.5)
         found = look()
     return found

@@ -140,7 +140,7 @@ def test_ports_are_told_without_a_terminal_too(source: GuestVm, port: int) -> No
     assert lines[3:6] == ports_table(port)
     assert len({vm.forwards[0].port for vm in list_restored()} | {port}) == 3
     for vm in list_restored():
-        socket.create_connection(("127.0.0.1", vm.forwards[0].port), 10).close()
+        socket.create_connection(("127.0.0.1", vm.forwards[0].port), 60).close()
     assert run("kill", CLONES[0]).returncode == 0
     shown = json.loads(run("ps", "--json").stdout)
     (told,) = (vm["forwards"] for vm in shown if vm["name"] == CLONES[1])
@@ -184,9 +184,9 @@ def test_ctrl_c_in_a_fork_ends_its_clones_and_the_vm_goes_on(
     source: GuestVm, places: Path, again: bytes
 ) -> None:
     terminal = stillframe("fork", source.process.pid, "-n", "2", slow="sweep")
-    wait_until(lambda: len(list_restored()) == 2, "the clones do not run")
+    running = ["running"] * 2
+    wait_until(lambda: [vm.state for vm in list_restored()] == running, "the clones do not run")
     vms = list_restored()
-    assert {vm.state for vm in vms} == {"running"}
     terminal.type(CTRL_C)
     assert terminal.wait(again=again) == 130
     assert terminal.screen() == CANCELLED

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -31,8 +29,8 @@ def test_restore(snapshot: Path, tmp_path: Path) -> None:
         again = run("take", shown["pid"], "-o", tmp_path / "again.still", "-q")
         assert again.returncode == 0, again.stderr
     finally:
-        os.kill(shown["pid"], signal.SIGKILL)
-        shutil.rmtree(shown["directory"])
+        end(shown["pid"])
+        shutil.rmtree(shown["directory"], ignore_errors=True)
 
 
 def test_what_a_killed_restored_vm_left_is_swept_away(

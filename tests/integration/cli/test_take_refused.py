@@ -78,7 +78,7 @@ def test_the_vm_exits_midway(linux_guest: GuestFactory, tmp_path: Path) -> None:
     process = start("take", vm.qmp_path, "-o", tmp_path / "a.still", *SLOW)
     wait_for(process, b"saving")
     vm.process.kill()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 6, err
     assert b"Traceback" not in err
     assert left_in(tmp_path) == []
