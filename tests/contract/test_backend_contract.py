@@ -187,7 +187,7 @@ class TestPipeSink(SinkContract):
         if self.writing >= 0:
             os.close(self.writing)
             self.writing = -1
-        self.reader.join(10)
+        self.reader.join(60)
 
     def content(self, sink: Sink) -> bytes | None:
         self._close()

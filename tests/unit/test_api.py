@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,16 @@ def test_a_failed_job_leaves_nothing(tmp_path: Path) -> None:
 def test_a_job_is_awaited_without_blocking_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    enough = threading.Event()
+
     async def follow() -> int:
         ticks = 0
         job = stillframe.take("no-such-vm", tmp_path / "a.still")
         task = asyncio.ensure_future(_wait(job))
         while not task.done():
             ticks += 1
+            if ticks > 10:
+                enough.set()
             await asyncio.sleep(0.01)
         with pytest.raises(NotFoundError):
             await task
@@ -80,13 +85,12 @@ def test_a_job_is_awaited_without_blocking_the_loop(
         await job
 
     def slow(*_: object, **__: object) -> None:
-        import time
-
-        time.sleep(0.5)
+        enough.wait(60)
         raise NotFoundError("gone")
 
     monkeypatch.setattr(taking, "connect", slow)
     assert asyncio.run(follow()) > 10
+    assert enough.is_set()
 
 
 def test_open_and_verify_what_is_not_there(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ def test_a_refused_cont_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     guard.start()
     asked = 0
     with ours, theirs:
-        theirs.settimeout(10)
+        theirs.settimeout(60)
         for answer in (b'"error": {"class": "GenericError"', b'"error": {', b'"return": {'):
             assert b'"cont"' in theirs.recv(4096)
             asked += 1
             theirs.sendall(b'{"event": "STOP"}\n{"id": "stillframe-guard", ')
             theirs.sendall(answer + b"}}\n")
-        guard.join(10)
+        guard.join(60)
         assert not guard.is_alive()
     assert asked == 3

@@ -163,5 +163,5 @@ for _ in range(10):
 
 def test_closing_waits_for_who_copies() -> None:
     """In a process of its own: it would die of SIGSEGV."""
-    done = subprocess.run([sys.executable, "-c", CLOSING], timeout=60, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", CLOSING], timeout=120, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -150,7 +150,9 @@ def test_every_registered_device_is_tested_here(pair: tuple[Board, Board]) -> No
 
 @pytest.mark.parametrize("name", DEVICES)
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_any_state_survives(name: str, pair: tuple[Board, Board], data: st.DataObject) -> None:

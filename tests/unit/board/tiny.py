@@ -84,7 +84,7 @@ def compile_guest(source: str) -> str:
             ["gcc", *_FLAGS, "-x", "c", "-", "-o", str(path)],
             input=text.encode(),
             check=True,
-            timeout=60,
+            timeout=120,
         )
     return str(path)
 

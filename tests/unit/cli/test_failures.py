@@ -199,7 +199,7 @@ def test_help_on_a_full_standard_output(words: tuple[str, ...]) -> None:
             [sys.executable, "-m", "stillframe", *words],
             stdout=full,
             stderr=subprocess.PIPE,
-            timeout=60,
+            timeout=120,
         )
     assert done.returncode == 7
     assert done.stderr == (
@@ -213,7 +213,7 @@ def test_a_full_standard_output() -> None:
             [sys.executable, "-m", "stillframe", "ps", "--json"],
             stdout=full,
             stderr=subprocess.PIPE,
-            timeout=60,
+            timeout=120,
         )
     assert done.returncode == 7
     assert done.stderr == (

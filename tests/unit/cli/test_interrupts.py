@@ -44,7 +44,7 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
         [sys.executable, "-c", code, "--version"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
@@ -69,7 +69,7 @@ except KeyboardInterrupt:
     os.kill(os.getpid(), signal.SIGTERM)
     print("end")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "way back\nend\n", "")
 
 

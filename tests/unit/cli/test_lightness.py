@@ -36,7 +36,7 @@ ROOMS = (
 def _modules_after(code: str) -> set[str]:
     script = f"import sys, json\n{code}\nsys.stderr.write(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
     )
     return set(json.loads(done.stderr.splitlines()[-1]))
 

@@ -104,6 +104,6 @@ def test_a_full_standard_error_is_no_failure() -> None:
     code = "from stillframe.cli.output import say; say('x'); say('y'); print('done')"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, timeout=30
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, timeout=120
         )
     assert done.stdout == b"done\n"

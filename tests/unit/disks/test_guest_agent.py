@@ -143,7 +143,7 @@ def test_a_guest_that_says_something_else_for_ever_is_refused_in_time(path: Path
         def chatter() -> None:
             link, _ = server.accept()
             with link, contextlib.suppress(OSError):
-                for _ in range(50):
+                for _ in range(600):
                     link.sendall(b'{"return": 1}\n')
                     time.sleep(0.1)
 
@@ -151,7 +151,7 @@ def test_a_guest_that_says_something_else_for_ever_is_refused_in_time(path: Path
         began_s = time.monotonic()
         with pytest.raises(RefusedError, match="guest-agent-silent"):
             agent_at(path)
-        assert time.monotonic() - began_s < 3
+        assert time.monotonic() - began_s < 30
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_guard_that_is_to_thaw_stays_longer_than_we(
     guard.leave([], str(tmp_path / "qga"))
     guard.close()
     fake = FakeAgent(tmp_path / "qga")
-    wait_until(lambda: fake.asked == ["guest-fsfreeze-thaw"], within_s=10.0)
+    wait_until(lambda: fake.asked == ["guest-fsfreeze-thaw"], within_s=60.0)
     fake.close()
 
 

@@ -138,7 +138,7 @@ def run_command(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[
         env={**os.environ, "PYTHONPATH": found},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

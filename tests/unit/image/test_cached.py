@@ -128,7 +128,7 @@ def test_what_is_in_use_is_never_removed(cache: ImageCache) -> None:
     image = cache.open(name(1))
     assert image is not None
     # A VM holds it by a descriptor that it has inherited.
-    vm = subprocess.Popen(["sleep", "60"], pass_fds=(image.lock,))
+    vm = subprocess.Popen(["sleep", "600"], pass_fds=(image.lock,))
     try:
         image.close()
         assert [one.in_use for one in cache.images()] == [True]
@@ -295,13 +295,13 @@ def test_whoever_comes_late_removes_no_new_one(
     def late(fd: int, how: int) -> None:
         if threading.current_thread().name == "late" and not opened.is_set():
             opened.set()
-            replaced.wait(10)
+            replaced.wait(60)
         lock(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
     remover = threading.Thread(target=lambda: cache.remove(name(1)), name="late")
     remover.start()
-    assert opened.wait(10)
+    assert opened.wait(60)
     cache.remove(name(1))
     make(cache, 1)
     image = cache.open(name(1))
@@ -372,7 +372,7 @@ def test_whoever_opens_one_that_is_being_removed_gets_none_or_a_whole_one(
     reader.start()
     for _ in range(40):
         make(cache, 9)
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while time.monotonic() < deadline_s:
             try:
                 cache.remove(name(9))

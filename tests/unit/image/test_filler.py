@@ -35,7 +35,7 @@ def test_all_pages_get_there(snapshot: Snapshot, working_set: tuple[int, ...]) -
     filler = Filler(image, working_set=known)
     filler.start([])
     filler.sweep()
-    assert filler.wait(10)
+    assert filler.wait(60)
     ram = random_ram(1)
     for position, block in enumerate((2, 0)):
         expected = [
@@ -72,7 +72,7 @@ def test_the_working_set_comes_before_the_rest_which_comes_in_order(
     if prefetched:
         filler.prefetch()
     filler.start([])
-    assert filler.wait(10)
+    assert filler.wait(60)
     assert list(chosen) == [*working_set, *rest]
     image.close()
 
@@ -83,7 +83,7 @@ def test_nothing_is_placed_before_its_start(snapshot: Snapshot) -> None:
     assert not filler.wait(0.2)
     assert image.scan() == 0
     filler.start([])
-    assert filler.wait(10), "the working set is all of it"
+    assert filler.wait(60), "the working set is all of it"
     image.close()
 
 
@@ -96,7 +96,7 @@ def test_what_a_guest_has_written_stays(snapshot: Snapshot) -> None:
     filler = Filler(image)
     filler.start([], taken_over=True)
     filler.sweep()
-    assert filler.wait(10)
+    assert filler.wait(60)
     assert _content(image, 0)[written].startswith(b"guest")
     image.close()
 
@@ -106,10 +106,10 @@ def test_an_heir_fills_only_what_is_missing(snapshot: Snapshot) -> None:
     first = Filler(image)
     first.start([])
     first.sweep()
-    assert first.wait(10)
+    assert first.wait(60)
     heir = Filler(image)
     heir.start([], taken_over=True)
-    assert heir.wait(10)
+    assert heir.wait(60)
     assert heir.progress().done == heir.progress().frames
     image.close()
 
@@ -125,7 +125,7 @@ def test_a_damaged_frame_is_an_error(tmp_path: Path) -> None:
         filler.start([])
         filler.sweep()
         with pytest.raises(DataError, match="damaged"):
-            filler.wait(10)
+            filler.wait(60)
         filler.stop()
         assert frame in image.incomplete_frames()
         image.close()

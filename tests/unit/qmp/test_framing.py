@@ -62,7 +62,7 @@ def test_an_endless_message_is_given_up(piece: bytes) -> None:
 def test_a_long_message_in_small_pieces_takes_no_square_time() -> None:
     framer = Framer()
     text = b'{"a": "' + b"x" * (8 << 20) + b'"}\n'
-    began = time.monotonic()
+    began = time.process_time()
     got = [m for at in range(0, len(text), 4096) for m in framer.feed(text[at : at + 4096])]
     assert len(got) == 1
-    assert time.monotonic() - began < 3
+    assert time.process_time() - began < 3

@@ -170,7 +170,7 @@ def test_a_killed_writer_leaves_no_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.still"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     died = subprocess.run(
-        [sys.executable, "-c", _DIES, str(path), kind], env=environment, timeout=60, check=False
+        [sys.executable, "-c", _DIES, str(path), kind], env=environment, timeout=120, check=False
     )
     assert died.returncode == -signal.SIGKILL
     assert not path.exists()

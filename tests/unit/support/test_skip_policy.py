@@ -55,7 +55,7 @@ def run(directory: Path, content: str, **environment: str) -> str:
         env={**clean, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     return done.stdout.splitlines()[-1]

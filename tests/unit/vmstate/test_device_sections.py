@@ -183,10 +183,10 @@ def test_hostile_state_takes_bounded_work() -> None:
     again = device(1, "a").raw
     link = b"".join(device(i % 7, f"n{i}").raw for i in range(60_000))
     for body in (again * 70_000, link, b"\x7e\0\0\0\1\x04\0\0\0\1\1a" * 90_000):
-        began = time.monotonic()
+        began = time.process_time()
         with pytest.raises(DataError):
             split_device_state(writer.stream_header() + body + writer.eof())
-        assert time.monotonic() - began < 10
+        assert time.process_time() - began < 10
 
 
 def test_the_same_section_again_and_again_is_one_payload() -> None:
@@ -205,9 +205,9 @@ def test_many_ways_to_read_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 def test_megabytes_are_split_in_no_time() -> None:
     sections = tuple(device(i, f"dev{i}", bytes(200_000)) for i in range(40))
     data = state(*sections)
-    began = time.monotonic()
+    began = time.process_time()
     assert split_device_state(data) == sections
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_early_sections() -> None:

@@ -128,11 +128,11 @@ def test_a_migration_over_qmp(client: Client, tmp_path: Path) -> None:
     info = client.ask("query-migrate")
     assert info["status"] in ("setup", "active")
     client.ask("migrate_cancel")
-    assert client.migration.wait(20)
+    assert client.migration.wait(60)
     assert client.ask("query-migrate")["status"] == "cancelled"
     client.ask("migrate-set-parameters", **{"max-bandwidth": 0, "downtime-limit": 300})
     client.ask("migrate", uri=f"file:{tmp_path}/a")
-    assert client.migration.wait(20)
+    assert client.migration.wait(60)
     info = client.ask("query-migrate")
     assert info["status"] == "completed"
     assert {"total-time", "setup-time", "downtime", "ram"} <= set(info)

@@ -75,8 +75,8 @@ def test_to_another_board(machines: Machines, tmp_path: Path) -> None:
     assert destination.query()["socket-address"] == [{"type": "unix", "path": f"{tmp_path}/s"}]
     assert board.is_progressing()
     source.migrate(f"unix:{tmp_path}/s")
-    assert source.wait(20)
-    assert destination.wait(20)
+    assert source.wait(60)
+    assert destination.wait(60)
     assert board.run_state == "postmigrate"
     assert not board.disks_active
     assert other.run_state == "running"
@@ -122,20 +122,21 @@ def test_a_slow_destination_gets_most_of_it_before_the_stop(
     fill = RamLoader._fill
 
     def fill_slowly(loader: RamLoader, run: Pages) -> None:
-        time.sleep(len(run.data) / (40 << 20))
+        time.sleep(len(run.data) / (8 << 20))
         fill(loader, run)
 
     monkeypatch.setattr(RamLoader, "_fill", fill_slowly)
-    source.parameters.set({"max-bandwidth": 0})
+    # 12 MiB of it; on a busy host it may be much less until it is gone over to.
+    source.parameters.set({"max-bandwidth": 0, "downtime-limit": 1500})
     destination.incoming(f"unix:{tmp_path}/s")
     source.migrate(f"unix:{tmp_path}/s")
-    assert source.wait(20)
+    assert source.wait(60)
     info = source.query()
     assert int(str(info["downtime"])) < source.parameters.now.downtime_limit
     ram = info["ram"]
     assert isinstance(ram, dict)
     assert ram["downtime-bytes"] < 8 << 20 < ram["precopy-bytes"]
-    assert destination.wait(20)
+    assert destination.wait(60)
     assert other.is_progressing()
 
 
@@ -143,7 +144,7 @@ def test_the_downtime_is_told_in_parts(machines: Machines, tmp_path: Path) -> No
     board, source = machines.source()
     board.on_save = lambda: time.sleep(0.02)
     source.migrate(f"file:{tmp_path}/a")
-    assert source.wait(20)
+    assert source.wait(60)
     info = source.query()
     own = info["x-stillframe"]
     assert isinstance(own, dict)
@@ -175,7 +176,7 @@ def test_the_guest_is_stopped_before_the_devices_turn_is_told(
     )
     source.set_capabilities({"events": True})
     source.migrate(f"file:{tmp_path}/a")
-    assert source.wait(20)
+    assert source.wait(60)
     assert states == ["finish-migrate"]
 
 
@@ -185,8 +186,8 @@ def test_a_paused_guest_stays_paused(machines: Machines, tmp_path: Path) -> None
     board.stop()
     destination.incoming(f"unix:{tmp_path}/s")
     source.migrate(f"unix:{tmp_path}/s")
-    assert source.wait(20)
-    assert destination.wait(20)
+    assert source.wait(60)
+    assert destination.wait(60)
     assert other.run_state == "paused"
     assert other.consistent()
 
@@ -195,10 +196,10 @@ def test_into_a_file_and_out_of_it(machines: Machines, tmp_path: Path) -> None:
     board, source = machines.source()
     other, destination = machines.destination()
     source.migrate(f"file:{tmp_path}/a")
-    assert source.wait(20)
+    assert source.wait(60)
     assert board.run_state == "postmigrate"
     destination.incoming(f"file:{tmp_path}/a")
-    assert destination.wait(20)
+    assert destination.wait(60)
     other.stop()
     assert other.consistent()
 
@@ -208,9 +209,9 @@ def test_a_device_that_writes_ram_while_it_is_saved(machines: Machines, tmp_path
     other, destination = machines.destination()
     board.on_save = lambda: board.rams[1].write(3 * PAGE + 5, b"written while stopped")
     source.migrate(f"file:{tmp_path}/a")
-    assert source.wait(20)
+    assert source.wait(60)
     destination.incoming(f"file:{tmp_path}/a")
-    assert destination.wait(20)
+    assert destination.wait(60)
     assert other.rams[1].read(3 * PAGE + 5, 21) == b"written while stopped"
     statistics = source.query()["x-stillframe"]
     assert isinstance(statistics, dict)
@@ -228,7 +229,7 @@ def test_cancelled_at_a_random_moment(machines: Machines, tmp_path: Path, seed: 
     source.migrate(f"unix:{tmp_path}/s")
     time.sleep(Random(seed).random() * 0.6)
     source.cancel()
-    assert source.wait(20)
+    assert source.wait(60)
     if source.query()["status"] == "completed":
         assert other.is_progressing()
         return
@@ -237,14 +238,14 @@ def test_cancelled_at_a_random_moment(machines: Machines, tmp_path: Path, seed: 
     assert board.disks_active
     assert board.is_progressing()
     with pytest.raises(StillframeError):
-        destination.wait(20)
+        destination.wait(60)
     assert other.run_state == "inmigrate"
     assert destination.query()["status"] == "failed"
     assert destination.query()["error-desc"]
     # Nothing is left of it.
     source.parameters.set({"max-bandwidth": 0})
     source.migrate(f"file:{tmp_path}/a")
-    assert source.wait(20)
+    assert source.wait(60)
 
 
 def test_a_destination_that_vanishes(machines: Machines, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_a_destination_that_vanishes(machines: Machines, tmp_path: Path) -> None
     time.sleep(0.1)
     destination.close()
     with pytest.raises(SinkError) as caught:
-        source.wait(20)
+        source.wait(60)
     info = source.query()
     assert info["status"] == "failed"
     assert info["error-desc"]
@@ -273,9 +274,9 @@ def test_a_destination_of_another_machine(machines: Machines, tmp_path: Path) ->
     destination.incoming(f"unix:{tmp_path}/s")
     source.migrate(f"unix:{tmp_path}/s")
     with pytest.raises(SinkError):
-        source.wait(20)
+        source.wait(60)
     with pytest.raises(StillframeError) as caught:
-        destination.wait(20)
+        destination.wait(60)
     assert "Size mismatch" in str(caught.value)
     assert board.is_progressing()
     assert other.run_state == "inmigrate"
@@ -285,7 +286,7 @@ def test_nobody_is_there(machines: Machines, tmp_path: Path) -> None:
     board, source = machines.source()
     source.migrate(f"unix:{tmp_path}/s")
     with pytest.raises(SinkError):
-        source.wait(20)
+        source.wait(60)
     assert source.query()["error-desc"] == (
         f"Failed to connect to '{tmp_path}/s': No such file or directory"
     )
@@ -314,12 +315,12 @@ def test_a_destination_that_only_stores(machines: Machines, tmp_path: Path) -> N
         source.migrate(f"unix:{tmp_path}/s")
         if demanded:
             with pytest.raises(SinkError) as caught:
-                source.wait(20)
+                source.wait(60)
             assert "does not answer" in str(caught.value)
             assert board.history == ["running"], "it was not stopped for that"
             source.set_capabilities({"return-path": False})
         else:
-            assert source.wait(20)
+            assert source.wait(60)
         thread.join()
         if demanded:
             received.clear()
@@ -327,7 +328,7 @@ def test_a_destination_that_only_stores(machines: Machines, tmp_path: Path) -> N
     (tmp_path / "a").write_bytes(received)
     other, destination = machines.destination()
     destination.incoming(f"file:{tmp_path}/a")
-    assert destination.wait(20)
+    assert destination.wait(60)
     other.stop()
     assert other.consistent()
 
@@ -360,7 +361,7 @@ def test_refusals(machines: Machines, tmp_path: Path) -> None:
     with pytest.raises(BusyError):
         source.set_capabilities({"events": True})
     source.cancel()
-    assert source.wait(20)
+    assert source.wait(60)
     assert os.listdir(tmp_path) == []
     _, destination = machines.destination()
     with pytest.raises(RefusedError) as caught:
@@ -381,7 +382,7 @@ def test_switched_over_to_postcopy(tmp_path: Path) -> None:
         destination.add_listener(lambda event, data: arrivals.append(data.get("status")))
         # So slow that it never converges, and that most of RAM is still to come.
         source.parameters.set({"max-bandwidth": 1 << 20, "downtime-limit": 0})
-        source.parameters.set({"max-postcopy-bandwidth": 8 << 20})
+        source.parameters.set({"max-postcopy-bandwidth": 1 << 20})
         destination.incoming(f"unix:{tmp_path}/s")
         source.migrate(f"unix:{tmp_path}/s")
         wait_until(lambda: source.query().get("status") == "active")
@@ -391,8 +392,9 @@ def test_switched_over_to_postcopy(tmp_path: Path) -> None:
         with pytest.raises(RefusedError):
             source.cancel()
         assert other.is_progressing(), "while its RAM still comes"
-        assert source.wait(20)
-        assert destination.wait(20)
+        source.parameters.set({"max-postcopy-bandwidth": 0})
+        assert source.wait(60)
+        assert destination.wait(60)
         assert other.is_progressing()
         other.stop()
         assert other.consistent()
@@ -425,11 +427,11 @@ def test_postcopy_of_pages_that_never_held_anything(tmp_path: Path) -> None:
         other, destination = machines.destination()
         for migration in (source, destination):
             migration.set_capabilities({"postcopy-ram": True})
-        source.parameters.set({"max-bandwidth": 2 << 20, "downtime-limit": 0})
-        source.parameters.set({"max-postcopy-bandwidth": 1 << 20})
+        source.parameters.set({"max-bandwidth": 1 << 19, "downtime-limit": 0})
+        source.parameters.set({"max-postcopy-bandwidth": 1 << 18})
         destination.incoming(f"unix:{tmp_path}/s")
         source.migrate(f"unix:{tmp_path}/s")
-        wait_until(lambda: transferred(source) > 1 << 19)
+        wait_until(lambda: transferred(source) > 1 << 18)
         source.start_postcopy()
         wait_until(lambda: destination.query()["status"] == "postcopy-active")
         assert other.rams[0].read(9 * PAGE, PAGE) == bytes(PAGE)
@@ -437,8 +439,8 @@ def test_postcopy_of_pages_that_never_held_anything(tmp_path: Path) -> None:
         assert other.rams[0].read(asked, PAGE) == board.rams[0].read(asked, PAGE)
         assert destination.query()["status"] == "postcopy-active", "that waited for everything"
         source.parameters.set({"max-postcopy-bandwidth": 0})
-        assert source.wait(20)
-        assert destination.wait(20)
+        assert source.wait(60)
+        assert destination.wait(60)
         size = board.rams[0].length_bytes
         assert other.rams[0].read(0, size) == board.rams[0].read(0, size)
 
@@ -469,9 +471,9 @@ def test_a_destination_without_the_capability(machines: Machines, tmp_path: Path
     destination.incoming(f"unix:{tmp_path}/s")
     source.migrate(f"unix:{tmp_path}/s")
     with pytest.raises(SinkError):
-        source.wait(20)
+        source.wait(60)
     with pytest.raises(StillframeError) as caught:
-        destination.wait(20)
+        destination.wait(60)
     assert "RAM postcopy is disabled but have 16 byte advise" in str(caught.value)
     # It listened from its start, so there was no moment to set one.
     assert "--incoming defer" in str(caught.value.remedy)
@@ -484,7 +486,7 @@ def test_no_way_back(machines: Machines, tmp_path: Path) -> None:
     source.set_capabilities({"return-path": True})
     source.migrate(f"file:{tmp_path}/a")
     with pytest.raises(StillframeError) as caught:
-        source.wait(20)
+        source.wait(60)
     assert str(caught.value) == "Unable to open return-path for postcopy"
     assert os.listdir(tmp_path) == []
     assert board.is_progressing()
@@ -517,7 +519,7 @@ def test_a_destination_that_never_accepts(
     with server:
         source.migrate(f"unix:{tmp_path}/s")
         with pytest.raises(SinkError) as caught:
-            source.wait(20)
+            source.wait(60)
         assert "neither answers nor reads" in str(caught.value)
         assert caught.value.guest_state == "paused"
         assert board.history == ["running", "paused"], "it was not stopped for that"
@@ -534,7 +536,7 @@ def test_nobody_says_whether_a_distant_destination_reads(
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
         source.migrate(f"tcp:127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(SinkError) as caught:
-            source.wait(20)
+            source.wait(60)
     if caught.value.guest_state == "running":
         pytest.skip("missing room for all of it in the kernel")
     assert "may run at the destination" in str(caught.value)
@@ -546,8 +548,10 @@ def test_nobody_says_whether_a_distant_destination_reads(
 
 @pytest.mark.parametrize("reads_all", [True, False])
 def test_a_distant_destination_that_only_stores(
-    machines: Machines, impatient: None, reads_all: bool
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, reads_all: bool
 ) -> None:
+    monkeypatch.setattr(live, "_ANSWER_S", 0.1)
+    monkeypatch.setattr(unconfirmed, "PATIENCE_S", 60.0)  # it reads, when it has the time
     board, source = machines.source(ram_bytes=1 << 20)
     # Else it could read the end together with what it stops at.
     at_once = 1 << 16 if reads_all else 64
@@ -566,11 +570,11 @@ def test_a_distant_destination_that_only_stores(
         thread.start()
         source.migrate(f"tcp:127.0.0.1:{server.getsockname()[1]}")
         if reads_all:
-            assert source.wait(20)
+            assert source.wait(60)
             assert board.run_state == "postmigrate"
         else:
             with pytest.raises(SinkError):
-                source.wait(20)
+                source.wait(60)
         thread.join()
 
 
@@ -588,10 +592,10 @@ def test_the_destinations_word_is_lost(
     destination.incoming(f"unix:{tmp_path}/s")
     source.migrate(f"unix:{tmp_path}/s")
     with pytest.raises(SinkError) as caught:
-        source.wait(20)
+        source.wait(60)
     assert "may run at the destination" in str(caught.value)
     assert caught.value.guest_state == "paused"
-    assert destination.wait(20)
+    assert destination.wait(60)
     assert other.is_progressing()
     assert board.run_state == "postmigrate"
     assert not board.disks_active
@@ -612,12 +616,12 @@ def test_the_destination_cannot_start_the_guest(
     destination.incoming(f"unix:{tmp_path}/s")
     source.migrate(f"unix:{tmp_path}/s")
     with pytest.raises(SinkError) as caught:
-        source.wait(20)
+        source.wait(60)
     assert "Sibling indicated error 1" in str(caught.value)
     assert board.is_progressing()
     assert board.disks_active
     with pytest.raises(HostError):
-        destination.wait(20)
+        destination.wait(60)
 
 
 def test_cancelled_while_it_fails(
@@ -639,10 +643,10 @@ def test_cancelled_while_it_fails(
     monkeypatch.setattr(StateMachine, "value", property(look))
     source.migrate(f"unix:{tmp_path}/nobody")
     with pytest.raises(SinkError):
-        source.wait(5)
+        source.wait(60)
     assert source.query()["status"] in ("failed", "cancelled")
     source.migrate(f"file:{tmp_path}/a")
-    assert source.wait(20)
+    assert source.wait(60)
 
 
 class OneFile(Descriptors):
@@ -678,7 +682,7 @@ def test_an_offset_that_no_file_has(
     monkeypatch.undo()
     assert source.query()["status"] == "failed"
     source.migrate("file:/dev/fdset/1,offset=8", fds=fds)
-    assert source.wait(20)
+    assert source.wait(60)
 
 
 def test_a_source_that_cannot_be_sought(machines: Machines) -> None:
@@ -706,5 +710,5 @@ def test_under_way_while_it_is_loaded(machines: Machines, tmp_path: Path) -> Non
     assert destination.under_way
     source.cancel()
     with pytest.raises(StillframeError):
-        destination.wait(20)
+        destination.wait(60)
     assert not destination.under_way

@@ -43,7 +43,7 @@ class Gate:
 
     def wait(self, _context: CommandContext, _arguments: object) -> None:
         self.entered.set()
-        assert self.leave.wait(20)
+        assert self.leave.wait(60)
 
 
 class Served:

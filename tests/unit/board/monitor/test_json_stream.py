@@ -135,8 +135,8 @@ def test_an_endless_message_is_given_up_and_does_not_stay_in_memory(piece: bytes
 def test_a_long_message_in_small_pieces_takes_no_square_time(filling: bytes) -> None:
     stream = JsonStream()
     text = b'{"a": ["' + filling * (1 << 18) + b'"]}'
-    began = time.monotonic()
+    began = time.process_time()
     out = [v for at in range(0, len(text), 4096) for v in stream.feed(text[at : at + 4096])]
     assert len(out) == 1
     assert isinstance(out[0], dict)
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10

@@ -34,7 +34,7 @@ def test_the_greeting(served: Served) -> None:
 
 def test_messages_are_lines_that_end_as_qemu_s(served: Served) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         sock.connect(served.address)
         sock.sendall(b'{"execute": "qmp_capabilities"}')
         received = b""
@@ -211,7 +211,9 @@ def test_a_long_command_and_a_long_answer(served: Served) -> None:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     st.lists(

@@ -282,7 +282,7 @@ class SocketFile:
     """A live channel: gives what is there; waiting longer than a moment is a failure."""
 
     def __init__(self, channel: socket.socket) -> None:
-        channel.settimeout(5)
+        channel.settimeout(60)
         self._channel = channel
 
     def read(self, size: int) -> bytes:
