@@ -2,6 +2,8 @@
 
 import signal
 
+from hypothesis import HealthCheck, settings
+
 from tests.support.guest_fixtures import linux_guest, multiboot_guest
 from tests.support.huge_pages import huge_pages
 from tests.support.private_state import private_state
@@ -20,6 +22,10 @@ __all__ = [
     "pytest_runtest_makereport",
     "pytest_unconfigure",
 ]
+
+# How long an example takes, and how long it takes to draw, depends on what else the host does.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # Where the tests were started by nohup or in a shell's background, these are ignored, and the
 # programs that the tests start would inherit that.
