@@ -19,7 +19,7 @@ from tests.support.guest_fixtures import GuestFactory
 from tests.support.journal_vm import captured_path, manifest_of, nodes_of_ours, qemu_img
 from tests.support.probes import has_uffd_wp
 from tests.support.restored_vms import console
-from tests.support.taking import finish, start_take
+from tests.support.taking import PATIENT, PATIENT_MS, finish, start_take
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
@@ -71,7 +71,9 @@ def captured_needs_recovery(file: Path, scratch: Path) -> bool:
 def test_the_file_system_is_at_rest_at_the_instant(vm: GuestVm, tmp_path: Path) -> None:
     for arguments, needs_recovery in (([], True), (["--quiesce"], False)):
         file = tmp_path / f"{len(arguments)}.still"
-        code, _output, complaints = finish(start_take(vm, file, "--disks", "copy", *arguments))
+        code, _output, complaints = finish(
+            start_take(vm, file, "--disks", "copy", *PATIENT, *arguments)
+        )
         assert code == 0, complaints
         assert_thawed(vm)
         assert captured_needs_recovery(file, tmp_path) == needs_recovery
@@ -81,7 +83,9 @@ def test_one_that_stands_still_while_it_is_saved_is_thawed_afterwards(
     vm: GuestVm, tmp_path: Path
 ) -> None:
     file = tmp_path / "x.still"
-    code, _output, complaints = finish(start_take(vm, file, "--quiesce", "--mode", "stop"))
+    code, _output, complaints = finish(
+        start_take(vm, file, "--quiesce", "--mode", "stop", *PATIENT)
+    )
     assert code == 0, complaints
     assert manifest_of(file).quiesced
     assert_thawed(vm)
@@ -98,7 +102,7 @@ def test_one_that_is_paused_is_refused_at_once(vm: GuestVm, tmp_path: Path) -> N
 @pytest.mark.parametrize("fault", ["stopped", "stopped=kill", "disks=kill", "swept=kill"])
 def test_a_take_that_fails_leaves_it_thawed(vm: GuestVm, tmp_path: Path, fault: str) -> None:
     code, _output, complaints = finish(
-        start_take(vm, tmp_path / "x.still", "--quiesce", fault=fault)
+        start_take(vm, tmp_path / "x.still", "--quiesce", *PATIENT, fault=fault)
     )
     assert code == (-9 if fault.endswith("kill") else 70), complaints
     assert_thawed(vm)
@@ -111,7 +115,7 @@ def asked(vm: RestoredVm, command: str) -> object:
 
 def test_what_is_restored_or_forked_is_thawed(vm: GuestVm, tmp_path: Path, places: Path) -> None:
     file = tmp_path / "x.still"
-    taken = api.take(str(vm.qmp_path), file, quiesce=True).wait(120)
+    taken = api.take(str(vm.qmp_path), file, quiesce=True, max_drain_ms=PATIENT_MS).wait(120)
     assert any("frozen in it" in note for note in taken.notes)
     assert manifest_of(file).quiesced
     for other in (api.restore(file), *api.fork(file, 1), api.restore(file, stream=True)):
@@ -129,7 +133,7 @@ def test_what_could_not_be_thawed_is_said(
 ) -> None:
     monkeypatch.setattr(agents, "_THAW_S", 600.0)  # which is not waited for
     file = tmp_path / "x.still"
-    api.take(str(vm.qmp_path), file, quiesce=True).wait(120)
+    api.take(str(vm.qmp_path), file, quiesce=True, max_drain_ms=PATIENT_MS).wait(120)
     paused = api.restore(file, paused=True)
     assert any("have its guest agent thaw them once it runs" in note for note in paused.notes)
     qmp_execute(Path(paused.qmp_address), "cont")
@@ -153,7 +157,7 @@ def test_what_could_not_be_thawed_is_said(
 def test_kill_9_while_the_guest_runs_frozen(vm: GuestVm, tmp_path: Path) -> None:
     """Somebody else has let it run, while the take hangs just after the stop."""
     monitor = tmp_path / "second"
-    process = start_take(vm, tmp_path / "x.still", "--quiesce", fault="stopped=hang")
+    process = start_take(vm, tmp_path / "x.still", "--quiesce", *PATIENT, fault="stopped=hang")
 
     def stopped() -> bool:
         assert process.poll() is None, process.communicate()

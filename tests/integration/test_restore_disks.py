@@ -29,6 +29,7 @@ from tests.support.journal_vm import (
 )
 from tests.support.probes import has_uffd_wp
 from tests.support.restoring import Restores, hmp
+from tests.support.taking import PATIENT_MS
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -185,7 +186,7 @@ def test_every_form_of_a_disk(
         at = 1 << 20 if "offset" in form else 0
         was = (tmp_path / "disk.raw").read_bytes()[at : at + 512]
         file = tmp_path / "x.still"
-        api.take(vm.qmp, file, disks=kind).wait(60)
+        api.take(vm.qmp, file, disks=kind, max_drain_ms=PATIENT_MS).wait(60)
         _scribble(vm)
         again = restores.restore(file, verify_disks=True)
         assert not any(AS_NOW in note or "is lost" in note for note in again.notes), again.notes
@@ -200,11 +201,11 @@ def test_a_second_snapshot_of_a_vm_on_overlays(restores: Restores, tmp_path: Pat
     _disk(tmp_path)
     words = ["-nodefaults", "-M", "q35", "-m", "16", *FORMS["named by device"]]
     with BareVm(*words, cwd=tmp_path) as vm:
-        api.take(vm.qmp, tmp_path / "one.still", disks="overlay").wait(60)
+        api.take(vm.qmp, tmp_path / "one.still", disks="overlay", max_drain_ms=PATIENT_MS).wait(60)
         _scribble(vm)
         for kind in ("overlay", "copy"):
             file = tmp_path / f"{kind}.still"
-            api.take(vm.qmp, file, disks=kind).wait(60)  # type: ignore[arg-type]
+            api.take(vm.qmp, file, disks=kind, max_drain_ms=PATIENT_MS).wait(60)  # type: ignore[arg-type]
         _scribble(vm, "0x33")
         for kind in ("overlay", "copy"):
             again = restores.restore(tmp_path / f"{kind}.still")
@@ -219,7 +220,7 @@ def taken(tmp_path: Path) -> Path:
     _disk(tmp_path)
     words = ["-nodefaults", "-M", "q35", "-m", "16", *FORMS["if=virtio"]]
     with BareVm(*words, cwd=tmp_path) as vm:
-        api.take(vm.qmp, tmp_path / "x.still").wait(60)
+        api.take(vm.qmp, tmp_path / "x.still", max_drain_ms=PATIENT_MS).wait(60)
     (tmp_path / "disk.raw").unlink()
     return tmp_path / "x.still"
 
@@ -277,7 +278,7 @@ def test_a_disk_that_no_option_is_known_to_be_of(restores: Restores, tmp_path: P
     with BareVm("-nodefaults", "-M", "q35", "-m", "16", cwd=tmp_path) as vm:
         hmp(vm, "drive_add 0 if=none,id=late,format=raw,file=disk.raw")
         hmp(vm, "device_add virtio-blk-pci,drive=late,id=latedev")
-        api.take(vm.qmp, tmp_path / "x.still").wait(60)
+        api.take(vm.qmp, tmp_path / "x.still", max_drain_ms=PATIENT_MS).wait(60)
     plan = api.plan_restore(tmp_path / "x.still")
     placed = [overlay.captured for overlay in plan.overlays]
     if placed != ["late"]:

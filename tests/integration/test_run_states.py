@@ -16,6 +16,7 @@ from stillframe.qmp.client import QmpClient
 from tests.support.newer_qemu import qemu_version, require_newer_qemu
 from tests.support.probes import has_uffd_wp
 from tests.support.run_states import STATES, state_of, vm_in_state, wait_state
+from tests.support.taking import PATIENT_MS
 
 pytestmark = pytest.mark.qemu
 
@@ -39,10 +40,10 @@ def test_the_state_is_kept(qemu: str, state: str, tmp_path: Path) -> None:
             file = tmp_path / f"{mode}.still"
             if state == "suspended" and qemu_version(qemu) < (9,):
                 with pytest.raises(RefusedError, match=r"suspended.*wake it first"):
-                    api.take(vm.qmp, file, mode=mode).wait(60)
+                    api.take(vm.qmp, file, mode=mode, max_drain_ms=PATIENT_MS).wait(60)
                 assert not file.exists()
             else:
-                api.take(vm.qmp, file, mode=mode).wait(60)
+                api.take(vm.qmp, file, mode=mode, max_drain_ms=PATIENT_MS).wait(60)
             with QmpClient.connect(vm.second_qmp, timeout_s=60) as qmp:
                 assert state_of(qmp) == state
                 if mode == "stop" and state == "suspended":
@@ -69,6 +70,6 @@ def test_a_restore_that_would_never_wake_is_refused(
         pytest.skip("this QEMU wakes restored guests")
     monkeypatch.setenv("STILLFRAME_QEMU", require_newer_qemu())
     with vm_in_state("suspended", tmp_path, machine="pc-i440fx-7.2") as vm:
-        api.take(vm.qmp, tmp_path / "a.still").wait(60)
+        api.take(vm.qmp, tmp_path / "a.still", max_drain_ms=PATIENT_MS).wait(60)
     with pytest.raises(RefusedError, match="wake it first"):
         api.restore(tmp_path / "a.still", program=stock, trust=True)

@@ -26,7 +26,7 @@ from tests.integration.test_fork import assert_goes_on
 from tests.support.bare_vm import BareVm
 from tests.support.probes import has_linux_guest, has_uffd_wp
 from tests.support.restoring import SMALL
-from tests.support.taking import command, finish
+from tests.support.taking import PATIENT_MS, command, finish
 from tests.support_store.stores import put
 
 pytestmark = pytest.mark.qemu
@@ -199,7 +199,7 @@ def test_disks_belong_to_the_snapshot(store: Store, tmp_path: Path) -> None:
     disk.write_bytes(os.urandom(1 << 20))
     drive = ("-drive", f"file={disk},format=raw,if=virtio,id=vda")
     with BareVm(*SMALL, "-name", NAME, *drive) as vm:
-        api.take(vm.qmp).wait(60)
+        api.take(vm.qmp, max_drain_ms=PATIENT_MS).wait(60)
     entry = store.find(f"{NAME}@latest")
     assert entry.disks_bytes >= 1 << 20
     assert lost(store) == {}
@@ -220,7 +220,7 @@ def test_copied_disks_come_along(store: Store, tmp_path: Path) -> None:
     disk.write_bytes(os.urandom(1 << 20))
     drive = ("-drive", f"file={disk},format=raw,if=virtio,id=vda")
     with BareVm(*SMALL, "-name", NAME, *drive) as vm:
-        taken = api.take(vm.qmp).wait(60)
+        taken = api.take(vm.qmp, max_drain_ms=PATIENT_MS).wait(60)
     other = api.init(tmp_path / "other")
     api.copy(to=other)
     api.rm(taken.id)

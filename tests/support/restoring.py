@@ -21,7 +21,7 @@ from stillframe.still.writer import SnapshotWriter
 from stillframe.store import open_snapshot
 from stillframe.store.backends.local import LocalSink
 from tests.support.bare_vm import BareVm
-from tests.support.round_trip import settled
+from tests.support.taking import PATIENT_MS
 
 SMALL = ("-nodefaults", "-M", "q35", "-m", "16")
 
@@ -42,7 +42,7 @@ class Restores:
 
     def take(self, vm: BareVm, name: str = "x.still", *, disks: api.DiskKind = "copy") -> Path:
         path = self.directory / name
-        settled(lambda: api.take(vm.qmp, path, overwrite=True, disks=disks).wait(60))
+        api.take(vm.qmp, path, overwrite=True, disks=disks, max_drain_ms=PATIENT_MS).wait(60)
         return path
 
     def restore(self, path: Path, *extra: str, **options: Any) -> RestoredVm:

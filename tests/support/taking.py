@@ -21,6 +21,9 @@ from stillframe.store import open_snapshot
 from stillframe.store.backends.local import LocalSink
 
 TAKE_TIMEOUT_S = 120.0
+PATIENT_MS = 60_000.0
+"""For ``max_drain_ms``: on a busy host a disk's request may take longer than a take allows."""
+PATIENT = ("--max-drain", f"{PATIENT_MS:.0f}")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
