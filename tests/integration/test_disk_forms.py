@@ -22,8 +22,7 @@ from tests.support.journal_vm import captured_path, digest, manifest_of, qemu_im
 from tests.support.listening import wait_listening
 from tests.support.probes import has_uffd_wp
 from tests.support.small_file_system import mounted_tmpfs
-from tests.support.surveyed import surveyed
-from tests.support.waiting import wait_until
+from tests.support.taking import PATIENT_MS
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -58,7 +57,7 @@ def qcow2_disk(path: Path) -> Path:
 def capture(vm: BareVm, directory: Path, kind: str) -> tuple[CapturedDisk, ...]:
     file = directory / f"{kind}.still"
     file.unlink(missing_ok=True)
-    api.take(vm.qmp, file, disks=kind).wait(60)  # type: ignore[arg-type]
+    api.take(vm.qmp, file, disks=kind, max_drain_ms=PATIENT_MS).wait(60)  # type: ignore[arg-type]
     return manifest_of(file).captured_disks
 
 
@@ -100,7 +99,7 @@ def test_replacing_a_snapshot_replaces_its_copies(tmp_path: Path) -> None:
     disk, file = raw_disk(tmp_path / "disk.raw"), tmp_path / "x.still"
     with BareVm("-drive", f"file={disk},if=virtio,format=raw") as vm:
         for _ in range(2):
-            api.take(vm.qmp, file, overwrite=True).wait(60)
+            api.take(vm.qmp, file, overwrite=True, max_drain_ms=PATIENT_MS).wait(60)
             (captured,) = manifest_of(file).captured_disks
             copies = list((tmp_path / "x.still.disks").iterdir())
             assert copies == [captured_path(file, captured)]
@@ -110,7 +109,7 @@ def test_commit_leaves_what_a_snapshot_needs(tmp_path: Path) -> None:
     disk, file = raw_disk(tmp_path / "disk.raw"), tmp_path / "x.still"
     was = digest(disk)
     with BareVm("-drive", f"file={disk},if=virtio,format=raw,id=d") as vm:
-        api.take(vm.qmp, file, disks="overlay").wait(60)
+        api.take(vm.qmp, file, disks="overlay", max_drain_ms=PATIENT_MS).wait(60)
         with api.connect(vm.second_qmp) as other:
             other.qmp.hmp('qemu-io d "write -P 0x77 0 1M"')
         (kept,) = api.commit(vm.qmp)
@@ -125,7 +124,7 @@ def test_commit_leaves_what_a_snapshot_needs(tmp_path: Path) -> None:
 def test_a_dry_run_of_commit_folds_nothing(tmp_path: Path) -> None:
     disk, file = raw_disk(tmp_path / "disk.raw"), tmp_path / "x.still"
     with BareVm("-drive", f"file={disk},if=virtio,format=raw,id=d") as vm:
-        api.take(vm.qmp, file, disks="overlay").wait(60)
+        api.take(vm.qmp, file, disks="overlay", max_drain_ms=PATIENT_MS).wait(60)
         overlay = Path(manifest_of(file).captured_disks[0].overlay)
         words = [sys.executable, "-m", "stillframe", "commit", vm.qmp, "--dry-run"]
         said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
@@ -204,7 +203,7 @@ def test_an_encrypted_qcow2_is_left_out_and_named(tmp_path: Path) -> None:
     words = "qcow2,node-name=n,encrypt.format=luks,encrypt.key-secret=key,file.driver=file"
     words += f",file.filename={disk}"
     with BareVm(*SECRET, "-blockdev", words, "-device", "virtio-blk-pci,drive=n,id=v0") as vm:
-        taken = api.take(vm.qmp, tmp_path / "x.still").wait(60)
+        taken = api.take(vm.qmp, tmp_path / "x.still", max_drain_ms=PATIENT_MS).wait(60)
         manifest = manifest_of(tmp_path / "x.still")
         assert manifest.without_disks == ("v0",)
         assert manifest.captured_disks == ()

@@ -18,7 +18,7 @@ from stillframe.errors import MachineError
 from stillframe.restore.restored import list_restored
 from stillframe.store import open_snapshot
 from tests.support.probes import has_guest_agent, has_libvirt, has_uffd_wp
-from tests.support.taking import finish, start_take
+from tests.support.taking import PATIENT, PATIENT_MS, finish, start_take
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
@@ -65,7 +65,7 @@ def assert_thawed(domain: GuestDomain) -> None:
 
 def test_a_domain_that_is_restored_is_thawed(domain: GuestDomain, place: Path) -> None:
     file = place / "x.still"
-    taken = api.take(domain.name, file, quiesce=True).wait(120)
+    taken = api.take(domain.name, file, quiesce=True, max_drain_ms=PATIENT_MS).wait(120)
     assert any("frozen in it" in note for note in taken.notes)
     assert_thawed(domain)
     with open_snapshot(file) as snapshot:
@@ -84,14 +84,14 @@ def test_a_domain_that_is_restored_is_thawed(domain: GuestDomain, place: Path) -
 @pytest.mark.parametrize("fault", ["stopped", "stopped=kill", "disks=kill"])
 def test_a_take_that_fails_leaves_it_thawed(domain: GuestDomain, place: Path, fault: str) -> None:
     code, _output, complaints = finish(
-        start_take(domain, place / "x.still", "--quiesce", fault=fault)
+        start_take(domain, place / "x.still", "--quiesce", *PATIENT, fault=fault)
     )
     assert code == (-9 if fault.endswith("kill") else 70), complaints
     assert_thawed(domain)
 
 
 def test_it_is_thawed_when_libvirtd_dies_with_us(domain: GuestDomain, place: Path) -> None:
-    process = start_take(domain, place / "x.still", "--quiesce", fault="stopped=hang")
+    process = start_take(domain, place / "x.still", "--quiesce", *PATIENT, fault="stopped=hang")
     wait_until(lambda: process.poll() is not None or domain.state() == "paused", within_s=60.0)
     assert process.poll() is None, process.communicate()
     pid = int(subprocess.run(["pidof", "-s", "libvirtd"], capture_output=True, check=True).stdout)
