@@ -22,7 +22,9 @@ from tests.support.journal_vm import captured_path, digest, manifest_of, qemu_im
 from tests.support.listening import wait_listening
 from tests.support.probes import has_uffd_wp
 from tests.support.small_file_system import mounted_tmpfs
+from tests.support.surveyed import surveyed
 from tests.support.taking import PATIENT_MS
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 

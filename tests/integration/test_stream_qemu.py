@@ -314,18 +314,14 @@ def check_consistent(ram: dict[str, bytes]) -> None:
     assert edges in ([], [1])
 
 
-LOST_PAGES = 8
-"""QEMU 7.2 with TCG loses the last writes to a few hot pages in live precopy, with XBZRLE or
-without: not all, but nearly all must be as in the VM's memory."""
-
-
 def test_live_precopy_sends_pages_again(tmp_path: Path) -> None:
     with stream_vm([*BASE, *write_boot_sector(tmp_path)], tmp_path) as vm:
         wait_for_boot_sector(vm)
         stream = vm.migrate()
         memory = vm.memory(RAM_BYTES)
     events = read(stream)
-    ram = main_block(replay(events))
+    ram = replay(events)
+    check_consistent(ram)
     came = Counter(
         page
         for event in events
@@ -333,8 +329,7 @@ def test_live_precopy_sends_pages_again(tmp_path: Path) -> None:
         for page in range(event.offset_bytes, event.offset_bytes + len(event.data), PAGE)
     )
     assert came.total() > len(came), "none came again"
-    different = [o for o in range(0, 640 << 10, PAGE) if ram[o : o + PAGE] != memory[o : o + PAGE]]
-    assert len(different) <= LOST_PAGES
+    assert main_block(ram)[: 640 << 10] == memory[: 640 << 10]
 
 
 def passes_of_guest(vm: StreamVm) -> int:
@@ -366,7 +361,9 @@ def test_xbzrle_pages_are_applied(tmp_path: Path) -> None:
     ram = main_block(replay(read(stream, applied)))
     assert len(applied) > 20
     different = [o for o in applied if ram[o : o + PAGE] != memory[o : o + PAGE]]
-    assert len(different) <= LOST_PAGES
+    # QEMU 7.2 with TCG loses the last writes to a few hot pages in live precopy, also without
+    # XBZRLE: not all, but nearly all must be as in the VM's memory.
+    assert len(different) <= 8
     with pytest.raises(DataError, match="XBZRLE"):
         verify_stream(io.BytesIO(stream))
 
