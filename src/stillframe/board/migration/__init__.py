@@ -1,4 +1,4 @@
 """``migrate`` and ``migrate-incoming`` of the board: precopy, postcopy and background snapshots.
 
-States and order are QEMU's; ``docs/concepts/migration.md`` draws them.
+The states and their order are QEMU's; see ``docs/concepts/migration.md``.
 """

@@ -1,4 +1,4 @@
-"""Where a migration goes to or comes from: ``tcp:``, ``unix:``, ``fd:`` and ``file:`` URIs.
+"""Migration URIs: ``tcp:``, ``unix:``, ``fd:`` and ``file:``.
 
 Syntax and wording are QEMU's (``migration/migration.c``: ``migrate_uri_parse``;
 ``util/qemu-sockets.c``).
@@ -15,11 +15,11 @@ from stillframe.errors import UsageError
 _FDSET = "/dev/fdset/"
 _OFFSET_LIMIT = 1 << 63
 _DIGITS = len(str(_OFFSET_LIMIT))
-"""The interpreter refuses to read much longer numbers."""
+"""Python refuses to parse much longer numbers."""
 
 
 class TcpAddress(msgspec.Struct, frozen=True):
-    """``host`` is empty for all of this host's addresses, which makes sense to listen only."""
+    """A TCP address; an empty ``host`` listens on all addresses, or connects to localhost."""
 
     host: str
     port: int
@@ -29,7 +29,7 @@ class TcpAddress(msgspec.Struct, frozen=True):
 
 
 class UnixAddress(msgspec.Struct, frozen=True):
-    """A socket in the file system."""
+    """A unix socket's path."""
 
     path: str
 
@@ -38,13 +38,16 @@ class UnixAddress(msgspec.Struct, frozen=True):
 
 
 class FdAddress(msgspec.Struct, frozen=True):
-    """A descriptor that was handed over with ``getfd`` under this name."""
+    """A descriptor that a client handed over with ``getfd`` under this name.
+
+    On a command line, ``name`` is the number of an inherited descriptor.
+    """
 
     name: str
 
 
 class FdsetAddress(msgspec.Struct, frozen=True):
-    """A descriptor that was handed over with ``add-fd``, as ``file:/dev/fdset/N``."""
+    """A descriptor that a client handed over with ``add-fd``: ``file:/dev/fdset/N``."""
 
     fdset_id: int
     offset_bytes: int
@@ -64,7 +67,7 @@ def parse_uri(uri: str) -> Address:
     """Parse a migration URI.
 
     Raises:
-        UsageError: another kind, or malformed.
+        UsageError: the URI is of another kind, or malformed.
     """
     kind, colon, rest = uri.partition(":")
     match kind if colon else "":

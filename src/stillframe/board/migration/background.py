@@ -1,4 +1,4 @@
-"""The background snapshot of the board: the snapshot job, over this very board, into a channel.
+"""The background snapshot of the board: a snapshot job that writes this board to a channel.
 
 Source: QEMU ``migration/migration.c``: bg_migration_thread.
 """
@@ -17,13 +17,13 @@ from stillframe.still.frames import LEVEL_NONE
 
 
 def save_in_background(task: Outgoing, channel: OutgoingChannel, cleanup: ExitStack) -> None:
-    """Write the machine as it is at one instant, while it goes on.
+    """Write the machine's state at one point in time while the guest runs on.
 
     Raises:
-        StillframeError: it failed or was cancelled; the guest goes on, unprotected.
+        StillframeError: it failed or was cancelled; the guest goes on, its RAM unprotected.
     """
     machine = LocalBoard(task.board, protection=task.protection)
-    # One thread writes: there is nothing to encode.
+    # One thread only writes: there is nothing to encode.
     options = SnapshotOptions(compression_level=LEVEL_NONE, workers=1)
     taken = take_into(task.control, machine, StreamOutput(channel), options)
     task.counters.follow(taken.statistics)

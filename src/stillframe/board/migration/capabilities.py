@@ -1,4 +1,4 @@
-"""Migration capabilities: those that the board has, and which exclude each other.
+"""The migration capabilities that the board supports, and which of them exclude each other.
 
 Names, defaults and wording are QEMU's (``migration/options.c``: ``migrate_caps_check``).
 """
@@ -19,17 +19,17 @@ NAMES = (EVENTS, POSTCOPY_RAM, RETURN_PATH, BACKGROUND_SNAPSHOT)
 _NOT_WITH_BACKGROUND_SNAPSHOT = (POSTCOPY_RAM, RETURN_PATH)
 
 Probe = Callable[[], None]
-"""Tries what a capability needs of the host; raises HostError if it is not there."""
+"""Tries what a capability needs from the host; raises HostError if the host lacks it."""
 
 
 class Capabilities:
-    """Which capabilities are on. All are off at the start, and stay as they are set.
+    """The state of all capabilities, which start off.
 
     Args:
-        probe_write_tracking: whether RAM can be write-protected here.
-        probe_missing_pages: whether RAM can be filled on demand here.
-        waits_for_incoming: whether the machine waits for an incoming migration: only a
-            destination has to be able to fill RAM on demand.
+        probe_write_tracking: checks that this host can write-protect RAM.
+        probe_missing_pages: checks that this host can fill RAM on demand.
+        waits_for_incoming: returns whether the machine waits for an incoming migration: only a
+            destination must be able to fill RAM on demand.
     """
 
     def __init__(
@@ -48,15 +48,16 @@ class Capabilities:
         return self._on[name]
 
     def as_dict(self) -> Mapping[str, bool]:
-        """All of them; a view that follows later changes."""
+        """Return a live view of all capabilities, which follows later changes."""
         return MappingProxyType(self._on)
 
     def set(self, wanted: Mapping[str, bool]) -> None:
-        """Switch some of them, all or none.
+        """Switch capabilities, all or none.
 
         Raises:
-            UsageError: there is no capability of a name.
-            RefusedError: they exclude each other, or the host cannot do it. Nothing changed.
+            UsageError: an unknown capability.
+            RefusedError: they exclude each other, or the host does not support one. Nothing
+                changed.
         """
         for name in wanted:
             if name not in self._on:

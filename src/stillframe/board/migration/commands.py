@@ -1,4 +1,4 @@
-"""The QMP commands of migration."""
+"""The QMP commands for migration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stillframe.board.monitor.command_set import CommandContext, CommandTable, N
 
 
 class CapabilityState(msgspec.Struct, frozen=True):
-    """One element of migrate-set-capabilities' list."""
+    """One element of the list that migrate-set-capabilities takes."""
 
     capability: str
     state: bool
@@ -24,7 +24,7 @@ class SetCapabilities(msgspec.Struct, frozen=True):
 
 
 class SetParameters(msgspec.Struct, frozen=True, rename="kebab"):
-    """Arguments of migrate-set-parameters: those that the board has."""
+    """Arguments of migrate-set-parameters that the board supports."""
 
     max_bandwidth: Uint64 | UnsetType = UNSET
     avail_switchover_bandwidth: Uint64 | UnsetType = UNSET
@@ -33,7 +33,7 @@ class SetParameters(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 class Uri(msgspec.Struct, frozen=True):
-    """Arguments of migrate and migrate-incoming."""
+    """Arguments of migrate; ``detach`` is accepted and ignored."""
 
     uri: str
     detach: bool | UnsetType = UNSET
@@ -46,7 +46,7 @@ class IncomingUri(msgspec.Struct, frozen=True):
 
 
 def add_migration_commands(table: CommandTable, migration: Migration) -> None:
-    """Add them to the server's table. They take what locks they need themselves."""
+    """Add the commands to the server's table. Each takes the locks that it needs."""
 
     def query_capabilities(context: CommandContext, arguments: NoArguments) -> object:
         return [

@@ -1,6 +1,7 @@
-"""What a migration counts: bytes, pages, rounds, and how fast it is.
+"""A migration's counters: bytes, pages, rounds and speeds.
 
-Only the migration's thread writes; whoever asks reads numbers that may be a moment old.
+Only the migration's thread writes, except that the return path's thread counts
+``postcopy_requests``. Readers in other threads may see slightly old numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Stage = Literal["precopy", "downtime", "postcopy"]
 
 
 class Counters:
-    """Counts of one outgoing migration; times of ``time.monotonic``, in seconds."""
+    """The counts of one outgoing migration; ``_s`` times are ``time.monotonic`` seconds."""
 
     def __init__(self) -> None:
         self.stage: Stage = "precopy"
@@ -50,17 +51,17 @@ class Counters:
         return ((self.ended_s or time.monotonic()) - self.began_s) * 1e3
 
     def took(self, length_bytes: int) -> None:
-        """Bytes went to the channel."""
+        """Count bytes that the channel took."""
         self.bytes_by_stage[self.stage] += length_bytes
 
     def begin_transfer(self) -> None:
-        """Setup is over."""
+        """End setup and start the transfer's clock."""
         self._transfer_began_s = time.monotonic()
         self.setup_ms = (self._transfer_began_s - self.began_s) * 1e3
         self.measure()
 
     def follow(self, statistics: Statistics) -> None:
-        """A background snapshot counts so much."""
+        """Take over a background snapshot's numbers."""
         self.bytes_by_stage["precopy"] = statistics.file_bytes
         self.zero_pages, self.data_pages = statistics.pages.zero, statistics.pages.data
         self.remaining_bytes = max(0, self.ram_bytes - self.pages * TARGET_PAGE_BYTES)
@@ -68,14 +69,14 @@ class Counters:
         self.measure()
 
     def measure(self) -> None:
-        """Between batches: take the speed of the last tenth of a second, once it is over."""
+        """Update the speeds, measured over a tenth of a second; call it between batches."""
         self._meter.note(self.transferred_bytes, self.pages)
         if rates := self._meter.rates():
             self.mbps = rates[0] * 8 / 1e6
             self.pages_per_s = rates[1]
 
     def end(self) -> None:
-        """The last byte went out; speeds are from now on those of the whole transfer."""
+        """End the count; the speeds become averages over the whole transfer."""
         self.ended_s = time.monotonic()
         passed = max(1e-3, self.ended_s - self._transfer_began_s)
         self.mbps = self.transferred_bytes * 8 / passed / 1e6

@@ -1,4 +1,4 @@
-"""Which pages the destination does not have as they are now (QEMU's ``bmap``)."""
+"""The map of dirty pages: those whose current content the destination lacks (QEMU's ``bmap``)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _DIRTY = b"\1"
 
 
 class DirtyPages:
-    """One byte a page, so that runs are found at memory speed. For one thread.
+    """A dirty map with one byte per page, to find runs at memory speed. For one thread.
 
     Args:
-        page_counts: target pages of each block.
+        page_counts: the number of target pages of each block.
     """
 
     def __init__(self, page_counts: Sequence[int]) -> None:
@@ -20,10 +20,10 @@ class DirtyPages:
         self._block = 0
         self._page = 0
         self.count = 0
-        """Pages that are dirty now."""
+        """The number of dirty pages."""
 
     def mark(self, block: int, first_page: int, pages: int) -> None:
-        """They have to be sent (again)."""
+        """Mark pages dirty: they must be sent (again)."""
         states = self._maps[block]
         end = min(first_page + pages, len(states))
         self.count += end - first_page - states.count(_DIRTY, first_page, end)
@@ -34,8 +34,10 @@ class DirtyPages:
             self.mark(block, 0, len(states))
 
     def next_run(self, most_pages: int) -> tuple[int, int, int] | None:
-        """The next dirty pages (block, first page, pages) in address order, from where the last
-        ones were; they stay dirty until ``take``."""
+        """Return the next dirty run (block, first page, pages) in address order, or None.
+
+        The search starts at the last run found. The pages stay dirty until ``take``.
+        """
         if self.count == 0:
             return None
         while True:
@@ -51,11 +53,11 @@ class DirtyPages:
             self._block = (self._block + 1) % len(self._maps)
 
     def go_on_from(self, block: int, page: int) -> None:
-        """Where ``next_run`` looks next."""
+        """Set where ``next_run`` searches next."""
         self._block, self._page = block, page
 
     def take(self, block: int, first_page: int, pages: int) -> list[tuple[int, int]]:
-        """Runs (first page, pages) within a range that were dirty; they are clean now."""
+        """Clean a range, and return the runs (first page, pages) in it that were dirty."""
         states = self._maps[block]
         end = min(first_page + pages, len(states))
         found = list(_runs(states, first_page, end))
@@ -65,7 +67,7 @@ class DirtyPages:
         return found
 
     def runs(self, block: int) -> Iterator[tuple[int, int]]:
-        """All dirty runs (first page, pages) of a block, ascending."""
+        """Yield all dirty runs (first page, pages) of a block, ascending."""
         return _runs(self._maps[block], 0, len(self._maps[block]))
 
 

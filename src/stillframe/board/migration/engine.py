@@ -1,4 +1,4 @@
-"""The board's migration: at most one at a time, out of it or into it."""
+"""The board's migration: at most one at a time, outgoing or incoming."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _IN_PROGRESS = "There's a migration process in progress"
 
 
 class Migration:
-    """Everything about migration of one board; all methods from any thread.
+    """The migration of one board. Any thread may call any method.
 
-    Refusals are in QEMU's words (``migration/migration.c``: migrate_prepare, qmp_migrate,
+    Refusals use QEMU's wording (``migration/migration.c``: migrate_prepare, qmp_migrate,
     qmp_migrate_incoming, qmp_migrate_start_postcopy).
 
     Args:
-        protection_prefer: how RAM is to be write-protected; see ``open_own_protection``.
+        protection_prefer: how to write-protect RAM; see ``open_own_protection``.
     """
 
     def __init__(self, board: Board, *, protection_prefer: Preference = "auto") -> None:
@@ -59,13 +59,15 @@ class Migration:
 
     @property
     def capabilities(self) -> Mapping[str, bool]:
-        """Which capabilities are on now."""
+        """All capabilities, and whether each is on."""
         return self._capabilities.as_dict()
 
     @property
     def under_way(self) -> bool:
-        """Whether the machine is being migrated, saved or loaded; RAM must not be added meanwhile.
-        One that still waits for a source may get it."""
+        """Whether the machine is being migrated, saved or loaded: no RAM may be added meanwhile.
+
+        A machine that still waits for its source may be given RAM.
+        """
         incoming = self._incoming
         return self._under_way() or (incoming is not None and incoming.loading)
 
@@ -73,8 +75,8 @@ class Migration:
         """Switch capabilities, all or none.
 
         Raises:
-            BusyError: a migration is under way. UsageError: no such capability.
-            RefusedError: they exclude each other, or the host cannot do it.
+            BusyError: an outgoing migration is under way. UsageError: no such capability.
+            RefusedError: they exclude each other, or the host does not support one.
         """
         with self._lock:
             if self._under_way():
@@ -82,7 +84,7 @@ class Migration:
             self._capabilities.set(wanted)
 
     def add_listener(self, callback: Tell) -> None:
-        """Be told MIGRATION and MIGRATION_PASS events, while capability ``events`` is on."""
+        """Call ``callback`` for MIGRATION and MIGRATION_PASS events if ``events`` is on."""
         self._listeners.append(callback)
 
     def _tell(self, event: str, data: dict[str, object]) -> None:
@@ -96,9 +98,9 @@ class Migration:
     # --- outgoing ----------------------------------------------------------------------
 
     def migrate(self, uri: str, *, fds: Descriptors | None = None) -> None:
-        """Begin to migrate to ``uri``, or with background-snapshot on, to save there.
+        """Start to migrate to ``uri``, or, with background-snapshot on, to save there.
 
-        It goes on in the background: see ``query``, ``wait``. Guest state: as it was.
+        A thread does the work: see ``query`` and ``wait``. The guest's state does not change here.
 
         Args:
             fds: where ``fd:`` and ``file:/dev/fdset/N`` find their descriptors.
@@ -106,10 +108,10 @@ class Migration:
         Raises:
             UsageError: the URI is malformed. BusyError: a migration is under way.
             RefusedError: the machine cannot be migrated now. NotFoundError, SinkError: the
-                destination cannot be opened; ``query`` tells it too.
+                destination cannot be opened; ``query`` reports this too.
         """
         address = parse_uri(uri)
-        # The board's lock first, as everywhere: a QMP client's thread may hold it already.
+        # The board's lock comes first everywhere: a QMP client's thread may already hold it.
         with self._board.lock, self._lock:
             self._check_may_leave()
             outgoing = Outgoing(
@@ -145,12 +147,12 @@ class Migration:
             raise RefusedError(reason)
 
     def cancel(self) -> None:
-        """Give up the outgoing migration, if there is one; the guest goes on here.
+        """Cancel the outgoing migration, if there is one; the guest goes on here.
 
-        Past the point where the destination may run the guest it has no effect.
+        Has no effect once the destination may run the guest.
 
         Raises:
-            RefusedError: the guest runs at the destination already (postcopy).
+            RefusedError: the guest already runs at the destination (postcopy).
         """
         outgoing = self._outgoing
         if outgoing is None:
@@ -162,7 +164,7 @@ class Migration:
             )
 
     def start_postcopy(self) -> None:
-        """Switch the migration that is under way over to postcopy, as soon as possible.
+        """Switch the current migration over to postcopy as soon as possible.
 
         Raises:
             RefusedError: the capability is off, or no migration was started.
@@ -185,15 +187,15 @@ class Migration:
         fds: Descriptors | None = None,
         on_failure: Callable[[StillframeError], None] | None = None,
     ) -> None:
-        """Wait for a migration at ``uri``, and load it: once in a machine's life.
+        """Wait for a migration at ``uri`` and load it. Works once in a machine's life.
 
         Args:
-            on_failure: told if the load fails, in the load's thread.
+            on_failure: called with the error, in the load's thread, if the load fails.
 
         Raises:
-            UsageError: the URI is malformed. RefusedError: the machine does not wait for one,
-                or it was started already. HostError, BusyError, NotFoundError: it cannot be
-                listened on or opened.
+            UsageError: the URI is malformed. RefusedError: the machine does not wait for a
+                migration, or this was called before. HostError, BusyError, NotFoundError: the
+                address cannot be listened on, or the file or descriptor not opened.
         """
         with self._board.lock, self._lock:
             if self._incoming is not None:
@@ -215,17 +217,17 @@ class Migration:
     # --- both --------------------------------------------------------------------------
 
     def query(self) -> dict[str, object]:
-        """How things stand, in QEMU's field names (``query-migrate``)."""
+        """Return the current status in QEMU's field names (``query-migrate``)."""
         return query.migration_info(self._outgoing, self._incoming, self._board.blocked_reasons())
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until no migration is under way, out or in.
+        """Wait until no migration is under way, incoming or outgoing.
 
         Returns:
             Whether they ended in time.
 
         Raises:
-            StillframeError: what made the last one fail.
+            StillframeError: why the incoming one, or else the last outgoing one, failed.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         for one in (self._incoming, self._outgoing):
@@ -239,18 +241,18 @@ class Migration:
         return True
 
     def close(self) -> None:
-        """Give everything up, and wait for that; for the end of the machine. Never raises."""
+        """Abort all migration and wait until it has ended, as the machine ends. Never raises."""
         self.give_up()
         for one in (self._incoming, self._outgoing):
             if one is not None:
                 one.ended.wait(_END_S)
 
     def give_up(self) -> None:
-        """As ``close``, without waiting: whoever waits for a page or for room is let go soon.
+        """Abort all migration without waiting: threads that wait for a page or for I/O go on soon.
 
         Source: QEMU ``migration/migration.c``: migration_shutdown.
         """
         for one in (self._incoming, self._outgoing):
             if one is not None:
                 one.cancel()
-                one.interrupt.set()  # also past the point of no return
+                one.interrupt.set()  # even past the point of no return

@@ -1,4 +1,4 @@
-"""A board with its migration and its QMP server: what a process runs."""
+"""The host of a board: the board with its migration and QMP server, run by one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _DEFER = "defer"
 
 
 class BoardHost:
-    """Made by ``start_host``; end it with ``close``, or use it as a context manager.
+    """A running board with migration and QMP; made by ``start_host``.
+
+    End it with ``close``, or use it as a context manager.
 
     Attributes:
         qmp_address: where the QMP server listens, or None.
@@ -40,10 +42,10 @@ class BoardHost:
         self._plate: PublishedNameplate | None = None
 
     def publish_nameplate(self) -> None:
-        """Let others find the board by its process (``ps``, ``take``).
+        """Publish how other programs find this board by its process (``ps``, ``take``).
 
         Raises:
-            HostError: no memory or descriptor for it.
+            HostError: no memory or descriptor for the nameplate.
         """
         address = self.qmp_address
         plate = Nameplate(
@@ -59,8 +61,8 @@ class BoardHost:
             raise HostError("no nameplate for the board", why=error.strerror) from error
 
     def take_incoming(self, uri: str) -> None:
-        """Wait for a migration from the start; without it there is nothing to run, so a load that
-        fails ends the board, as QEMU's ``-incoming`` does.
+        """Wait for an incoming migration. A failed load ends the board, as with QEMU's
+        ``-incoming``: there is no other guest to run.
 
         Raises:
             StillframeError: as ``Migration.incoming``.
@@ -72,13 +74,13 @@ class BoardHost:
         self.board.quit()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the machine's end.
+        """Wait until the machine has ended.
 
         Returns:
             Whether it has ended; ``board.exit_status`` says how.
 
         Raises:
-            StillframeError: it was started for an incoming migration, and that failed.
+            StillframeError: the incoming migration it was started for failed.
         """
         ended = self.board.wait(timeout_s)
         if self._incoming_error is not None:
@@ -86,7 +88,7 @@ class BoardHost:
         return ended
 
     def close(self) -> None:
-        """End migration, server and board, in this order. Never raises; twice does nothing."""
+        """End migration, server and board, in this order. Never raises; may be repeated."""
         self.migration.close()
         self.server.close()
         self.board.close()
@@ -108,18 +110,18 @@ def start_host(
     paused: bool = False,
     protection_prefer: Preference = "auto",
 ) -> BoardHost:
-    """Make a board, serve QMP for it, and start it.
+    """Create a board, serve QMP for it, and start it.
 
     Args:
         qmp: a unix socket's path or (host, port) to serve QMP on.
-        incoming: the URI of a stream to load in place of starting the guest; ``defer`` waits for
-            QMP's ``migrate-incoming``.
-        paused: the guest does not run before ``cont``.
-        protection_prefer: how RAM is write-protected; see ``open_own_protection``.
+        incoming: the URI of a stream to load instead of starting the guest; ``defer`` waits for
+            the QMP command ``migrate-incoming``.
+        paused: whether the guest waits for ``cont`` before it runs.
+        protection_prefer: how to write-protect RAM; see ``open_own_protection``.
 
     Raises:
-        StillframeError: the board, the socket or the source of the stream is not available; nothing
-            was left behind.
+        StillframeError: the board, the socket or the stream's source is not available; nothing is
+            left behind.
     """
     board = Board(config)
     commands = CommandTable(board.lock)
@@ -131,7 +133,7 @@ def start_host(
     host = BoardHost(board, migration, server, None)
     try:
         board.on_quit(migration.give_up)
-        board.on_end(migration.close)  # while there is RAM
+        board.on_end(migration.close)  # while RAM still exists
         board.add_listener(server.emit)
         migration.add_listener(server.emit)
         if qmp is not None:

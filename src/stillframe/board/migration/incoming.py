@@ -1,4 +1,4 @@
-"""One incoming migration: waits for a stream, loads it, and lets the guest run if it ran.
+"""One incoming migration: waits for a stream, loads it, and resumes the guest if it was running.
 
 Source: QEMU ``migration/migration.c``: process_incoming_migration_co,
 process_incoming_migration_bh.
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
     from stillframe.board.hardware.board import Board
 
 _STOP_S = 0.2
-"""How long vCPUs that do not wait for a page may take to stop."""
+"""Time for vCPUs to stop, unless they wait for a page."""
 
 
 class Incoming:
-    """The load of one machine. After a failure the machine is half loaded and never runs.
+    """The load of one machine from a stream. After a failure the machine must not run.
 
     Args:
         handler: the board's registered ``ram`` handler.
         tell: takes MIGRATION events.
-        on_failure: told what made it fail, when everything else is over.
+        on_failure: called with the error as the last step of a failed load.
 
     Attributes:
-        interrupt: for the channel; ends waiting for the source, and reading from it.
-        error: what made it fail.
-        ended: set when nothing more happens.
+        interrupt: the channel's; ends waiting for the source and reading from it.
+        error: why the load failed.
+        ended: set when the load is over.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Incoming:
                 return ram
         if idstr != DIMM_IDSTR:
             return None
-        # RAM that was plugged in at the source while it ran.
+        # RAM that was hot-plugged at the source.
         self._board.plug_dimm(length_bytes)
         return self._find_ram(idstr, length_bytes)
 
@@ -105,7 +105,7 @@ class Incoming:
             self._board.finish_incoming()
 
     def start(self, arrival: Arrival) -> None:
-        """Wait for the source, and load, in a thread of its own."""
+        """Start a thread that waits for the source and loads its stream."""
         self.arrival = arrival
         self.states.enter("setup")
         threading.Thread(
@@ -114,11 +114,11 @@ class Incoming:
 
     @property
     def loading(self) -> bool:
-        """Whether a source was accepted, and its stream is not at its end."""
+        """Whether a source was accepted and its stream has not ended."""
         return self.states.value in ("active", "postcopy-active")
 
     def cancel(self) -> None:
-        """Give it up: for the end of the machine. It ends as ``failed``."""
+        """Give up the load because the machine ends; the state becomes ``failed``."""
         self.interrupt.set()
 
     def _run(self, arrival: Arrival) -> None:
@@ -131,7 +131,7 @@ class Incoming:
                     raise SnapshotCancelled("the incoming migration was given up")
                 cleanup.callback(channel.close)
                 self._load(channel, cleanup)
-        except BaseException as error:  # noqa: BLE001 - kept for whoever asks
+        except BaseException as error:  # noqa: BLE001 - kept in ``error``
             failure = error
         self.interrupt.close()
         self._handler.loader = None
@@ -156,7 +156,7 @@ class Incoming:
         self._source = StreamSource(channel, live=channel.can_reply)
         self._handler.loader = self._ram
         cleanup.callback(self._postcopy.close)
-        cleanup.callback(self.interrupt.set)  # before that, so that nothing loads any more
+        cleanup.callback(self.interrupt.set)  # runs first, so that the load stops
         try:
             if loader.load(self._source):
                 self.states.enter("postcopy-active")
@@ -165,7 +165,7 @@ class Incoming:
                 self._ram.check_complete()
                 self._start_guest()
         except BaseException:
-            # Told that it failed the source goes on, so not if the guest runs here.
+            # SHUT(1) makes the source resume the guest, so never send it while the guest runs here.
             if commands.reply is not None and not self._runs_already():
                 with suppress(SinkError):
                     commands.reply.shut(1)
@@ -174,7 +174,7 @@ class Incoming:
             raise
         self.states.end(failed=False)
         if commands.reply is not None:
-            # A source that is gone by now can do nothing about it, and nor can we.
+            # The guest runs: a source that is gone by now makes no difference.
             with suppress(SinkError):
                 commands.reply.shut(0)
 
@@ -182,15 +182,15 @@ class Incoming:
         return not self._postcopy.started and self._board.run_state == "running"
 
     def _stop_lost_guest(self) -> None:
-        """It runs already, and pages of it will never come."""
-        # Who waits for such a page, a vCPU or a device's thread, cannot be stopped before it is let
-        # go, and is to be stopped as soon as it is: so the stop is asked for first.
+        """Stop a guest that already runs but will never get all of its pages."""
+        # A vCPU or device thread that waits for such a page cannot stop before it is released, and
+        # must not run on afterwards: so request the stop first, then release.
         stopper = threading.Thread(
             target=self._stop_and_give_up_disks, name="stillframe-lost-guest", daemon=True
         )
         stopper.start()
         stopper.join(_STOP_S)
-        # Its block device may be among those that wait, for what it is to write.
+        # The block device may be waiting for a page that it is about to write.
         self._board.lose_disks()
         self.interrupt.set()
         self._postcopy.close()
@@ -203,12 +203,12 @@ class Incoming:
 
 
 class IncomingCommands:
-    """Handles the COMMAND records of one stream (QEMU ``migration/savevm.c``:
+    """The handler of one stream's COMMAND records (QEMU ``migration/savevm.c``:
     loadvm_process_command).
 
     Attributes:
         reply: the return path, once the source has opened it.
-        loader: loads packaged streams; to be set before the first command.
+        loader: loads packaged streams; must be set before the first command.
     """
 
     def __init__(self, channel: IncomingChannel, postcopy: IncomingPostcopy) -> None:
@@ -218,16 +218,15 @@ class IncomingCommands:
         self.loader: StateLoader | None = None
 
     def handle(self, code: int, data: bytes, source: StreamSource) -> bool:
-        """One command; True if nothing more is to be read by whoever read it.
+        """Handle one command; return True if the loop that read it must stop reading.
 
         Raises:
-            DataError: unknown, malformed, or not in its turn.
+            DataError: the command is unknown, malformed, or out of order.
             SinkError: the source is gone.
         """
         match code:
             case CommandCode.OPEN_RETURN_PATH:
-                # Else the stream was stored by somebody who could not answer either; its source
-                # does not wait for us any more.
+                # A channel without replies holds a stored stream: no source waits for an answer.
                 if self._channel.can_reply:
                     self.reply = self.reply or ReturnPathWriter(self._channel.reply)
             case CommandCode.PING:
@@ -246,7 +245,7 @@ class IncomingCommands:
                 self._postcopy.run()
                 return True
             case CommandCode.SWITCHOVER_START:
-                pass  # only says that the devices' states come next
+                pass  # only announces the device states
             case _:
                 raise DataError(f"command {code} is not for this machine")
         return False

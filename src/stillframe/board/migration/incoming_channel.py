@@ -1,7 +1,7 @@
-"""Channels that a migration is read from.
+"""Channels to read a migration from.
 
-Sockets are listened on before the command that asked for it is answered; one source is accepted.
-A snapshot file gives the stream that is in it.
+A socket listens before the command that asked for it is answered, and accepts one source. A
+snapshot file yields the stream stored in it.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class IncomingChannel(Protocol):
-    """Gives a stream. One thread reads; any thread may reply."""
+    """The source of a stream. One thread reads; any thread may reply."""
 
     @property
     def can_reply(self) -> bool:
-        """Whether there is a way back to the source."""
+        """Whether the channel has a return path to the source."""
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; none at the end, or when it was interrupted."""
+        """Read up to ``size`` bytes; none at the end, or after an interrupt."""
 
     def reply(self, data: BytesLike, /) -> None:
-        """Tell the source something.
+        """Send ``data`` to the source.
 
         Raises:
-            SinkError: it is gone.
+            SinkError: the source is gone.
         """
 
     def close(self) -> None:
-        """Let go of it. Never raises."""
+        """Close the channel. Never raises."""
 
 
 class Arrival(Protocol):
@@ -59,13 +59,13 @@ class Arrival(Protocol):
 
     @property
     def socket_address(self) -> dict[str, str] | None:
-        """Where it listens, as ``query-migrate`` shows it; None if it does not listen."""
+        """The address it listens on, as ``query-migrate`` shows it; None if it does not listen."""
 
     def open(self) -> IncomingChannel | None:
-        """Wait for the source. None: it was interrupted."""
+        """Wait for the source; return None if interrupted."""
 
     def close(self) -> None:
-        """Listen no more. Never raises."""
+        """Stop listening, or close what was not opened. Never raises."""
 
 
 class _FdChannel:
@@ -114,7 +114,7 @@ class _SnapshotChannel:
 
 
 class _OpenFile:
-    """A descriptor or file that is there already."""
+    """A descriptor or file that is already open."""
 
     socket_address: dict[str, str] | None = None
 
@@ -173,8 +173,10 @@ def expect(address: Address, descriptors: Descriptors, interrupt: Interrupt) -> 
     """Listen at, or open, the place where a migration will arrive.
 
     Raises:
-        HostError, BusyError: it cannot be listened on, or not be read. NotFoundError: no such
-            file or descriptor. UsageError: the path is no socket's.
+        HostError, BusyError: the address cannot be listened on, or the file not be read.
+        NotFoundError: no such file or descriptor.
+        UsageError: the address is bad, or its path is not a socket (``unix:``) or not a regular
+            file (``file:``).
     """
     match address:
         case TcpAddress() | UnixAddress():
@@ -199,7 +201,7 @@ def expect(address: Address, descriptors: Descriptors, interrupt: Interrupt) -> 
 
 def _open_file(path: str) -> int:
     try:
-        # Not blocking, so that a named pipe is refused rather than waited for.
+        # Non-blocking, so that a named pipe is refused and does not block the open.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no file {path}") from error

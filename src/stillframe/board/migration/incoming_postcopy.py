@@ -1,4 +1,4 @@
-"""The destination's part of postcopy: the guest runs while its RAM still comes.
+"""The destination's part of postcopy: the guest runs while its RAM still arrives.
 
 Source: QEMU ``migration/savevm.c``: loadvm_postcopy_handle_*, postcopy_ram_listen_thread;
 ``migration/postcopy-ram.c``.
@@ -24,10 +24,10 @@ Stage = Literal["none", "advised", "listening", "running"]
 
 
 def probe_missing_pages(prefer: Preference) -> None:
-    """Whether RAM can be filled on demand here.
+    """Check that this host can fill RAM on demand.
 
     Raises:
-        HostError: it cannot; the message says what is in the way.
+        HostError: it cannot; the message says why.
     """
     if prefer == "mprotect":
         raise HostError(
@@ -39,11 +39,11 @@ def probe_missing_pages(prefer: Preference) -> None:
 
 
 class IncomingPostcopy:
-    """Takes its commands in QEMU's order: advise, discards, listen, run.
+    """The postcopy commands, taken in QEMU's order: advise, discards, listen, run.
 
     Args:
-        load_rest: loads what follows in the stream, up to its end; in a thread of its own.
-        start_guest: lets the guest run, if it ran at the source.
+        load_rest: loads the rest of the stream, up to its end; called in its own thread.
+        start_guest: resumes the guest if it ran at the source.
     """
 
     def __init__(
@@ -72,10 +72,11 @@ class IncomingPostcopy:
         self._stage = stage
 
     def advise(self, data: bytes) -> None:
-        """Postcopy may follow.
+        """Prepare for postcopy, which may follow.
 
         Raises:
-            DataError: the capability is off, or page sizes differ. HostError: not here.
+            DataError: the command is out of order, the capability is off, or page sizes differ.
+            HostError: this host cannot fill RAM on demand.
         """
         self._enter("advised", only_from="none", command="CMD_POSTCOPY_ADVISE")
         if not self._allowed:
@@ -89,10 +90,10 @@ class IncomingPostcopy:
         self._ram.page_sizes = True
 
     def discard(self, data: bytes) -> None:
-        """Old pages are missing again.
+        """Discard old pages, which are missing from then on.
 
         Raises:
-            DataError: malformed, or not in its turn.
+            DataError: the command is malformed or out of order.
         """
         if self._stage != "advised":
             raise DataError(f"CMD_POSTCOPY_RAM_DISCARD in wrong postcopy state ({self._stage})")
@@ -102,16 +103,15 @@ class IncomingPostcopy:
             self._ram.discard(block, first_page, pages)
 
     def listen(self, reply: ReturnPathWriter) -> None:
-        """From here on whoever touches a page that has not come waits for it, and the rest of
-        the stream is loaded by another thread.
+        """Make every access to a missing page wait for it, and load the rest in another thread.
 
         Raises:
-            DataError: not in its turn. HostError, BusyError: RAM cannot be watched.
+            DataError: the command is out of order. HostError, BusyError: RAM cannot be watched.
         """
         self._enter("listening", only_from="advised", command="CMD_POSTCOPY_LISTEN")
         self._reply = reply
         self._missing = MissingPages(self._ram.rams, self._on_missing)
-        # Who is told asks for it by this attribute.
+        # After the assignment: ``_on_missing`` reads ``_missing``.
         self._missing.start()
         self._ram.filler = self._missing
         self._thread = threading.Thread(
@@ -120,16 +120,16 @@ class IncomingPostcopy:
         self._thread.start()
 
     def _on_missing(self, block: int, page: int) -> None:
-        """Somebody waits for a page. In the thread of MissingPages."""
+        """Request a page that a thread waits for. Runs in the thread of ``MissingPages``."""
         missing, reply = self._missing, self._reply
         if missing is None or reply is None:
             return
         offset_bytes = page * TARGET_PAGE_BYTES
         if self._ram.received(block, page):
-            # It came as a page of zeroes, for which nothing was populated.
+            # It arrived as a zero page, which populated nothing.
             missing.place_zeroes(block, offset_bytes, TARGET_PAGE_BYTES)
             return
-        # A source that is gone is noticed by who reads from it.
+        # If the source is gone, the thread that reads from it notices.
         with suppress(SinkError):
             reply.request_pages(self._ram.rams[block].idstr, offset_bytes, TARGET_PAGE_BYTES)
 
@@ -137,28 +137,28 @@ class IncomingPostcopy:
         try:
             self._load_rest()
             self._ram.check_complete()
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - ``wait_for_rest`` raises it
             self._failure = error
 
     def run(self) -> None:
-        """The devices are loaded: let the guest run.
+        """Start the guest, now that the devices are loaded.
 
         Raises:
-            DataError: not in its turn.
+            DataError: the command is out of order.
         """
         self._enter("running", only_from="listening", command="CMD_POSTCOPY_RUN")
         self._start_guest()
 
     @property
     def started(self) -> bool:
-        """Whether the guest may run already."""
+        """Whether the guest may already run."""
         return self._stage == "running"
 
     def wait_for_rest(self) -> None:
-        """Until all RAM has come.
+        """Wait until all RAM has arrived.
 
         Raises:
-            StillframeError: it never will; the guest waits for pages, or is going to.
+            StillframeError: it never will; the guest waits for missing pages, or soon will.
         """
         if self._thread is not None:
             self._thread.join()
@@ -168,9 +168,9 @@ class IncomingPostcopy:
             raise InternalError("load of migration failed", why=repr(self._failure))
 
     def close(self) -> None:
-        """Watch RAM no more; who still waits goes on, and reads zeroes. Never raises.
+        """Stop watching RAM; threads that still wait go on, and read zeroes. Never raises.
 
-        The channel must be at its end, or interrupted: the rest's load is waited for.
+        The channel must be at its end or interrupted, since this joins the loading thread.
         """
         if self._thread is not None:
             self._thread.join()

@@ -1,4 +1,4 @@
-"""Reading and writing a descriptor in a way that another thread can end at any moment."""
+"""Descriptor reads and writes that another thread can interrupt at any moment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stillframe.still.frames import BytesLike
 
 
 class Interrupt:
-    """Ends what waits on descriptors; once set it stays set."""
+    """A flag that ends all waits on its descriptors; once set, it stays set."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -24,8 +24,8 @@ class Interrupt:
         return self._set
 
     def set(self) -> None:
-        """From any thread, any number of times, also after ``close``."""
-        with self._lock:  # else a late call could write to whatever has the number by then
+        """Set the flag: from any thread, any number of times, even after ``close``."""
+        with self._lock:  # or a late call could write to a reused descriptor number
             self._set = True
             if self._fd >= 0:
                 os.eventfd_write(self._fd, 1)
@@ -34,7 +34,7 @@ class Interrupt:
         return self._fd
 
     def close(self) -> None:
-        """When nobody waits any more."""
+        """Close the event; no thread may wait on it any more."""
         with self._lock:
             fd, self._fd = self._fd, -1
             if fd >= 0:
@@ -42,11 +42,11 @@ class Interrupt:
 
 
 class InterruptibleFd:
-    """A pipe, socket or file of ours that is read and written without blocking in the kernel.
+    """A pipe, socket or file whose reads and writes an ``Interrupt`` ends.
 
     Args:
-        fd: owned from here on; made non-blocking.
-        description: what error messages call it, such as ``socket``.
+        fd: owned by this object from here on, and made non-blocking.
+        description: its name in error messages, such as ``socket``.
     """
 
     def __init__(self, fd: int, interrupt: Interrupt, *, description: str) -> None:
@@ -54,18 +54,18 @@ class InterruptibleFd:
         self._interrupt = interrupt
         self._description = description
         self.was_reset = False
-        """Whether the other side closed before it had read everything."""
+        """Whether the peer closed before it had read everything."""
         os.set_blocking(fd, False)
 
     def fileno(self) -> int:
         return self._fd
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes as soon as there are any; none at the end, when the other side is
-        gone, or when interrupted.
+        """Wait for data and read up to ``size`` bytes; none at the end, when the peer is gone, or
+        after an interrupt.
 
         Raises:
-            OSError: the medium cannot be read.
+            OSError: the descriptor cannot be read.
         """
         while True:
             if self._interrupt.is_set:
@@ -79,10 +79,10 @@ class InterruptibleFd:
                 return b""
 
     def write(self, data: BytesLike) -> None:
-        """All of ``data``, waiting for the other side as long as it takes.
+        """Write all of ``data``, waiting for the peer as long as it takes.
 
         Raises:
-            SinkError: the other side went away, the disk is full, or it was interrupted.
+            SinkError: the peer is gone, the disk is full, or the write was interrupted.
         """
         rest = memoryview(data).cast("B")
         while rest:
@@ -101,7 +101,7 @@ class InterruptibleFd:
         wait_for(self._fd, event, self._interrupt)
 
     def close(self) -> None:
-        """Never raises."""
+        """Close the descriptor. Never raises."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with suppress(OSError):
@@ -109,7 +109,7 @@ class InterruptibleFd:
 
 
 def wait_for(fd: int, event: int, interrupt: Interrupt) -> None:
-    """Until ``event`` (of select.poll) or an error is there for ``fd``, or the interrupt is set."""
+    """Wait until ``fd`` has ``event`` (of select.poll) or an error, or the interrupt is set."""
     poll = select.poll()
     poll.register(fd, event)
     poll.register(interrupt.fileno(), select.POLLIN)

@@ -1,4 +1,4 @@
-"""What precopy and postcopy share: the way out, what is dirty, and the destination's word."""
+"""The common part of precopy and postcopy: output, dirty RAM and the destination's answers."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ if TYPE_CHECKING:
     from stillframe.board.hardware.board import Board
 
 _ANSWER_S = 2.0
-"""How long a destination may take for its first answer; the guest runs meanwhile."""
+"""Time limit for the destination's first answer; the guest runs meanwhile."""
 _ANSWER_STEP_S = 0.02
 SPAN_S = 0.3
-"""More than one window: the first may only have filled buffers on the way."""
+"""More than one window: the first may only have filled buffers along the path."""
 _SHARE = 0.5
-"""Of what a channel without a limit takes: while the guest is stopped there are also the devices,
-and the destination's answer."""
+"""Usable share of an unlimited channel's rate: the device states and the destination's answer also
+have to fit into the downtime."""
 _GATHER_BYTES = 64 << 10
 _PING_DRAIN = 0x100
-"""Numbers from here on are of ``drain``."""
+"""``drain`` numbers its PINGs from here on."""
 
 
 def dependable_bytes_per_s(meter: RateMeter) -> float:
-    """What the destination will surely take while the guest is stopped; 0.0 before it is known.
+    """Return the rate the destination can sustain while the guest is stopped; 0.0 if unknown.
 
-    The least of the last windows. Only the time counts in which there was something to send, else a
-    guest that writes little would have a slow channel.
+    This is the slowest of the last windows. Idle time does not count, or a guest that writes little
+    would make the channel look slow.
 
     Args:
-        meter: of the bytes sent, and the seconds that this took without what was waited to keep
-            within the bandwidth limit.
+        meter: counts the bytes sent and the seconds spent sending them, without the waits for the
+            bandwidth limit.
     """
     return min(
-        # Who had to wait has shown that the channel takes at least as much.
+        # If the limit made the sender wait, the channel takes at least sent / passed_s.
         (
             min(sent / passed_s, _SHARE * sent / max(1e-9, busy_s))
             for passed_s, (sent, busy_s) in meter.windows
@@ -63,7 +63,7 @@ def dependable_bytes_per_s(meter: RateMeter) -> float:
 
 
 class GatheredOutput:
-    """Gathers small writes, and counts all."""
+    """A buffer in front of the channel: gathers small writes and counts all bytes."""
 
     def __init__(self, channel: OutgoingChannel, counters: Counters) -> None:
         self._channel = channel
@@ -72,7 +72,7 @@ class GatheredOutput:
         self._small_bytes = 0
 
     def write(self, data: BytesLike, /) -> None:
-        """Take ``data``; it may go out only at ``flush``.
+        """Write ``data``; small data may go out only at ``flush``.
 
         Raises:
             SinkError: the destination failed.
@@ -88,7 +88,7 @@ class GatheredOutput:
             self.flush()
 
     def flush(self) -> None:
-        """Let everything go out that was written so far.
+        """Send everything written so far.
 
         Raises:
             SinkError: the destination failed.
@@ -104,12 +104,12 @@ class GatheredOutput:
 
 
 class StoppedGuest:
-    """A context: the guest is stopped in run state ``finish-migrate``. Source: QEMU
-    ``migration/migration.c``: migration_stop_vm, migration_iteration_finish.
+    """A context in which the guest is stopped, in run state ``finish-migrate``.
 
-    Left by an exception, its disks are active again and it is in the state that it had, or
-    ``paused`` if somebody stopped it meanwhile; unless
-    ``handed_over`` was called: then it stays stopped, in ``postmigrate``, in any case.
+    On success, and after ``handed_over`` in any case, the guest stays stopped in ``postmigrate``.
+    Otherwise an exception reactivates the disks and returns the guest to its former run state, or
+    to ``paused`` if ``stop`` came meanwhile.
+    Source: QEMU ``migration/migration.c``: migration_stop_vm, migration_iteration_finish.
     """
 
     def __init__(self, board: Board) -> None:
@@ -124,11 +124,11 @@ class StoppedGuest:
         return self
 
     def devices_saved(self) -> None:
-        """From here on it is what the destination does that takes time."""
+        """Note that the devices are saved; sending and the destination take the remaining time."""
         self._saved_s = time.monotonic()
 
     def handed_over(self) -> None:
-        """The guest may run elsewhere from now on, and must not go on here by itself."""
+        """Note that the guest may now run at the destination, so it must not resume here."""
         self._handed_over = True
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -140,7 +140,7 @@ class StoppedGuest:
 
     @property
     def downtime(self) -> Downtime:
-        """How long it has been stopped."""
+        """The guest's downtime so far."""
         return Downtime(
             stop_ms=(self._stopped_s - self._began_s) * 1e3,
             devices_ms=(self._saved_s - self._stopped_s) * 1e3,
@@ -149,13 +149,14 @@ class StoppedGuest:
 
 
 class LiveTransfer:
-    """A live migration under way. For its own thread."""
+    """A live migration under way. For use by the migration's thread only."""
 
     def __init__(self, task: Outgoing, channel: OutgoingChannel, cleanup: ExitStack) -> None:
-        """Prepare; the guest is not touched.
+        """Prepare, without touching the guest.
 
         Raises:
-            HostError: writes cannot be tracked here, or the channel has no way back.
+            HostError: this host cannot track writes, or the channel lacks a return path that a
+                capability needs.
         """
         self.task = task
         self.channel = channel
@@ -172,7 +173,7 @@ class LiveTransfer:
             open_own_protection(task.protection),
             os.getpid(),
             blocks,
-            spill_bytes=0,  # nothing is copied before a write passes
+            spill_bytes=0,  # dirty tracking copies no pages
         )
         cleanup.callback(task.control.progress.keep)
         self.capture.track_finely()
@@ -183,7 +184,7 @@ class LiveTransfer:
         if channel.return_path is not None:
             self.link = SourceLink(channel.return_path, self.ram.request)
             cleanup.callback(self.link.end)
-            cleanup.callback(task.interrupt.set)  # before that, so that it ends
+            cleanup.callback(task.interrupt.set)  # runs first, so that the link's thread ends
         elif task.capabilities[POSTCOPY_RAM] or task.capabilities[RETURN_PATH]:
             raise HostError("Unable to open return-path for postcopy", guest_state="running")
         self._answer_by_s = 0.0
@@ -196,7 +197,7 @@ class LiveTransfer:
         self.task.tell("MIGRATION_PASS", {"pass": count})
 
     def check(self) -> None:
-        """Raise what stands in the way of going on.
+        """Raise the reason why the migration cannot continue, if there is one.
 
         Raises:
             SnapshotCancelled: it was cancelled. SinkError, DataError: the destination failed.
@@ -208,7 +209,10 @@ class LiveTransfer:
             self.link.check()
 
     def iterate(self, bytes_per_s: int) -> None:
-        """Send one batch, at most so fast; 0 is unlimited. A requested page need not wait."""
+        """Send one batch at no more than ``bytes_per_s`` (0: unlimited).
+
+        In postcopy, a page request cuts the wait for the limit short.
+        """
         began_s, before = time.monotonic(), self.counters.transferred_bytes
         self.ram.limit_batch(bytes_per_s)
         self.saver.iterate(self.out, in_postcopy=self.ram.in_postcopy)
@@ -230,11 +234,13 @@ class LiveTransfer:
             self.counters.expected_downtime_ms = self.ram.synced_bytes / bytes_per_s * 1e3
 
     def drain(self) -> None:
-        """Wait until the destination has loaded what was sent so far, if it answers; the guest runs
-        meanwhile. The time counts for how fast the destination is.
+        """Wait until a destination that answers has loaded everything sent so far.
+
+        The guest runs meanwhile. The wait counts towards the destination's measured rate.
 
         Raises:
-            SinkError, DataError: it could not, or is gone. SnapshotCancelled: it was cancelled.
+            SinkError, DataError: the destination failed to load, or is gone.
+            SnapshotCancelled: the migration was cancelled.
         """
         if self.link is None or not self.link.answered:
             return
@@ -251,17 +257,19 @@ class LiveTransfer:
         return self.task.control.cancelled
 
     def expect_answer(self) -> None:
-        """The destination was asked for its first answer."""
+        """Start the time limit for the destination's first answer."""
         self._answer_by_s = time.monotonic() + _ANSWER_S
 
     def heard(self) -> bool:
-        """Whether the guest may be stopped: the destination has answered, or it never will and
-        need not. A program that only stores what comes gets the stream as from QEMU, unconfirmed.
+        """Return whether the guest may be stopped: the destination has answered, or need not.
+
+        A program that only stores the stream never answers; it gets the stream unconfirmed, as
+        from QEMU.
 
         Raises:
-            SinkError: it does not answer, and a capability demands that it does; or it hung up, or
-                does not read what is sent.
-            SnapshotCancelled: it was cancelled.
+            SinkError: the destination does not answer although a capability requires it, hung up,
+                or does not read what is sent.
+            SnapshotCancelled: the migration was cancelled.
         """
         if self.link is None or self.link.answered:
             return True
@@ -275,18 +283,19 @@ class LiveTransfer:
         return True
 
     def note_downtime(self, downtime: Downtime) -> None:
-        """The guest was stopped for so long."""
+        """Record how long the guest was stopped."""
         progress = self.task.control.progress
         progress.downtime = downtime
         progress.downtime_ms = self.counters.downtime_ms = downtime.total_ms
 
     def ask_how_far(self, number: int) -> None:
-        """Wait until the destination has loaded all that was sent so far, if it says so; else
-        until it was taken.
+        """Wait until the destination has loaded everything sent so far.
+
+        A destination that never answers only needs to have taken it from the socket.
 
         Raises:
-            SinkError, DataError: it could not, or is gone, or takes nothing.
-            SnapshotCancelled: it was cancelled.
+            SinkError, DataError: the destination failed to load, is gone, or takes nothing.
+            SnapshotCancelled: the migration was cancelled.
         """
         if self.link is not None:
             self.out.write(ping(number))
@@ -303,11 +312,12 @@ class LiveTransfer:
             wait_taken(self.channel.peer, self.link, self.task.control.check_cancelled)
 
     def wait_done(self) -> None:
-        """After the stream's end: wait until the destination says that it has everything, or,
-        if it never said anything, until it has read it.
+        """Wait, after the stream's end, until the destination confirms that it has loaded all.
+
+        A destination that never answers only needs to have read it.
 
         Raises:
-            SinkError, DataError: it could not load, or is gone; or did not read.
+            SinkError, DataError: the destination failed to load, is gone, or did not read.
         """
         if self.link is None:
             return
@@ -319,11 +329,12 @@ class LiveTransfer:
 
 
 def save_devices(live: LiveTransfer, out: io.BytesIO, *, end: io.BytesIO | None) -> None:
-    """Save all device states of the guest, which is stopped; what they write to RAM is dirty,
-    and reported.
+    """Save all device states of the stopped guest.
+
+    Guest RAM that the devices write meanwhile becomes dirty and is reported.
 
     Args:
-        end: takes the stream's end; None: the stream goes on.
+        end: takes the stream's end; None if the stream goes on.
     """
     live.ram.sync()
     with live.board.lock:
@@ -342,10 +353,10 @@ def save_devices(live: LiveTransfer, out: io.BytesIO, *, end: io.BytesIO | None)
 
 
 def check_still(live: LiveTransfer) -> None:
-    """Refuse to hand over RAM that is not what it was when the devices were saved.
+    """Refuse to hand over RAM that has changed since the devices were saved.
 
     Raises:
-        SnapshotFailed: something wrote to it since.
+        SnapshotFailed: RAM was written, or the RAM blocks changed.
     """
     written = live.ram.written_since()
     if written:

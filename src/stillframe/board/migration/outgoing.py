@@ -1,4 +1,4 @@
-"""One outgoing migration: what its steps share, its thread, and its end."""
+"""One outgoing migration: its shared state, its thread and its end."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from stillframe.board.hardware.board import Board
 
 Tell = Callable[[str, dict[str, object]], None]
-"""Takes an event's name and data; it must be quick and not call back."""
+"""Takes an event's name and data; must be quick and must not call back."""
 
 Transfer = Callable[["Outgoing", OutgoingChannel, ExitStack], None]
 
 
 class Outgoing:
-    """A migration to somewhere else, or a background snapshot of the board.
+    """A migration to a destination, or a background snapshot of the board.
 
     Args:
         handler: the board's registered ``ram`` handler.
-        capabilities: as they are at the start; they cannot change while it runs.
-        parameters: these may change, and are followed.
+        capabilities: copied at the start; they cannot change while the migration runs.
+        parameters: may change while the migration runs, which follows them.
         tell: takes MIGRATION and MIGRATION_PASS events.
     """
 
@@ -74,20 +74,20 @@ class Outgoing:
         self.tell("MIGRATION", {"status": state})
 
     def _follow(self, statistics: Statistics) -> None:
-        """A background snapshot has come so far."""
+        """Take over a background snapshot's progress."""
         self.counters.follow(statistics)
-        # QEMU does not limit it; a limit that somebody chose is another matter.
+        # QEMU does not limit a background snapshot; here an explicitly set limit holds.
         if self.parameters.chosen("max-bandwidth"):
             self.control.limit.bytes_per_s = self.parameters.now.max_bandwidth or None
 
     def start(self, departure: Departure, transfer: Transfer) -> None:
-        """Begin, in a thread of its own."""
+        """Start the migration's thread."""
         threading.Thread(
             target=self._run, args=(departure, transfer), name="stillframe-migration", daemon=True
         ).start()
 
     def fail_early(self, error: BaseException) -> None:
-        """It ended before its thread began."""
+        """End the migration before its thread has started."""
         self._end(error)
 
     def _run(self, departure: Departure, transfer: Transfer) -> None:
@@ -99,17 +99,17 @@ class Outgoing:
                 channel = departure.open()
                 cleanup.callback(channel.abort)
                 transfer(self, channel, cleanup)
-        except BaseException as error:  # noqa: BLE001 - kept for whoever asks
+        except BaseException as error:  # noqa: BLE001 - kept in ``error``
             failure = error
         self._end(failure)
 
     def _end(self, failure: BaseException | None) -> None:
-        """The last change of state: everything is cleaned up, the guest is where it belongs."""
+        """Enter the final state, after cleanup, with the guest in the run state it ends up in."""
         try:
             self.interrupt.close()
             if self.counters.ended_s is None:
                 self.counters.end()
-            # Before the state: who sees ``failed`` may ask why.
+            # Set before the state: a caller that sees ``failed`` may ask why.
             self.error = None if failure is None else self._told(failure)
             if self.control.end(failed=failure is not None) == "cancelled":
                 self.error = None
@@ -126,10 +126,10 @@ class Outgoing:
         return error
 
     def cancel(self) -> bool:
-        """Give up, unless it is past the point of no return; from any thread.
+        """Cancel the migration unless it is past the point of no return. Any thread may call it.
 
         Returns:
-            Whether it is going to end as ``cancelled``.
+            Whether the migration will end as ``cancelled``.
         """
         if not self.control.cancel():
             return False

@@ -1,6 +1,6 @@
-"""Channels that a migration is written to.
+"""Channels to write a migration to.
 
-A file has no name before the migration is complete (``store.backends.local``); a socket also
+A file gets its name only when the migration is complete (``store.backends.local``); a socket also
 has a return path.
 """
 
@@ -36,14 +36,14 @@ _RETRY_S = 0.02
 
 
 class OutgoingChannel(Sink, Protocol):
-    """Takes a stream. One thread writes; another one may read the return path.
+    """The sink of a stream. One thread writes; another may read the return path.
 
-    A ``write`` that is interrupted raises SinkError. ``abort`` closes it, also after ``commit``.
+    An interrupted ``write`` raises SinkError. ``abort`` closes the channel, also after ``commit``.
     """
 
     @property
     def return_path(self) -> Source | None:
-        """What the destination says, or None if it cannot say anything."""
+        """The destination's messages, or None if it cannot send any."""
 
     @property
     def peer(self) -> Peer | None:
@@ -51,7 +51,7 @@ class OutgoingChannel(Sink, Protocol):
 
     @property
     def stores(self) -> bool:
-        """Whether it is a file's: nobody runs a guest of it before it is complete."""
+        """Whether this writes a file: no guest starts from it before it is complete."""
 
 
 class _FileChannel:
@@ -103,10 +103,10 @@ class _FdChannel:
 
 
 class Departure(NamedTuple):
-    """A destination that was found, and may not be connected to yet.
+    """A destination that was found, but need not be connected yet.
 
-    ``open``: connects to it, which the interrupt ends; raises SinkError if it is not there.
-    ``close``: lets go of it, also if it was opened; never raises.
+    ``open``: connects to it, until interrupted; raises SinkError if that fails.
+    ``close``: releases the destination, even if it was opened; never raises.
     """
 
     open: Callable[[], OutgoingChannel]
@@ -118,10 +118,10 @@ def _ready(channel: OutgoingChannel) -> Departure:
 
 
 def find_destination(address: Address, descriptors: Descriptors, interrupt: Interrupt) -> Departure:
-    """Take the descriptor, or make the nameless file, or note whom to connect to.
+    """Take the descriptor, create the nameless file, or note the address to connect to.
 
     Raises:
-        SinkError: the file cannot be made.
+        SinkError: the file cannot be created, or the descriptor not positioned.
         NotFoundError: no such descriptor. UsageError: the file name cannot be used.
     """
     match address:
@@ -196,8 +196,8 @@ def _connected(family: int, target: object, interrupt: Interrupt) -> socket.sock
         sock.setblocking(False)
         number = sock.connect_ex(target)  # type: ignore[arg-type]  # as getaddrinfo gave it
         while number == errno.EAGAIN and not interrupt.is_set:
-            # The listener's queue is full; nothing tells when it is not any more.
-            retry = select.poll()  # takes descriptors of any number
+            # The listener's queue is full, and no event says when it has room again.
+            retry = select.poll()  # unlike select(), takes descriptors above 1023
             retry.register(interrupt, select.POLLIN)
             retry.poll(_RETRY_S * 1e3)
             number = sock.connect_ex(target)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Migration parameters: those that have a meaning on the board.
+"""The migration parameters that the board supports.
 
 Names, defaults, limits and wording are QEMU's (``migration/options.c``).
 """
@@ -16,10 +16,10 @@ _MOST_BANDWIDTH = (1 << 64) - 1
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Values of all parameters; Python's names with hyphens are QEMU's.
+    """The values of all parameters. QEMU's names have hyphens in place of underscores.
 
     ``max_bandwidth``, ``avail_switchover_bandwidth``, ``max_postcopy_bandwidth``: bytes per
-    second; 0 is unlimited (for the second: to be measured). ``downtime_limit``: milliseconds.
+    second; 0 means unlimited (for the second: measured). ``downtime_limit``: milliseconds.
     """
 
     max_bandwidth: int = 128 << 20
@@ -40,7 +40,7 @@ _BANDWIDTH_LIMIT = "an integer in the range of 0 to 18446744073709551615 bytes/s
 
 
 class ParameterTable:
-    """The parameters as they are now, and which of them somebody has set."""
+    """The current parameters, and which of them were set explicitly."""
 
     def __init__(self) -> None:
         self._now = Parameters()
@@ -51,7 +51,7 @@ class ParameterTable:
         return self._now
 
     def chosen(self, name: str) -> bool:
-        """Whether somebody has set it: a background snapshot is not limited by a default."""
+        """Return whether a parameter was set: a default does not limit a background snapshot."""
         return name in self._chosen
 
     def as_dict(self) -> dict[str, int]:
@@ -59,10 +59,10 @@ class ParameterTable:
         return values
 
     def set(self, wanted: Mapping[str, object]) -> None:
-        """Set some of them, all or none. Allowed while a migration runs, which follows it.
+        """Set parameters, all or none. A running migration follows the change.
 
         Raises:
-            UsageError: no parameter of a name, or a value that it does not take.
+            UsageError: an unknown parameter, or a value out of range or of the wrong type.
         """
         values = self.as_dict()
         for name, value in wanted.items():

@@ -1,5 +1,5 @@
-"""The switch-over to postcopy: the guest goes on at the destination, and its RAM follows, what it
-waits for first.
+"""The switch-over to postcopy: the guest resumes at the destination, then its RAM follows,
+requested pages first.
 
 Source: QEMU ``migration/migration.c``: postcopy_start, migration_completion_postcopy.
 """
@@ -19,11 +19,11 @@ _PING_PACKAGED = 4
 
 
 def finish_in_postcopy(live: LiveTransfer) -> None:
-    """Switch over, then send what is left; the guest is stopped here afterwards.
+    """Switch over, then send the remaining RAM; here the guest is stopped afterwards.
 
     Raises:
-        StillframeError: it failed. Before the switch-over the guest goes on here; after it, it
-            is stopped here and is lost at the destination.
+        StillframeError: it failed. Before the switch-over, the guest goes on here; after it, the
+            guest is stopped here and lost at the destination.
     """
     task, counters = live.task, live.counters
     with StoppedGuest(live.board) as still:
@@ -32,7 +32,7 @@ def finish_in_postcopy(live: LiveTransfer) -> None:
         faultpoints.reach("stopped")
         live.ram.in_postcopy = True
         package = io.BytesIO()
-        # First, so that the destination can ask for pages while it loads the devices.
+        # LISTEN first, so that the destination can request pages while it loads the devices.
         package.write(command(CommandCode.POSTCOPY_LISTEN))
         save_devices(live, package, end=None)
         still.devices_saved()
@@ -44,7 +44,7 @@ def finish_in_postcopy(live: LiveTransfer) -> None:
         _discard(live)
         live.ask_how_far(_PING_DISCARDED)
         check_still(live)
-        # The destination runs the guest once it has the package.
+        # Once it has the package, the destination runs the guest.
         task.control.commit()
         still.handed_over()
         live.out.write(packaged(package.getvalue()))
@@ -59,7 +59,7 @@ def finish_in_postcopy(live: LiveTransfer) -> None:
 
 
 def _discard(live: LiveTransfer) -> None:
-    """Tell which pages the destination has in an old version, or not at all."""
+    """Name all pages of which the destination has an old version or none."""
     for index, (idstr, _) in enumerate(live.task.handler.blocks):
         for record in ram_discard(idstr, list(live.ram.dirty.runs(index))):
             live.out.write(record)
@@ -69,10 +69,10 @@ def _send_the_rest(live: LiveTransfer) -> None:
     while live.ram.remaining_bytes:
         live.check()
         if live.link is not None:
-            # Cleared before the requests are looked at: one that comes after that sets it again.
+            # Cleared before the requests are read: a later request sets it again.
             live.link.requested.clear()
         live.iterate(live.task.parameters.now.max_postcopy_bandwidth)
-    # The destination has some of it as it was, and some as it is now: better no guest than that.
+    # If RAM changed, the destination has a mix of old and new pages: better no guest than that one.
     check_still(live)
     live.saver.complete_postcopy(live.out)
     live.out.flush()

@@ -1,8 +1,8 @@
-"""Live migration: RAM in rounds while the guest runs, then the rest while it is stopped.
+"""Precopy: sends RAM in rounds while the guest runs, then the rest while it is stopped.
 
 Source: QEMU ``migration/migration.c``: migration_thread, migration_iteration_run,
-migration_update_counters, migration_completion_precopy. Other than there, all pages were sent once
-before the guest is stopped, and nothing is on its way then.
+migration_update_counters, migration_completion_precopy. Unlike QEMU, this stops the guest only
+after every page was sent once and nothing is in flight.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ _PING_LOADED = 5
 
 
 class Switchover:
-    """When the guest may be stopped: what is left can be sent within the downtime limit."""
+    """The decision when to stop the guest: when the rest can be sent within the downtime limit."""
 
     def __init__(self, live: LiveTransfer) -> None:
         self._live = live
         self._through = False
 
     def is_near(self) -> bool:
-        """Whether little is left of what was known to be dirty at the last look."""
+        """Return whether what was dirty at the last sync fits into the downtime limit."""
         left_bytes = self._live.ram.remaining_bytes
         self._through = self._through or left_bytes == 0
         return left_bytes <= self._most_bytes()
 
     def is_due(self) -> bool:
-        """Whether little is left, also of what the guest has written since; if not, it begins
-        another round.
+        """Sync, and return whether all that is dirty now fits too; if not, a new round has begun.
 
         Raises:
             SinkError, DataError: the destination failed. SnapshotCancelled: it was cancelled.
@@ -57,7 +56,7 @@ class Switchover:
         return self._live.ram.remaining_bytes <= self._most_bytes()
 
     def _most_bytes(self) -> float:
-        """What can be sent while the guest is stopped."""
+        """Return how much can be sent within the downtime limit; 0 before all was sent once."""
         if not self._through:
             return 0.0
         parameters = self._live.task.parameters.now
@@ -66,11 +65,11 @@ class Switchover:
 
 
 def migrate_live(task: Outgoing, channel: OutgoingChannel, cleanup: ExitStack) -> None:
-    """Bring the guest to the destination; it is stopped here afterwards.
+    """Migrate the guest to the destination; here it is stopped afterwards.
 
     Raises:
-        StillframeError: it failed or was cancelled; the guest goes on here (after a switch-over
-            to postcopy it is stopped).
+        StillframeError: the migration failed or was cancelled; the guest goes on here, or stays
+            stopped if it may run at the destination (always after a switch-over to postcopy).
     """
     live = LiveTransfer(task, channel, cleanup)
     _set_up(live, cleanup)
@@ -120,7 +119,7 @@ def _finish(live: LiveTransfer) -> None:
         live.ask_how_far(_PING_LOADED)
         check_still(live)
         faultpoints.reach("sent")
-        # It has loaded everything, and starts the guest when it reads the end of the stream.
+        # The destination has loaded everything and starts the guest when it reads the stream's end.
         task.control.commit()
         _hand_over(live, still, end.getvalue())
         live.note_downtime(still.downtime)
@@ -128,20 +127,19 @@ def _finish(live: LiveTransfer) -> None:
 
 
 def _hand_over(live: LiveTransfer, still: StoppedGuest, end: bytes) -> None:
-    """Send the stream's end, with which the destination starts the guest, and wait for its word.
+    """Send the stream's end, on which the destination starts the guest, and wait for its answer.
 
-    The guest never runs in two places: a source that cannot know whether it runs there stands
-    still.
+    The guest never runs in two places: if the source cannot know whether the guest runs at the
+    destination, the guest stays stopped here.
 
     Raises:
-        StillframeError: the guest does not run at the destination, and goes on here: the end could
-            not be sent at all, a file could not be written, or the destination has said that it
-            could not load.
-        SinkError: nobody knows whether it runs there; it stays as it is here.
+        StillframeError: the guest does not run at the destination and goes on here: no byte of the
+            end was sent, a file could not be written, or the destination reported a failed load.
+        SinkError: the guest may run at the destination; it stays stopped here.
     """
     if live.link is not None:
         live.link.check()
-    # One byte goes out or does not; without it nobody starts the guest.
+    # A single byte is either sent or not; without it the destination does not start the guest.
     live.out.write(end[:1])
     live.out.flush()
     try:

@@ -1,7 +1,7 @@
-"""What ``query-migrate`` answers: QEMU's fields (``migration/migration.c``:
+"""The answer to ``query-migrate``, in QEMU's fields (``migration/migration.c``:
 fill_source_migration_info, fill_destination_migration_info).
 
-``x-stillframe`` is ours: the job's statistics, as everywhere in Stillframe.
+``x-stillframe`` is Stillframe's own: the job's statistics.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Info = dict[str, object]
 def migration_info(
     outgoing: Outgoing | None, incoming: Incoming | None, blocked_reasons: Sequence[str]
 ) -> Info:
-    """The answer; an outgoing migration hides an earlier incoming one, as in QEMU."""
+    """Return the answer; an outgoing migration hides an earlier incoming one, as in QEMU."""
     info: Info = {}
     if incoming is not None:
         _add_incoming(info, incoming)

@@ -1,4 +1,4 @@
-"""The ``ram`` section: hands the framework's calls to whatever sends or loads RAM now.
+"""The handler of the ``ram`` section: passes calls on to the current sender or loader of RAM.
 
 Source: QEMU ``migration/ram.c``: savevm_ram_handlers.
 """
@@ -16,18 +16,18 @@ from stillframe.vmstate.writer import ram_block_list, ram_eos
 
 
 class RamSender(Protocol):
-    """Gives page records. For one thread."""
+    """A source of page records. For one thread."""
 
     @property
     def in_postcopy(self) -> bool:
-        """Whether the guest runs at the destination already."""
+        """Whether the guest already runs at the destination."""
 
     def batch(self, out: Output) -> bool:
-        """Write some records; True if there are no more now."""
+        """Write some records; return True if none are left for now."""
 
 
 class RamHandler(SaveStateHandler):
-    """Saves and loads all RAM blocks."""
+    """The handler that saves and loads all RAM blocks."""
 
     iterable = True
 
@@ -35,37 +35,37 @@ class RamHandler(SaveStateHandler):
         self.sender: RamSender | None = None
         """Set before the saver's ``iterate``."""
         self.loader: RamLoader | None = None
-        """Set while an incoming stream is loaded."""
+        """Set while an incoming stream loads."""
         self.blocks: Sequence[tuple[str, int]] = ()
-        """(idstr, length in bytes) of all blocks, for ``setup``; empty: nothing to migrate."""
+        """(idstr, length in bytes) of all blocks, for ``setup``; empty if nothing is sent."""
 
     def is_active(self) -> bool:
         return bool(self.blocks)
 
     def has_postcopy(self) -> bool:
-        """Whether what is left may follow after the switch-over."""
+        """Return whether the remaining RAM may follow after the switch-over."""
         return self.sender is not None and self.sender.in_postcopy
 
     def setup(self, out: Output) -> None:
-        """The block list."""
+        """Write the block list."""
         out.write(ram_block_list(self.blocks))
 
     def iterate(self, out: Output) -> bool:
-        """Some pages; True if there are no more now."""
+        """Write some pages; return True if none are left for now."""
         nothing_left = self._sender().batch(out)
         out.write(ram_eos())
         return nothing_left
 
     def complete_precopy(self, out: Output) -> None:
-        """All pages that are left; the guest is stopped."""
+        """Write all remaining pages; the guest is stopped."""
         self._rest(out)
 
     def complete_postcopy(self, out: Output) -> None:
-        """Nothing is left by now; the section tells the destination so."""
+        """Tell the destination that nothing is left; the migration has sent all pages by now."""
         self._rest(out)
 
     def _rest(self, out: Output) -> None:
-        """All that is left, in one payload."""
+        """Write all that is left, in one payload."""
         sender = self._sender()
         while not sender.batch(out):
             pass
@@ -80,16 +80,16 @@ class RamHandler(SaveStateHandler):
         raise InternalError("RAM is saved in parts")
 
     def load(self, source: StreamSource, version_id: int) -> None:
-        """The payload of any of its sections.
+        """Load the payload of any of its sections.
 
         Raises:
-            DataError: damaged, of another machine, or nothing is being loaded.
+            DataError: it is damaged or of another machine, or no load is under way.
         """
         if self.loader is None:
             raise DataError("this stream may not hold RAM")
         self.loader.load(source)
 
     def cleanup(self) -> None:
-        """Forget what sent or loaded RAM."""
+        """Forget the sender and its blocks."""
         self.sender = None
         self.blocks = ()

@@ -1,4 +1,4 @@
-"""Fills guest RAM from the ``ram`` sections of an incoming stream.
+"""The loader of guest RAM from the ``ram`` sections of an incoming stream.
 
 Source: QEMU ``migration/ram.c``: ram_load_precopy, ram_load_postcopy.
 """
@@ -19,11 +19,11 @@ _RECEIVED = b"\1"
 
 
 class RamLoader:
-    """State of one load.
+    """The state of one load.
 
     Args:
-        find: the RAM block of a name and length here, or None if there is none.
-        names: of all RAM blocks here: the stream must have each.
+        find: returns this machine's RAM block for a name and length, or None.
+        names: returns the names of all its RAM blocks: the stream must hold each.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class RamLoader:
         self._rams: list[GuestRam] = []
         self._received: list[bytearray] = []
         self.page_sizes = False
-        """Whether the block list may hold page sizes: postcopy was advised."""
+        """Whether the block list may hold page sizes, that is, postcopy was advised."""
         self.filler: MissingPages | None = None
-        """What puts pages once the guest may run; None while it cannot."""
+        """Places pages from POSTCOPY_LISTEN on; None before."""
 
     @property
     def rams(self) -> tuple[GuestRam, ...]:
-        """The blocks of the stream, in its order."""
+        """The stream's blocks, in its order."""
         return tuple(self._rams)
 
     def load(self, source: StreamSource) -> None:
-        """One section's payload: the block list first, then pages.
+        """Load one section's payload: the block list first, then pages.
 
         Raises:
-            DataError: damaged, or of RAM blocks that this machine does not have.
+            DataError: it is damaged, or its RAM blocks do not match this machine's.
         """
         reader = self._reader
         if reader is None:
@@ -110,10 +110,10 @@ class RamLoader:
         self._received[block][first : first + pages] = _RECEIVED * pages
 
     def index_of(self, idstr: str) -> int:
-        """A block's number in the stream.
+        """Return a block's number in the stream.
 
         Raises:
-            DataError: there is none of this name.
+            DataError: the stream has no block of this name.
         """
         for index, ram in enumerate(self._rams):
             if ram.idstr == idstr:
@@ -121,14 +121,14 @@ class RamLoader:
         raise DataError(f"unknown RAM block '{idstr}'")
 
     def received(self, block: int, page: int) -> bool:
-        """Whether a page has come, and was not discarded since."""
+        """Return whether a page has arrived and was not discarded since."""
         return bool(self._received[block][page])
 
     def discard(self, block: int, first_page: int, pages: int) -> None:
-        """What came of these pages is old: forget it, and that it came.
+        """Discard old pages: clear them, and note them as not received.
 
         Raises:
-            DataError: they are not all in the block.
+            DataError: they are not all within the block.
         """
         if first_page + pages > len(self._received[block]):
             raise DataError(f"discarded pages beyond RAM block '{self._rams[block].idstr}'")
@@ -136,10 +136,10 @@ class RamLoader:
         self._received[block][first_page : first_page + pages] = bytes(pages)
 
     def check_complete(self) -> None:
-        """Refuse to run a guest of which pages never came.
+        """Refuse to run a guest with missing pages.
 
         Raises:
-            DataError: some are missing; the first is named.
+            DataError: pages are missing; the message gives the first one's offset.
         """
         if self._reader is None:
             raise DataError("the stream has no RAM")

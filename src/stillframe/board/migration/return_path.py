@@ -1,4 +1,4 @@
-"""The return path: what the destination tells the source while it loads.
+"""The return path: messages from the destination to the source during a load.
 
 Each message is a 16-bit type, a 16-bit length, and that many bytes, all big-endian.
 Source: QEMU ``migration/migration.c`` (``enum mig_rp_message_type``, ``rp_cmd_args``,
@@ -27,7 +27,7 @@ _MOST_BYTES = 512
 
 
 class MessageType(IntEnum):
-    """Types of messages; others are refused by number."""
+    """Message types; any other number is refused."""
 
     SHUT = 1
     PONG = 2
@@ -48,19 +48,19 @@ _LENGTHS = {
 
 
 class Shut(msgspec.Struct, frozen=True):
-    """The destination says nothing more; ``error`` is 0 if all went well there."""
+    """The destination's last message; ``error`` is 0 after a successful load."""
 
     error: int
 
 
 class Pong(msgspec.Struct, frozen=True):
-    """Answer to the PING with this number."""
+    """The answer to the PING with this number."""
 
     number: int
 
 
 class PageRequest(msgspec.Struct, frozen=True):
-    """A guest over there waits for these pages; ``idstr`` None: the block of the last request."""
+    """Pages the destination's guest waits for; ``idstr`` None means the last request's block."""
 
     idstr: str | None
     offset_bytes: int
@@ -71,11 +71,11 @@ Message: TypeAlias = Shut | Pong | PageRequest
 
 
 def read_message(source: StreamSource) -> Message:
-    """The next message.
+    """Read the next message.
 
     Raises:
-        DataError: truncated (the destination hung up), malformed, or of a kind that belongs to
-            what we do not do (recovery of a paused postcopy, switchover-ack).
+        DataError: the message is truncated (the destination hung up), malformed, or belongs to an
+            unsupported feature (recovery of a paused postcopy, switchover-ack).
     """
     kind, length = _HEADER.unpack(source.take(_HEADER.size, "the return path"))
     try:
@@ -114,10 +114,10 @@ def _request_with_name(data: bytes) -> PageRequest:
 
 
 class ReturnPathWriter:
-    """The destination's end. Safe to use from several threads: each message goes out whole.
+    """The destination's end. Safe to use from several threads: each message is sent whole.
 
     Args:
-        write: takes all of the bytes, and raises if it cannot.
+        write: writes all of the bytes, or raises.
     """
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
@@ -126,7 +126,7 @@ class ReturnPathWriter:
         self._last_idstr: str | None = None
 
     def shut(self, error: int) -> None:
-        """Say that nothing more will come; ``error`` other than 0: the load failed."""
+        """Send the last message; a nonzero ``error`` means that the load failed."""
         self._send(MessageType.SHUT, _U32.pack(error))
 
     def pong(self, number: int) -> None:
@@ -134,10 +134,13 @@ class ReturnPathWriter:
         self._send(MessageType.PONG, _U32.pack(number))
 
     def request_pages(self, idstr: str, offset_bytes: int, length_bytes: int) -> None:
-        """Ask for pages; the block's name is sent only when it is another than the last.
+        """Request pages, naming the block only if it differs from the last request's.
 
         Args:
             idstr: the block's name, at most 255 ASCII characters.
+
+        Raises:
+            DataError: the name is too long.
         """
         pages = _PAGES.pack(offset_bytes, length_bytes)
         with self._lock:

@@ -11,11 +11,11 @@ from stillframe.vmstate.source import Source, StreamSource
 
 
 class SourceLink:
-    """Follows one destination until it says that it is done, or is gone.
+    """A thread that listens to one destination until it sends SHUT or is gone.
 
     Args:
-        replies: what it says; a read that is interrupted gives nothing.
-        on_request: takes requests for pages, in this thread; may raise DataError.
+        replies: the return path; an interrupted read returns no bytes.
+        on_request: takes page requests, in the link's thread; may raise DataError.
     """
 
     def __init__(self, replies: Source, on_request: Callable[[PageRequest], None]) -> None:
@@ -28,7 +28,7 @@ class SourceLink:
         self._failure: StillframeError | None = None
         self._hung_up = False
         self.requested = threading.Event()
-        """Set when a page was requested; whoever serves requests clears it."""
+        """Set when a page was requested or the link ended; the sender clears it."""
         self._thread = threading.Thread(
             target=self._listen, name="stillframe-return-path", daemon=True
         )
@@ -58,7 +58,7 @@ class SourceLink:
                         self.requested.set()
         except StillframeError as error:
             failure = error
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits
+        except Exception as error:  # noqa: BLE001 - ``check`` raises it
             failure = InternalError("the return path failed", why=repr(error))
         if shut is not None and shut.error:
             failure = SinkError(
@@ -70,19 +70,19 @@ class SourceLink:
             self._shut = shut
             self._failure = failure
             self._changed.notify_all()
-        self.requested.set()  # whoever rests in between is to look
+        self.requested.set()  # wake a sender that waits between batches
 
     @property
     def answered(self) -> bool:
-        """Whether it has ever answered a PING."""
+        """Whether the destination has ever answered a PING."""
         with self._changed:
             return self._answered
 
     def wait_answer(self, timeout_s: float) -> bool:
-        """Whether it answers PINGs, as a board does and a program that only stores does not.
+        """Return whether the destination answers PINGs; a program that only stores does not.
 
         Args:
-            timeout_s: how long to wait for its first answer.
+            timeout_s: how long to wait for the first answer.
 
         Raises:
             SinkError, DataError: as ``check``.
@@ -95,16 +95,17 @@ class SourceLink:
 
     @property
     def refused(self) -> bool:
-        """Whether the destination has said that it could not load: the guest does not run there."""
+        """Whether the destination reported a failed load: the guest does not run there."""
         with self._changed:
             return self._shut is not None and self._shut.error != 0
 
     def wait_hung_up(self, timeout_s: float) -> bool:
-        """Whether the destination has hung up, which a program that only stores may do at the
-        stream's end.
+        """Return whether the destination has hung up, waiting for it up to ``timeout_s``.
+
+        A program that only stores may hang up at the stream's end.
 
         Raises:
-            SinkError, DataError: something else went wrong.
+            SinkError, DataError: the destination failed in another way.
         """
         with self._changed:
             if self._failure is None and self._shut is None:
@@ -114,10 +115,11 @@ class SourceLink:
             return self._hung_up
 
     def check(self) -> None:
-        """Raise what went wrong at the destination, if anything did.
+        """Raise the destination's failure, if there is one.
 
         Raises:
-            SinkError: it is gone, or could not load. DataError: it speaks nonsense.
+            SinkError: the destination is gone, or failed to load.
+            DataError: it sent a malformed message.
         """
         with self._changed:
             self._check_locked()
@@ -127,7 +129,7 @@ class SourceLink:
             raise self._failure
 
     def wait_pong(self, number: int) -> None:
-        """Until the destination has come as far as the PING of this number; once for each.
+        """Wait for the PONG with this number, once per number.
 
         Raises:
             SinkError, DataError: as ``check``.
@@ -141,7 +143,7 @@ class SourceLink:
             self._pongs.remove(number)
 
     def wait_done(self) -> None:
-        """Until the destination says that it has loaded everything.
+        """Wait until the destination confirms that it has loaded everything.
 
         Raises:
             SinkError, DataError: as ``check``.
@@ -153,5 +155,5 @@ class SourceLink:
             self._check_locked()
 
     def end(self) -> None:
-        """Wait for the thread: after the channel was interrupted, or the destination is done."""
+        """Join the thread, once the channel is interrupted or the destination is done."""
         self._thread.join()

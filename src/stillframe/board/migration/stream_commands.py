@@ -1,4 +1,4 @@
-"""COMMAND records of a live stream, written and parsed.
+"""Writers and parsers of a live stream's COMMAND records.
 
 Source: QEMU ``migration/savevm.c``: qemu_savevm_send_*, loadvm_postcopy_handle_advise,
 loadvm_postcopy_ram_handle_discard.
@@ -23,29 +23,29 @@ _RANGE = Struct(">QQ")
 _DISCARD_VERSION = 0
 _RANGES_A_COMMAND = 12
 _PAGE_SIZES = _RANGE.pack(TARGET_PAGE_BYTES, TARGET_PAGE_BYTES)
-"""All RAM blocks' page sizes in one word, and the target page size."""
+"""The page sizes of all RAM blocks, ORed into one word, and the target page size."""
 
 
 def command(code: CommandCode, data: bytes = b"") -> bytes:
-    """One record."""
+    """Return one COMMAND record."""
     return _HEAD.pack(SectionType.COMMAND, code, len(data)) + data
 
 
 def ping(number: int) -> bytes:
-    """Ask the destination for a PONG of this number."""
+    """Return a PING, which asks the destination for a PONG with this number."""
     return command(CommandCode.PING, _U32.pack(number))
 
 
 def postcopy_advise() -> bytes:
-    """Postcopy may follow; the destination refuses if it cannot."""
+    """Return the notice that postcopy may follow; a destination that cannot do it refuses."""
     return command(CommandCode.POSTCOPY_ADVISE, _PAGE_SIZES)
 
 
 def packaged(content: bytes) -> bytes:
-    """Sections and commands that are read as a whole before the first of them is loaded.
+    """Pack sections and commands that the destination reads as a whole before it loads any.
 
     Raises:
-        DataError: more than a destination takes.
+        DataError: ``content`` is larger than a destination accepts.
     """
     if len(content) > MOST_PACKAGED_BYTES:
         raise DataError(f"{len(content)} bytes of device state are too many for postcopy")
@@ -53,7 +53,7 @@ def packaged(content: bytes) -> bytes:
 
 
 def ram_discard(idstr: str, runs: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """What the destination has of these pages is old.
+    """Yield commands that make the destination discard these pages.
 
     Args:
         runs: (first page, pages) within the block.
@@ -72,10 +72,10 @@ def ram_discard(idstr: str, runs: Sequence[tuple[int, int]]) -> Iterator[bytes]:
 
 
 def read_number(data: bytes, what: str) -> int:
-    """The 32-bit number of a PING or PACKAGED command.
+    """Read the 32-bit number of a PING or PACKAGED command.
 
     Raises:
-        DataError: its data has another length.
+        DataError: the data is not 4 bytes long.
     """
     if len(data) != _U32.size:
         raise DataError(f"{what} received with bad length - expecting 4, got {len(data)}")
@@ -87,17 +87,17 @@ def check_advise(data: bytes) -> None:
     """Compare the source's page sizes with ours.
 
     Raises:
-        DataError: they differ, or it did not say that RAM may follow.
+        DataError: they differ, or the source did not announce RAM.
     """
     if data != _PAGE_SIZES:
         raise DataError("Postcopy needs matching RAM page sizes", why=f"received {data.hex()}")
 
 
 def read_discard(data: bytes) -> tuple[str, list[tuple[int, int]]]:
-    """Block name and runs (first page, pages) of a discard.
+    """Return the block name and the runs (first page, pages) of a discard.
 
     Raises:
-        DataError: malformed.
+        DataError: the data is malformed.
     """
     name_end = 2 + (data[1] if len(data) > 1 else 0)
     if len(data) < name_end + 1 or data[0] != _DISCARD_VERSION or data[name_end] != 0:

@@ -1,8 +1,8 @@
-"""Guest RAM whose writes are tracked, sent in rounds, and in postcopy on request.
+"""Guest RAM with tracked writes, sent in rounds and, in postcopy, on request.
 
-``RamCapture`` stays in its armed phase: a write un-protects its pages and makes them dirty,
-and ``take_written`` takes what is dirty and protects it again, in one step. So a page that changes
-after it was read is dirty again, and a page that is read while it changes is sent once more.
+``RamCapture`` stays in its armed phase: a write lifts the protection of its pages and makes them
+dirty; ``take_written`` takes the dirty pages and protects them again, in one step. So a page that
+changes during or after its read becomes dirty and is sent once more.
 Source: QEMU ``migration/ram.c``: ram_find_and_save_block, migration_bitmap_sync.
 """
 
@@ -26,19 +26,19 @@ from stillframe.vmstate.page_records import detected_records, zero_records
 
 _BATCH_PAGES = 256
 _POSTCOPY_BATCH_PAGES = 64
-"""Smaller, since a requested page waits for the batch before it."""
+"""Smaller, since a requested page waits for the batch in progress."""
 _LEAST_BATCH_PAGES = 4
 _BATCHES_PER_S = 10
 _HOLE_PAGES = 1 << 16
 
 
 class TrackedRam:
-    """Sends what is dirty. Used by the migration's thread, but for ``request``.
+    """The sender of dirty RAM. For the migration's thread, except for ``request``.
 
     Args:
         rams: all RAM blocks, in the capture's order.
-        capture: over the same blocks, armed.
-        on_sync: told after each round's synchronisation how many there were.
+        capture: covers the same blocks; must be armed before ``begin``.
+        on_sync: called after each round's sync with the number of syncs so far.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class TrackedRam:
         self.dirty = DirtyPages(self._pages)
         self._indexes = {ram.idstr: index for index, ram in enumerate(self._rams)}
         self._data_until = [(0, 0)] * len(self._rams)
-        # A deque: append and popleft are atomic, the return path's thread puts requests in.
+        # The return path's thread appends; a deque's append and popleft are atomic.
         self._requests: deque[tuple[int, int, int]] = deque()
         self._requested_block: int | None = None
         self._synced_s = 0.0
         self.synced_bytes = 0
-        """What was dirty when the last round began."""
+        """The dirty bytes at the start of the current round."""
         self.in_postcopy = False
         self._limit_pages = _BATCH_PAGES
         self._files: list[int] = []
         try:
             for ram in self._rams:
-                # Opened anew: SEEK_DATA moves the file position, which a duplicate would share.
+                # Reopened: SEEK_DATA moves the file position, which a duplicate would share.
                 self._files.append(os.open(f"/proc/self/fd/{ram.fd}", os.O_RDONLY | os.O_CLOEXEC))
         except BaseException:
             self.close()
@@ -83,13 +83,13 @@ class TrackedRam:
         return self.dirty.count * TARGET_PAGE_BYTES
 
     def begin(self) -> None:
-        """Everything is to be sent."""
+        """Mark all RAM dirty."""
         self.dirty.mark_all()
         self._synced_s = time.monotonic()
         self._note_remaining()
 
     def sync(self) -> None:
-        """Begin a round: add what was written since the last one."""
+        """Begin a round: add the pages written since the last one."""
         now = time.monotonic()
         pages = sum(pages for _, _, pages in self.written_since())
         counters = self._counters
@@ -100,7 +100,7 @@ class TrackedRam:
         self._on_sync(counters.dirty_syncs)
 
     def written_since(self) -> list[tuple[str, int, int]]:
-        """What was written since this was last asked: (idstr, first page, pages); dirty now."""
+        """Return the runs (idstr, first page, pages) written since the last call; now dirty."""
         runs = self._capture.take_written()
         for block, first_page, pages in runs:
             self.dirty.mark(block, first_page, pages)
@@ -111,7 +111,7 @@ class TrackedRam:
         self._counters.remaining_bytes = self.remaining_bytes
 
     def limit_batch(self, bytes_per_s: int) -> None:
-        """Make batches small enough for a slow channel; 0 is unlimited."""
+        """Make batches small enough for a slow channel; 0 means unlimited."""
         pages = bytes_per_s // TARGET_PAGE_BYTES // _BATCHES_PER_S
         self._limit_pages = (
             min(_BATCH_PAGES, max(_LEAST_BATCH_PAGES, pages)) if bytes_per_s else _BATCH_PAGES
@@ -120,7 +120,7 @@ class TrackedRam:
     # --- records of the `ram` section -----------------------------------------------------
 
     def batch(self, out: Output) -> bool:
-        """Send some: requested pages first; True if nothing is dirty any more."""
+        """Send some pages, requested ones first; return True if none are dirty any more."""
         budget = (
             min(_POSTCOPY_BATCH_PAGES, self._limit_pages) if self.in_postcopy else self._limit_pages
         )
@@ -166,8 +166,8 @@ class TrackedRam:
         name = None if block == named else self._rams[block].idstr
         counters = self._counters
         if is_data:
-            # Read through the file: reading a hole through the mapping would populate it, and
-            # the kernel copies without the interpreter's lock.
+            # Read through the file: a read through the mapping would populate holes, and pread
+            # copies without the GIL.
             content = os.pread(self._files[block], pages * TARGET_PAGE_BYTES, offset_bytes)
             records, zeroes = detected_records(offset_bytes, content, block=name)
             out.write(records)
@@ -179,7 +179,7 @@ class TrackedRam:
         return block
 
     def _extent(self, block: int, first_page: int, pages: int) -> tuple[bool, int]:
-        """Whether a run begins with data or with a hole, and for how many pages."""
+        """Return whether a run begins with data or a hole (True: data), and for how many pages."""
         start = first_page * TARGET_PAGE_BYTES
         end = start + pages * TARGET_PAGE_BYTES
         data_start, data_end = self._data_until[block]
@@ -189,10 +189,10 @@ class TrackedRam:
         try:
             data = os.lseek(fd, start, os.SEEK_DATA)
         except OSError:
-            return False, pages  # ENXIO: nothing but a hole up to the end
+            return False, pages  # ENXIO: a hole up to the end of the file
         if data > start:
             return False, (min(end, data) - start) // TARGET_PAGE_BYTES
-        # Kept, since finding its end takes the longer the more there is.
+        # Kept, since the search for the end takes longer the more data there is.
         hole = end_of_data(fd, start, self._pages[block] * TARGET_PAGE_BYTES)
         self._data_until[block] = (start, hole)
         return True, (min(end, hole) - start) // TARGET_PAGE_BYTES
@@ -200,10 +200,10 @@ class TrackedRam:
     # --- postcopy ----------------------------------------------------------------------
 
     def request(self, request: PageRequest) -> None:
-        """The destination waits for these pages. From the return path's thread.
+        """Queue pages that the destination waits for. Called in the return path's thread.
 
         Raises:
-            DataError: an unknown block, or a range that is not in it.
+            DataError: an unknown block, or a range that is misaligned or not within it.
         """
         if request.idstr is not None:
             block = self._indexes.get(request.idstr)
@@ -235,6 +235,6 @@ class TrackedRam:
                 (block, first, length)
                 for first, length in self.dirty.take(block, first_page, pages)
             ]
-            # Who wants this page will soon want the next ones.
+            # The guest will soon want the pages that follow.
             self.dirty.go_on_from(block, first_page + pages)
         return wanted

@@ -1,7 +1,7 @@
-"""A destination that never answers, such as a program that only stores: whether it reads at all.
+"""Destinations that never answer, such as a program that only stores: whether they read at all.
 
-Nobody who starts a guest may take this way unseen: the stream's end is sent only when what came
-before it was read, as far as the kernel can say.
+A destination that would start the guest must not pass for one of these: the source sends the
+stream's end only when everything before it was read, as far as the kernel can tell.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from stillframe.board.migration.source_link import SourceLink
 from stillframe.errors import SinkError
 
 PATIENCE_S = 5.0
-"""For how long a destination may read nothing."""
+"""How long a destination may go without reading."""
 _STEP_S = 0.01
 _INT = struct.Struct("=i")
 
 
 class Peer:
-    """Who is at the other end of a socket."""
+    """The other end of a socket."""
 
     def __init__(self, fd: InterruptibleFd, interrupt: Interrupt) -> None:
         self._fd = fd
         self.interrupt = interrupt
         with socket.socket(fileno=socket.dup(fd.fileno())) as sock:
             self.shows_reads = sock.family == socket.AF_UNIX
-            """Whether ``unread_bytes`` counts what was not read, rather than what has not come."""
+            """Whether ``unread_bytes`` means bytes not read, rather than bytes not acknowledged."""
 
     @property
     def unread_bytes(self) -> int:
-        """What a local reader has not read yet (more than its bytes: the kernel's count), or a
-        distant kernel has not acknowledged; 0 where that cannot be said. Source: ``unix(7)``,
-        ``tcp(7)``: SIOCOUTQ."""
+        """The bytes that a local reader has not read (by the kernel's count, which is higher), or
+        that a remote kernel has not acknowledged; 0 if unknown.
+
+        Source: ``unix(7)``, ``tcp(7)``: SIOCOUTQ.
+        """
         try:
             answer = fcntl.ioctl(self._fd.fileno(), termios.TIOCOUTQ, bytes(_INT.size))
         except OSError:
@@ -46,14 +48,14 @@ class Peer:
 
     @property
     def was_reset(self) -> bool:
-        """Whether it closed before it had read everything."""
+        """Whether the peer closed before it had read everything."""
         return self._fd.was_reset
 
     def end(self) -> None:
-        """Nothing more will be written.
+        """Shut down the socket for writing.
 
         Raises:
-            SinkError: it is gone.
+            SinkError: the peer is gone.
         """
         try:
             with socket.socket(fileno=socket.dup(self._fd.fileno())) as sock:
@@ -63,7 +65,7 @@ class Peer:
 
 
 class _Patience:
-    """Ends when nothing was read for long."""
+    """A time limit on the peer's inactivity."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
@@ -83,13 +85,13 @@ class _Patience:
 
 
 def wait_taken(peer: Peer, link: SourceLink, check: Callable[[], None]) -> None:
-    """Until a destination has taken all that was sent so far, or answers.
+    """Wait until the destination has taken everything sent so far, or answers.
 
     Args:
-        check: raises if there is no point in waiting any more.
+        check: raises to end the wait, such as after a cancel.
 
     Raises:
-        SinkError, DataError: it takes nothing, hung up, or speaks nonsense.
+        SinkError, DataError: the destination takes nothing, hung up, or sends malformed messages.
     """
     patience = _Patience(peer)
     while peer.unread_bytes and not link.answered:
@@ -99,12 +101,13 @@ def wait_taken(peer: Peer, link: SourceLink, check: Callable[[], None]) -> None:
 
 
 def wait_stored(peer: Peer, link: SourceLink) -> None:
-    """After the stream's end: until it was read, or the destination answers after all.
+    """Wait, after the stream's end, until the destination has read it, or answers after all.
 
-    It was read when a local reader has read it, or when any has closed its end after ours.
+    A local destination has read it when the socket's queue is empty; any destination, when it
+    closes its end after ours.
 
     Raises:
-        SinkError, DataError: it was not, or nobody can say.
+        SinkError, DataError: it was not read, or that cannot be known.
     """
     peer.end()
     patience = _Patience(peer)
