@@ -1,8 +1,8 @@
-"""Parses a command's arguments from JSON, with QEMU's error messages.
+"""The parser of a command's JSON arguments, with QEMU's error messages.
 
-Arguments are declared as ``msgspec.Struct``; their names on the wire come from its ``rename``.
-QEMU's own messages (``qapi/qobject-input-visitor.c``, ``qapi/qapi-visit-core.c``) are wanted rather
-than msgspec's, hence this visitor. A member with a default may be left out; null is never the same.
+Arguments are declared as a ``msgspec.Struct``; its ``rename`` gives their names on the wire. This
+visitor exists because msgspec's messages differ from QEMU's (``qapi/qobject-input-visitor.c``,
+``qapi/qapi-visit-core.c``). A member with a default may be left out, but not be null.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msgspec import inspect
 from stillframe.qmp.errors import QmpError
 
 Uint64 = Annotated[int, msgspec.Meta(extra={"bits": 64})]
-"""QAPI's unsigned integers; a plain ``int`` is an ``int64``."""
+"""QAPI's ``uint64``; a plain ``int`` is an ``int64``."""
 
 Arguments = TypeVar("Arguments", bound=msgspec.Struct)
 
@@ -24,11 +24,11 @@ _INT64 = range(-(1 << 63), 1 << 63)
 _UINT64_MAX = (1 << 64) - 1
 
 _Reader = Callable[[object, str], object]
-"""Takes the JSON value and its name; the name may be a path, such as ``capabilities[0].state``."""
+"""Takes a JSON value and its name, which may be a path, such as ``capabilities[0].state``."""
 
 
 def reader_of(kind: type[Arguments]) -> Callable[[Mapping[str, object]], Arguments]:
-    """A function that parses a command's arguments into this Struct or raises QmpError."""
+    """Return a function that parses a command's arguments into this Struct or raises QmpError."""
     read = _struct_reader(inspect.type_info(kind))
 
     def read_arguments(given: Mapping[str, object]) -> Arguments:
@@ -43,7 +43,7 @@ def reader_of(kind: type[Arguments]) -> Callable[[Mapping[str, object]], Argumen
 def _reader(kind: inspect.Type) -> _Reader:
     match kind:
         case inspect.UnionType():
-            # An optional member: only its own type may be sent.
+            # An optional member: its value must have its own type.
             sent = [
                 one
                 for one in kind.types
@@ -127,7 +127,7 @@ def _unsigned_reader(bits: int) -> _Reader:
     def read(value: object, name: str) -> object:
         if not _is_integer(value) or not _INT64.start <= value <= _UINT64_MAX:
             raise QmpError(f"Parameter '{name}' expects uint64")
-        # QEMU takes negative numbers for their two's complement.
+        # QEMU reads a negative number as its two's complement.
         number = value & _UINT64_MAX
         if number >> bits:
             raise QmpError(f"Parameter '{_own_name(name)}' expects uint{bits}_t")
@@ -165,7 +165,7 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 def _own_name(name: str) -> str:
-    """The last part of a path; QEMU says ``null`` for an element of a list."""
+    """Return the last part of a path; QEMU calls an element of a list ``null``."""
     return "null" if name.endswith("]") else name.rpartition(".")[2]
 
 

@@ -1,6 +1,6 @@
-"""The QMP commands of a board but for those of migration (``board/migration/commands``).
+"""The QMP commands of a board, except those for migration (``board/migration/commands``).
 
-They answer as QEMU's do; docs/reference/board-qmp.md lists them, and where they differ.
+They answer as QEMU does; docs/reference/board-qmp.md lists them and the differences.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from stillframe.board.monitor.commands_qom import add_qom_commands
 def add_board_commands(
     commands: CommandTable, board: Board, *, migrating: Callable[[], bool] = lambda: False
 ) -> None:
-    """Add them to a table, whose lock must be the board's.
+    """Add the commands to a table, whose lock must be the board's.
 
     Args:
-        migrating: whether the board is being saved or loaded, so that no RAM may come.
+        migrating: returns whether the board is being saved or loaded: no RAM may be added then.
     """
     hotplug = Hotplug(board, migrating)
     add_machine_commands(commands, board)

@@ -1,6 +1,6 @@
-"""A QMP server's command table, and dispatch of messages.
+"""A QMP server's command table, and the dispatch of messages.
 
-QEMU ``qapi/qmp-dispatch.c``; its wording is kept, since clients look at it.
+The wording is that of QEMU ``qapi/qmp-dispatch.c``, since clients look at it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class NoArguments(msgspec.Struct, frozen=True):
-    """Of a command that takes none."""
+    """Arguments of a command that takes none."""
 
 
 class CommandContext:
-    """Who asks. ``fds``: the descriptors that the client handed over."""
+    """The client that sent a command. ``fds``: the descriptors it handed over."""
 
     def __init__(self, fds: ClientDescriptors) -> None:
         self.fds = fds
 
     def take_fd(self) -> int:
-        """The descriptor that came with this command; the caller owns it.
+        """Return the descriptor that came with this command; the caller owns it.
 
         Raises:
             QmpError: none came.
@@ -41,18 +41,18 @@ class CommandContext:
 
 
 class Command(msgspec.Struct, frozen=True):
-    """``run``: takes the context and the JSON arguments. ``locked``: whether under the lock."""
+    """``run``: takes the context and the JSON arguments. ``locked``: whether to hold the lock."""
 
     run: Callable[[CommandContext, Mapping[str, object]], object]
     locked: bool
 
 
 class CommandTable:
-    """Commands by name.
+    """A table of commands by name.
 
     Args:
-        lock: held while a command runs, as QEMU holds its big lock; commands that wait for
-            something that needs the lock are added with ``locked=False``.
+        lock: held while a command runs, like QEMU's big lock. Add a command with ``locked=False``
+            if it waits for a thread that needs the lock.
     """
 
     def __init__(self, lock: AbstractContextManager[Any] | None = None) -> None:
@@ -67,15 +67,16 @@ class CommandTable:
         arguments: type[msgspec.Struct] | None = None,
         locked: bool = True,
     ) -> None:
-        """Add a command. The function returns what can be written as JSON; None is ``{}``.
+        """Add a command.
 
-        It fails by raising QmpError, or any StillframeError, whose text becomes the answer. It is
-        called by the asking client's thread, one command of a client at a time.
+        The function returns a JSON value; None becomes ``{}``. To fail, it raises QmpError or any
+        StillframeError, whose text becomes the answer. The client's own thread calls it, one
+        command at a time.
 
         Args:
-            arguments: what the function takes as its second argument (see
-                ``board.monitor.arguments``); None for a command without any, whose function gets
-                ``NoArguments()``.
+            arguments: the type of the function's second argument (see
+                ``board.monitor.arguments``); None for a command without arguments, whose function
+                gets ``NoArguments()``.
             locked: whether to run it under the table's lock.
         """
         if name in self._commands:
@@ -86,7 +87,7 @@ class CommandTable:
         )
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted(self._commands)
 
     def run(self, name: str, context: CommandContext, arguments: Mapping[str, object]) -> object:
@@ -113,10 +114,10 @@ class CommandTable:
 
 
 def command_of(message: object) -> tuple[str, Mapping[str, object]]:
-    """Command name and arguments of a message.
+    """Return the command name and arguments of a message.
 
     Raises:
-        QmpError: it is no command.
+        QmpError: the message is not a command.
     """
     if not isinstance(message, dict):
         raise QmpError("QMP input must be a JSON object")

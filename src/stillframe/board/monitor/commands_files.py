@@ -1,7 +1,7 @@
 """QMP commands that write files: screendump, pmemsave, xen-save-devices-state.
 
-File names may be ``/dev/fdset/N``. Files are made with mode 0600: what the guest shows is as
-secret as what it holds.
+A file name may be ``/dev/fdset/N``. Files are created with mode 0600: the guest's screen is as
+secret as its RAM.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SaveDevicesState(msgspec.Struct, frozen=True):
 
 
 def add_file_commands(commands: CommandTable, board: Board) -> None:
-    """Add them. Reading RAM needs no lock, and may take long."""
+    """Add the commands to the table. Reading RAM needs no lock and may take long."""
 
     def screendump(context: CommandContext, arguments: Screendump) -> None:
         _screendump(board, context, arguments)
@@ -92,7 +92,7 @@ def _pmemsave(board: Board, context: CommandContext, arguments: Pmemsave) -> Non
 
 
 def _physical_memory(board: Board, start: int, end: int) -> Iterator[bytes]:
-    """What the guest has at these addresses; zeros where there is nothing."""
+    """Yield the guest-physical range [start, end); zeros where no RAM is mapped."""
     rams = {ram.idstr: ram for ram in board.rams}
     at = start
     for place in board.memory_map():
@@ -114,8 +114,10 @@ def _zeros(length_bytes: int) -> Iterator[bytes]:
 
 
 def _save_devices_state(board: Board, context: CommandContext, arguments: SaveDevicesState) -> None:
-    """As QEMU ``migration/savevm.c``: qmp_xen_save_devices_state; only the sections that are not
-    iterable, without configuration section and vmdescription."""
+    """Save the non-iterable sections, without configuration section and vmdescription.
+
+    Source: QEMU ``migration/savevm.c``: qmp_xen_save_devices_state.
+    """
     try:
         fd = context.fds.open_file(arguments.filename, _WRITE, _PRIVATE)
     except OSError as error:
@@ -141,10 +143,10 @@ def _save_devices_state(board: Board, context: CommandContext, arguments: SaveDe
 
 
 def _write(fd: int, parts: Iterator[bytes]) -> None:
-    """Write all, and close.
+    """Write all parts, and close.
 
     Raises:
-        QmpError: the file takes no more.
+        QmpError: a write fails.
     """
     try:
         with open(fd, "wb", buffering=0) as file:

@@ -1,6 +1,6 @@
-"""QMP commands that answer in text: x-query-ramblock and human-monitor-command.
+"""QMP commands with plain-text answers: x-query-ramblock and human-monitor-command.
 
-The texts have the shape of QEMU's from 8.0 on, which tools parse (QEMU ``system/physmem.c``:
+The texts have the format of QEMU 8.0 and later, which tools parse (QEMU ``system/physmem.c``:
 ram_block_format; ``system/memory.c``: mtree_print_flatview).
 """
 
@@ -25,7 +25,7 @@ class HumanMonitorCommand(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 def add_hmp_commands(commands: CommandTable, board: Board) -> None:
-    """Add them."""
+    """Add the commands to the table."""
     monitor = HumanMonitor(board)
 
     def query_ramblock(_context: CommandContext, _arguments: NoArguments) -> object:
@@ -42,8 +42,10 @@ def add_hmp_commands(commands: CommandTable, board: Board) -> None:
 
 
 def ramblock_text(board: Board) -> str:
-    """``info ramblock``. The board has no RAM address space of its own as QEMU has, so that the
-    blocks' places in one (``Offset``) are one behind the other."""
+    """Return the text of ``info ramblock``.
+
+    The board has no RAM address space as QEMU has: ``Offset`` places the blocks one after another.
+    """
     lines = [
         f"{'Block Name':>24} {'PSize':>8}  {'Offset':>18} {'Used':>18} {'Total':>18} "
         f"{'HVA':>18} {'RO':>3}"
@@ -61,7 +63,7 @@ def ramblock_text(board: Board) -> str:
 
 
 class HumanMonitor:
-    """The few commands of the human monitor that tools ask for."""
+    """The few commands of the human monitor that tools use."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -76,7 +78,7 @@ class HumanMonitor:
         }
 
     def run(self, line: str) -> str:
-        """Run a line; returns the text, also of an error, with CR LF as a terminal has it."""
+        """Run a line and return its output or error text, with CR LF line ends as on a terminal."""
         words = line.split()
         if not words:
             return ""

@@ -1,6 +1,6 @@
-"""QMP commands for RAM: what there is, and hot-plugging in QEMU's two steps.
+"""QMP commands for RAM: queries, and hot-plug in QEMU's two steps.
 
-``object-add`` names an amount of memory, ``device_add`` of a ``pc-dimm`` gives it to the guest
+``object-add`` defines a memory backend; ``device_add`` of a ``pc-dimm`` gives it to the guest
 (QEMU ``qapi/qom.json``, ``qdev.json``, ``docs/memory-hotplug.txt``).
 """
 
@@ -24,7 +24,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
 class ObjectAdd(msgspec.Struct, frozen=True, rename="kebab"):
-    """Arguments of ``object-add``, of the kinds that the board has."""
+    """Arguments of ``object-add``, for the types that the board supports."""
 
     qom_type: str
     id: str
@@ -38,7 +38,7 @@ class ObjectDel(msgspec.Struct, frozen=True):
 
 
 class DeviceAdd(msgspec.Struct, frozen=True):
-    """Arguments of ``device_add``, of a ``pc-dimm``."""
+    """Arguments of ``device_add``, for a ``pc-dimm``."""
 
     driver: str
     id: str | None = None
@@ -46,28 +46,28 @@ class DeviceAdd(msgspec.Struct, frozen=True):
 
 
 class MemoryBackend(msgspec.Struct, frozen=True):
-    """Memory that the guest has, or may be given. ``kind``: its QOM type."""
+    """Memory that the guest has or may be given. ``kind``: its QOM type."""
 
     kind: str
     size_bytes: int
 
 
 class Hotplug:
-    """The backends and the DIMM by the names that they were given. Guarded by the board lock.
+    """The memory backends and the DIMM, with their user-given names. Guarded by the board lock.
 
     Args:
-        migrating: whether the board is being saved or loaded.
+        migrating: returns whether the board is being saved or loaded.
     """
 
     def __init__(self, board: Board, migrating: Callable[[], bool]) -> None:
         self._board = board
         self._migrating = migrating
         self._waiting: dict[str, MemoryBackend] = {}
-        self._dimm_names = ("dimm0", DIMM_IDSTR)  # of one that nobody gave names
+        self._dimm_names = ("dimm0", DIMM_IDSTR)  # for a DIMM that did not come by ``device_add``
 
     @property
     def backends(self) -> Mapping[str, MemoryBackend]:
-        """All by their ids."""
+        """All backends by id."""
         found = {RAM_IDSTR: MemoryBackend("memory-backend-memfd", self._board.config.ram_bytes)}
         if self.dimm_bytes:
             found[self._dimm_names[1]] = MemoryBackend("memory-backend-memfd", self.dimm_bytes)
@@ -75,12 +75,12 @@ class Hotplug:
 
     @property
     def dimm_bytes(self) -> int:
-        """Hot-plugged RAM that the guest has."""
+        """The guest's hot-plugged RAM."""
         return sum(ram.length_bytes for ram in self._board.rams if ram.idstr == DIMM_IDSTR)
 
     @property
     def devices(self) -> Mapping[str, str]:
-        """Devices that were plugged in: id to type."""
+        """The types of the hot-plugged devices by id."""
         return {self._dimm_names[0]: _DIMM} if self.dimm_bytes else {}
 
     def object_add(self, _context: CommandContext, arguments: ObjectAdd) -> None:
@@ -168,7 +168,7 @@ class Hotplug:
 
 
 def add_hotplug_commands(commands: CommandTable, hotplug: Hotplug) -> None:
-    """Add them."""
+    """Add the commands to the table."""
     commands.add("object-add", hotplug.object_add, arguments=ObjectAdd)
     commands.add("object-del", hotplug.object_del, arguments=ObjectDel)
     commands.add("device_add", hotplug.device_add, arguments=DeviceAdd)

@@ -1,7 +1,7 @@
-"""QMP commands that tell what the board is, and that change or tell its run state (QEMU
+"""QMP commands that describe the board, and that query or change its run state (QEMU
 ``qapi/machine.json``, ``block-core.json``, ``run-state.json``, ``misc.json``).
 
-The board sends the events that go with them.
+The board itself sends their events.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NEEDS_RESET = frozenset({"internal-error", "shutdown"})
 
 
 def add_machine_commands(commands: CommandTable, board: Board) -> None:
-    """Add them."""
+    """Add the commands to the table."""
     answers: dict[str, Callable[[], object]] = {
         "query-name": lambda: {"name": board.name} if board.name else {},
         "query-uuid": lambda: {"UUID": _NO_UUID},

@@ -1,6 +1,7 @@
-"""QMP commands over the tree of objects: qom-list and qom-get (QEMU ``qapi/qom.json``).
+"""QMP commands on the object tree: qom-list and qom-get (QEMU ``qapi/qom.json``).
 
-The board has a small tree, of what tools ask QEMU for: the machine's type, and what a user added.
+The board's tree is small and holds what tools ask QEMU for: the machine's type, memory backends and
+hot-plugged devices.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ class QomGet(msgspec.Struct, frozen=True):
 
 
 class _Node(msgspec.Struct, frozen=True):
-    """An object. ``children``: name to type."""
+    """An object. ``kind``: its type. ``children``: their types by name."""
 
     kind: str
     children: Mapping[str, str] = {}
 
 
 def add_qom_commands(commands: CommandTable, board: Board, hotplug: Hotplug) -> None:
-    """Add them."""
+    """Add the commands to the table."""
 
     def qom_list(_context: CommandContext, arguments: QomList) -> object:
         node = _node(board, hotplug, arguments.path)

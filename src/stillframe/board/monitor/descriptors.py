@@ -1,7 +1,7 @@
 """Descriptors that QMP clients hand over: named ones (``getfd``) and sets (``add-fd``).
 
-QEMU ``monitor/fds.c``, ``qapi/misc.json``. A descriptor arrives with a message's bytes (SCM_RIGHTS)
-and waits for the command that asks for it; one that nobody asks for is closed when others arrive.
+A descriptor arrives with a message's bytes (SCM_RIGHTS) and waits for the command that takes it; if
+none does, it is closed when others arrive. Source: QEMU ``monitor/fds.c``, ``qapi/misc.json``.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ _NONE_SUPPLIED = "No file descriptor supplied via SCM_RIGHTS"
 
 
 class SetMember(msgspec.Struct, frozen=True):
-    """A descriptor of a set, and what the client said about it."""
+    """A descriptor of a set, with the client's note about it."""
 
     fd: int
     opaque: str | None
 
 
 class FdSets:
-    """The server's sets of descriptors, for all clients. Callable from any thread."""
+    """The server's descriptor sets, shared by all clients. Callable from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sets: dict[int, list[SetMember]] = {}
 
     def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> int:
-        """Take a descriptor over into a set, the first free one if None; returns the set's id.
+        """Add a descriptor to a set and return the set's id; None picks the lowest unused id.
 
         Raises:
-            QmpError: the id is negative; the descriptor stays the caller's.
+            QmpError: the id is negative; the caller still owns the descriptor.
         """
         with self._lock:
             if fdset_id is None:
@@ -51,7 +51,7 @@ class FdSets:
             return fdset_id
 
     def remove(self, fdset_id: int, fd: int | None) -> None:
-        """Close one descriptor of a set or all; duplicates stay open.
+        """Close one descriptor of a set, or all if ``fd`` is None; duplicates stay open.
 
         Raises:
             QmpError: there is none.
@@ -69,17 +69,17 @@ class FdSets:
             os.close(member.fd)
 
     def listed(self) -> list[tuple[int, list[SetMember]]]:
-        """All sets by their ids."""
+        """Return all sets, ordered by id."""
         with self._lock:
             return [(fdset_id, list(self._sets[fdset_id])) for fdset_id in sorted(self._sets)]
 
     def duplicate(self, fdset_id: int, flags: int) -> int:
-        """A duplicate of the set's descriptor with the access mode of ``flags`` (open(2)).
+        """Duplicate the set's descriptor that has the access mode of ``flags`` (open(2)).
 
-        The file offset is shared with the descriptor that was handed over.
+        The duplicate shares the original's file offset.
 
         Raises:
-            OSError: ENOENT, no such set; EACCES, none of it has that access mode.
+            OSError: ENOENT: no such set. EACCES: no descriptor of it has that access mode.
         """
         with self._lock:
             if fdset_id not in self._sets:
@@ -90,7 +90,7 @@ class FdSets:
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     def clear(self) -> None:
-        """Close all."""
+        """Close all descriptors."""
         with self._lock:
             members = [member for one in self._sets.values() for member in one]
             self._sets.clear()
@@ -99,10 +99,10 @@ class FdSets:
 
 
 class Descriptors:
-    """Where a command finds the descriptors that it names. As it stands there are none."""
+    """The descriptors that a command may name. This base class has none."""
 
     def take(self, name: str) -> int:
-        """The named descriptor, which the caller owns from here on.
+        """Return the named descriptor; the caller owns it from here on.
 
         Raises:
             NotFoundError: there is none.
@@ -110,7 +110,7 @@ class Descriptors:
         raise NotFoundError(f"File descriptor named '{name}' has not been found")
 
     def open_fdset(self, fdset_id: int, flags: int) -> int:
-        """A duplicate of the set's descriptor whose access mode is that of ``flags``.
+        """Duplicate the set's descriptor that has the access mode of ``flags``.
 
         Raises:
             NotFoundError: no such set, or none of its descriptors fits.
@@ -119,11 +119,13 @@ class Descriptors:
 
 
 class InheritedDescriptors(Descriptors):
-    """For a command line: ``fd:N`` is this process's own descriptor of that number, as it is to
-    QEMU (``monitor/fds.c``: monitor_fd_param)."""
+    """The process's inherited descriptors, for a command line: ``fd:N`` names number N.
+
+    Source: QEMU ``monitor/fds.c``: monitor_fd_param.
+    """
 
     def take(self, name: str) -> int:
-        """The descriptor, which the caller owns from here on.
+        """Return the descriptor; the caller owns it from here on.
 
         Raises:
             NotFoundError: there is none.
@@ -138,7 +140,7 @@ class InheritedDescriptors(Descriptors):
 
 
 class ClientDescriptors(Descriptors):
-    """What one client handed over, and the sets. For the client's own thread."""
+    """One client's descriptors, and the server's sets. For the client's own thread."""
 
     def __init__(self, sets: FdSets) -> None:
         self.sets = sets
@@ -146,13 +148,13 @@ class ClientDescriptors(Descriptors):
         self._named: dict[str, int] = {}
 
     def receive(self, fds: Sequence[int]) -> None:
-        """Descriptors came with the last bytes; earlier ones that nobody took are closed."""
+        """Keep descriptors that came with the last bytes; close earlier ones not taken."""
         if fds:
             self._drop_received()
             self._received = list(fds)
 
     def take_received(self) -> int:
-        """The first of the last descriptors that came; the caller owns it, the others are closed.
+        """Return the first descriptor last received, which the caller owns; close the others.
 
         Raises:
             QmpError: there is none.
@@ -164,10 +166,10 @@ class ClientDescriptors(Descriptors):
         return fd
 
     def keep(self, name: str) -> None:
-        """Give the descriptor that came a name, in place of an earlier one of that name.
+        """Name the received descriptor, and close an earlier one of that name.
 
         Raises:
-            QmpError: none came, or the name looks like a number.
+            QmpError: none was received, or the name starts with a digit.
         """
         fd = self.take_received()
         if name[:1].isdigit():
@@ -202,11 +204,12 @@ class ClientDescriptors(Descriptors):
             ) from error
 
     def open_file(self, path: str, flags: int, mode: int = 0o666) -> int:
-        """Open a file by the name that a command was given; ``/dev/fdset/N`` is a set's (QEMU
-        ``util/osdep.c``: qemu_open).
+        """Open the file a command names; ``/dev/fdset/N`` names a set.
+
+        Source: QEMU ``util/osdep.c``: qemu_open.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the file cannot be opened.
         """
         if path.startswith(_FDSET_PATH):
             number = path.removeprefix(_FDSET_PATH)
@@ -218,7 +221,7 @@ class ClientDescriptors(Descriptors):
         return os.open(path, flags | os.O_CLOEXEC, mode)
 
     def close(self) -> None:
-        """Close what a disconnected client left."""
+        """Close the descriptors that a disconnected client left."""
         self._drop_received()
         for fd in self._named.values():
             os.close(fd)

@@ -1,4 +1,4 @@
-"""Outgoing messages to one QMP client: sent at once if possible, else queued."""
+"""Messages to one QMP client: sent at once if possible, else queued."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _EVENTS_MAX_BYTES = 4 << 20
 
 
 class Outbox:
-    """Messages to one client, in order. Callable from any thread; never blocks.
+    """The queue of messages to one client. Callable from any thread; never blocks.
 
     Args:
-        sock: the client's socket, not blocking. It stays the caller's to close.
+        sock: the client's socket, non-blocking; the caller still owns it.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -26,7 +26,7 @@ class Outbox:
 
     @property
     def dead(self) -> bool:
-        """Whether the client is gone, or was dropped because it does not read its events."""
+        """Whether the client is gone, or was dropped for not reading its events."""
         return self._dead
 
     @property
@@ -48,9 +48,9 @@ class Outbox:
                 self._send()
 
     def put_event(self, message: bytes) -> None:
-        """Like ``put``, but drops a client that left too many events unread.
+        """Like ``put``, but drop a client that leaves too many bytes unread.
 
-        It decides itself how many answers there are, but not how many events.
+        A client controls how many replies it gets, but not how many events.
         """
         if self._kept_bytes > _EVENTS_MAX_BYTES:
             self.give_up()

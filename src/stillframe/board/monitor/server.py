@@ -1,8 +1,8 @@
-"""A QMP server: any number of sockets, several clients at once (QEMU serves one a socket).
+"""A QMP server: any number of sockets, several clients at once (QEMU serves one per socket).
 
-Each client has a thread that reads it and runs its commands, so a command that takes long holds up
-its own client only. Nobody ever waits for a client to read: what it leaves is kept for a while, and
-then it is dropped. Nothing that a client sends ends the server.
+Each client has a thread that reads its input and runs its commands, so a slow command delays only
+its own client. A client that does not read never blocks the server or other clients: its messages
+are queued, and it is dropped when too many events pile up. No input from a client ends the server.
 
 Protocol: QEMU ``docs/interop/qmp-spec.rst``. Out-of-band commands are not offered.
 """
@@ -35,12 +35,12 @@ _AGAIN_S = 0.1
 
 
 class QmpServer:
-    """Serves a table of commands until ``close``.
+    """A server of one table of commands, until ``close``.
 
     Args:
-        commands: what clients may ask for; the server adds its own (``server_commands``). Commands
-            may be added to it later, too.
-        version, package: what the greeting and ``query-version`` tell.
+        commands: the commands for clients, to which the server adds its own (``server_commands``).
+            More may be added later.
+        version, package: reported by the greeting and ``query-version``.
     """
 
     def __init__(
@@ -64,12 +64,13 @@ class QmpServer:
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
 
     def listen(self, address: Address) -> Address:
-        """Serve clients that connect there from now on; returns the address, with its port if 0
-        was asked for. A unix socket is made with mode 0600. TCP has no protection whatsoever: who
-        can connect, commands the machine.
+        """Listen on another address; return it, with the actual port in place of port 0.
+
+        A unix socket gets mode 0600. TCP has no protection whatsoever: any client that can connect
+        controls the machine.
 
         Raises:
-            BusyError: somebody listens there. UsageError: no good address.
+            BusyError: another program listens there. UsageError: the address is bad.
             HostError: the system refuses.
         """
         listener = listen(address)
@@ -81,9 +82,10 @@ class QmpServer:
         return listener.address
 
     def emit(self, event: str, data: Mapping[str, object] | None = None) -> None:
-        """Tell all clients that have negotiated. From any thread; never waits, never raises.
+        """Send an event to all clients that have negotiated. Never blocks or raises.
 
-        All clients get events in the same order. ``data``: left out of the message if empty.
+        Any thread may call it. All clients get events in the same order. Empty ``data`` is left
+        out of the message.
         """
         with self._event_lock:
             now_us = time.time_ns() // 1000
@@ -100,10 +102,9 @@ class QmpServer:
                 client.put_event(line)
 
     def close(self) -> None:
-        """Take no more clients, let those there are read what was said to them, and hang up.
+        """Accept no more clients, let the connected ones read their pending messages, and hang up.
 
-        Never raises, does nothing the second time. Waits a few seconds at most, for commands that
-        are being carried out.
+        Waits a few seconds at most for running commands. Never raises; may be repeated.
         """
         with self._lock:
             if self._closed:
@@ -132,7 +133,7 @@ class QmpServer:
         try:
             while all(fd != self._stop_fd for fd, _event in poller.poll()):
                 with self._lock:
-                    # Those beyond wait to be accepted, as all but the first do at a QEMU's socket.
+                    # Further clients wait to be accepted, as on QEMU's socket all but the first do.
                     self._client_gone.wait_for(
                         lambda: self._closed or len(self._clients) < _CLIENTS_MAX
                     )
@@ -141,7 +142,7 @@ class QmpServer:
                 except (BlockingIOError, ConnectionError):
                     continue
                 except OSError as error:
-                    # Out of descriptors, most likely: the client waits, and so do we.
+                    # Most likely out of descriptors: let the client wait, and try again.
                     logger.warning("cannot take a client: %s", error)
                     with self._lock:
                         self._client_gone.wait(_AGAIN_S)
@@ -169,7 +170,7 @@ class QmpServer:
         with self._lock:
             self._clients.remove(client)
             if not self._clients:
-                # As QEMU does when its monitor is disconnected (monitor/fds.c).
+                # As QEMU does when the monitor is disconnected (monitor/fds.c).
                 self._sets.clear()
             self._client_gone.notify_all()
 

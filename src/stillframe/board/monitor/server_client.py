@@ -1,4 +1,4 @@
-"""One client of a QMP server: its socket, and the thread that reads it and runs its commands."""
+"""One client of a QMP server: its socket, and the thread that reads and runs its commands."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _LAST_WORDS_S = 1.0
 
 
 class ServerClient:
-    """A connected client. It ends when it hangs up, or is given up, or by ``stop``.
+    """A connected client. It ends when it hangs up, is dropped, or by ``stop``.
 
     Args:
         sock: its socket, which this object owns.
-        commands: what it may ask for.
-        sets: the server's sets of descriptors.
-        greeting: what it is told first.
-        ended: called once, in the client's thread, when it is gone.
+        commands: the commands it may use.
+        sets: the server's descriptor sets.
+        greeting: the first message to it.
+        ended: called once when the client is gone, in its thread, or in the accepting thread if
+            its own could not start.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ServerClient:
         self._thread.start()
 
     def put_event(self, message: bytes) -> None:
-        """Send an event, if negotiated. From any thread; never blocks."""
+        """Send an event if the client has negotiated. From any thread; never blocks."""
         if self._session.negotiated:
             self._outbox.put_event(message)
             if self._outbox.pending or self._outbox.dead:
@@ -75,7 +76,7 @@ class ServerClient:
         self._wake()
 
     def join(self, deadline_s: float) -> None:
-        """Wait for its end (``time.monotonic``), unless this is its own thread."""
+        """Wait for its end until ``deadline_s`` (``time.monotonic``), except in its own thread."""
         if self._thread.ident != threading.get_ident():
             self._thread.join(max(0.0, deadline_s - time.monotonic()))
 
@@ -97,10 +98,10 @@ class ServerClient:
         return self._stopping or self._outbox.dead
 
     def _poll(self, *, read: bool, timeout_s: float | None = None) -> bool:
-        """Wait for activity and flush the outbox; returns whether input is ready.
+        """Wait for activity and flush the outbox; return whether input is ready.
 
         Args:
-            read: whether to wait for that, too.
+            read: whether to wait for input too.
         """
         poller = select.poll()
         wanted = (select.POLLIN if read else 0) | (select.POLLOUT if self._outbox.pending else 0)
@@ -115,7 +116,7 @@ class ServerClient:
         return read and bool(got & ~select.POLLOUT)
 
     def _take(self) -> bool:
-        """Read and run commands; False when the client hung up."""
+        """Read and run commands; return False when the client hung up, or must end."""
         try:
             data, ancillary, _flags, _address = self._socket.recvmsg(
                 _READ_BYTES, socket.CMSG_SPACE(_FDS_MAX * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
@@ -129,7 +130,7 @@ class ServerClient:
             return False
         for message in self._stream.feed(data):
             self._outbox.put(self._session.answer(message))
-            # No more commands from a client that does not read replies.
+            # Run no more commands of a client that does not read its replies.
             while self._outbox.congested and not self._over():
                 self._poll(read=False)
             if self._over():
@@ -145,7 +146,7 @@ class ServerClient:
             self._poll(read=False, timeout_s=remaining_s)
 
     def hang_up(self) -> None:
-        """Release everything; from its own thread, or if that could not start."""
+        """Release everything. Called in the client's thread, or if that could not start."""
         self._outbox.give_up()
         self._fds.close()
         self._socket.close()

@@ -1,5 +1,4 @@
-"""The commands that every QMP server has, whatever it serves (QEMU ``qapi/control.json``,
-``misc.json``)."""
+"""The commands that every QMP server has (QEMU ``qapi/control.json``, ``misc.json``)."""
 
 from __future__ import annotations
 
@@ -33,10 +32,10 @@ class NamedFd(msgspec.Struct, frozen=True):
 
 
 def add_server_commands(commands: CommandTable, version: dict[str, object]) -> None:
-    """Add them to the table.
+    """Add the commands to the table.
 
     Args:
-        version: what ``query-version`` answers.
+        version: the answer to ``query-version``.
     """
     commands.add("qmp_capabilities", _negotiated_already, arguments=Negotiation, locked=False)
     commands.add("query-version", lambda _context, _arguments: version, locked=False)

@@ -1,6 +1,6 @@
-"""One client's conversation with a QMP server: negotiation, commands, answers. Bytes, no sockets.
+"""One client's conversation with a QMP server, without its socket: negotiation, commands, replies.
 
-QEMU ``monitor/qmp.c``, ``docs/interop/qmp-spec.rst``.
+Source: QEMU ``monitor/qmp.c``, ``docs/interop/qmp-spec.rst``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Negotiation(msgspec.Struct, frozen=True):
 
 
 class Session:
-    """One client's negotiation state. For the client's own thread.
+    """One client's session. For the client's own thread.
 
     Args:
-        commands: what it may ask for, once it has negotiated.
-        fds: the descriptors that it hands over.
+        commands: the commands the client may use once it has negotiated.
+        fds: the descriptors it hands over.
     """
 
     def __init__(self, commands: CommandTable, fds: ClientDescriptors) -> None:
@@ -43,7 +43,7 @@ class Session:
         return self._negotiated
 
     def answer(self, message: object) -> bytes:
-        """Run a message (a JSON value, or the error in place of one); returns the reply line.
+        """Run a message (a JSON value, or the error in its place) and return the reply line.
 
         Never raises.
         """
@@ -59,7 +59,7 @@ class Session:
         try:
             return msgspec.json.encode(reply) + LINE_END
         except (TypeError, ValueError, RecursionError):
-            # The id is nested too deeply to encode, or the answer is not JSON.
+            # The id is nested too deeply to encode, or the result is not JSON.
             return encode_error("the answer cannot be written as JSON")
 
     def _run(self, message: object) -> object:
@@ -82,6 +82,6 @@ class Session:
 
 
 def encode_error(description: str) -> bytes:
-    """An error reply to no command."""
+    """Return an error reply without an id."""
     error = {"class": "GenericError", "desc": description}
     return msgspec.json.encode({"error": error}) + LINE_END
