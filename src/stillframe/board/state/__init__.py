@@ -1,1 +1,1 @@
-"""Declared device state: fields, handlers, save and load."""
+"""Declared device state: fields, handlers, saving and loading."""

@@ -1,10 +1,9 @@
-"""The saved state of a board, as exports need it: the registers in its ``cpu`` sections, and where
-its RAM is.
+"""The part of a board's saved state that exports need: the registers in its ``cpu`` sections, and
+the addresses of its RAM.
 
-The layout is that of ``board/hardware/registers.py`` (``REGISTERS``, version 1), which
-``tests/unit/board/state/test_board_cpu.py`` holds against this one. The hidden parts of segment
-registers are not in it; they are shown as those of flat 64-bit segments, as the board has them
-at its start.
+The layout is that of ``board/hardware/registers.py`` (``REGISTERS``, version 1);
+``tests/unit/board/state/test_board_cpu.py`` compares the two. It lacks the hidden parts of segment
+registers, which are reported as those of flat 64-bit segments, as they are when the board starts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from stillframe.model import BlockRecord, GpaRange
 from stillframe.vmstate.x86_cpu import FPU_REGISTER_COUNT, X86CpuState, X86Segment
 
 BOARD_MACHINE_PREFIX = "stillframe-board-"
-"""What the machine types of boards begin with."""
+"""The prefix of all boards' machine types."""
 
 _GPA = {"board.ram": 0, "board.vram": 0xE0000000, "board.dimm0": 4 << 30}
 """``docs/design/board.md``, "Address space"."""
@@ -37,10 +36,10 @@ _TAG_EMPTY = 3
 
 
 def parse_board_cpu(payload: bytes, version_id: int) -> X86CpuState:
-    """Read the registers from a section named ``cpu`` of a board.
+    """Read the registers from the payload of a board's ``cpu`` section.
 
     Raises:
-        DataError: another version or length.
+        DataError: the version or the length is not the expected one.
     """
     if version_id != _VERSION or len(payload) != _LAYOUT.size:
         raise DataError(
@@ -117,14 +116,14 @@ def _table(selector: int, base: int, limit: int, flags: int) -> X86Segment:
 
 
 class SavedBoard:
-    """A ``still.skeleton.SavedKind``."""
+    """The board's ``still.skeleton.SavedKind``."""
 
     machine_prefix = BOARD_MACHINE_PREFIX
     parse_cpu = staticmethod(parse_board_cpu)
 
     @staticmethod
     def memory_map(blocks: Sequence[BlockRecord]) -> tuple[GpaRange, ...]:
-        """Where the guest sees these blocks, ascending."""
+        """Return the guest-physical ranges of these blocks, ascending."""
         lengths = {block.idstr: block.used_length_bytes for block in blocks}
         return tuple(
             GpaRange(gpa=gpa, length_bytes=lengths[idstr], idstr=idstr, offset_bytes=0)

@@ -1,4 +1,4 @@
-"""Declaring the state of a device, in QEMU's encoding; saving, loading and describing it.
+"""The declaration of a device's state in QEMU's encoding, to save, load and describe it.
 
 ::
 
@@ -10,8 +10,8 @@
     )
     payload = save_state(TIMER, device)
 
-A field is an attribute of the device with the field's name. Mutable values (lists, bytearrays)
-are filled in place on load, others replaced. See ``docs/reference/device-state.md``.
+A field stands for the device's attribute of the same name. A load fills mutable values (lists,
+bytearrays) in place and replaces others. See ``docs/reference/device-state.md``.
 
 Source: QEMU ``include/migration/vmstate.h``, ``migration/vmstate.c``.
 """
@@ -62,18 +62,18 @@ __all__ = [
 ]
 
 LENGTH_LIMIT_BYTES = 64 << 20
-"""No field may be longer: a device's state is held in memory."""
+"""The longest field: a device's state is held in memory."""
 
 
 class ScalarFunction(Protocol):
-    """Makes the field of a number or bool."""
+    """A function that makes the field of a number or bool."""
 
     def __call__(self, name: str, *, since: int = 0, exists: Exists | None = None) -> Field:
         """
         Args:
             name: the device's attribute.
-            since: the version from which the field is there.
-            exists: gets the device and the version; the field is there only if it says so too.
+            since: the first version that has the field.
+            exists: takes the device and the version; the field exists only if it returns True too.
         """
 
 
@@ -96,7 +96,7 @@ boolean = _numbers("bool", "?")
 
 
 def buffer(name: str, length_bytes: int, *, since: int = 0, exists: Exists | None = None) -> Field:
-    """Bytes of a fixed length."""
+    """Declare bytes of a fixed length."""
     _check_length(name, length_bytes)
     return _field(name, Buffer(length_bytes), since, exists)
 
@@ -109,11 +109,11 @@ def variable_buffer(
     since: int = 0,
     exists: Exists | None = None,
 ) -> Field:
-    """Bytes, as many as an earlier unsigned field says.
+    """Declare bytes, as many as an earlier unsigned field says.
 
     Args:
-        length_field: that field's name. On save the device's two attributes must agree.
-        limit_bytes: a stream that claims more is refused before memory is taken for it.
+        length_field: that field's name. On save, the two attributes must agree.
+        limit_bytes: the maximum; a stream that claims more is refused before any allocation.
     """
     _check_length(name, limit_bytes)
     return _field(name, VariableBuffer(length_field, limit_bytes), since, exists)
@@ -127,7 +127,7 @@ def array(
     since: int = 0,
     exists: Exists | None = None,
 ) -> Field:
-    """A list or tuple of ``count`` numbers: ``array("regs", u64, 16)``."""
+    """Declare a list or tuple of ``count`` numbers: ``array("regs", u64, 16)``."""
     kind = _scalar_kind(name, element)
     _check_length(name, count * kind.size_bytes)
     return _field(name, Array(kind, count), since, exists)
@@ -142,7 +142,7 @@ def variable_array(
     since: int = 0,
     exists: Exists | None = None,
 ) -> Field:
-    """A list or tuple of numbers, as many as an earlier unsigned field says, at most ``limit``."""
+    """Declare a list or tuple of at most ``limit`` numbers, counted by an earlier field."""
     kind = _scalar_kind(name, element)
     _check_length(name, limit * kind.size_bytes)
     return _field(name, VariableArray(kind, count_field, limit), since, exists)
@@ -151,7 +151,7 @@ def variable_array(
 def struct(
     name: str, description: StateDescription, *, since: int = 0, exists: Exists | None = None
 ) -> Field:
-    """The state of the object in attribute ``name``, inline; it is loaded in place."""
+    """Declare the state of the object in attribute ``name``, inline; it is loaded in place."""
     return _field(name, Embedded(description), since, exists)
 
 
@@ -163,14 +163,14 @@ def struct_array(
     since: int = 0,
     exists: Exists | None = None,
 ) -> Field:
-    """The states of the ``count`` objects in the sequence in attribute ``name``, inline."""
+    """Declare the states of the ``count`` objects in sequence attribute ``name``, inline."""
     if not 0 < count <= LENGTH_LIMIT_BYTES:
         raise UsageError(f"field '{name}' cannot have {count} structures")
     return _field(name, EmbeddedArray(description, count), since, exists)
 
 
 def unused(length_bytes: int, *, since: int = 0, exists: Exists | None = None) -> Field:
-    """Bytes that once were a field: written as zeroes, and skipped."""
+    """Declare bytes that once were a field: saved as zeroes, skipped on load."""
     _check_length("unused", length_bytes)
     return _field("unused", Unused(length_bytes), since, exists)
 

@@ -1,4 +1,4 @@
-"""The ``globalstate`` section: the run state, as a device like others.
+"""The ``globalstate`` section: the run state, saved like a device.
 
 Source: QEMU ``migration/global_state.c``.
 """
@@ -38,21 +38,21 @@ RUN_STATES = frozenset(
         "colo",
     }
 )
-"""QEMU's words (``qapi/run-state.json``)."""
+"""QEMU's run states (``qapi/run-state.json``)."""
 
 _NAME_BYTES = RUN_STATE_LIMIT_BYTES + 1
 _REST_BYTES = GLOBAL_STATE_BYTES - 4 - _NAME_BYTES - 2
 
 
 class GlobalState:
-    """What is registered under ``globalstate``.
+    """The object registered under ``globalstate``.
 
-    ``run_state``: what was last saved or loaded, one of :data:`RUN_STATES`.
+    ``run_state``: the one last saved or loaded, of :data:`RUN_STATES`; empty before.
     ``received``: whether it was loaded.
 
     Args:
-        get_run_state: the run state that a stream made now shall store: the machine's before
-            it was stopped to be saved.
+        get_run_state: returns the run state to store in a stream: the machine's before it was
+            stopped to be saved.
     """
 
     def __init__(self, get_run_state: Callable[[], str]) -> None:
@@ -65,16 +65,16 @@ class GlobalState:
         self.vm_was_suspended = False
 
     def store(self) -> None:
-        """Take the machine's run state into the fields."""
+        """Set the fields from the machine's run state."""
         self.run_state = self._get_run_state()
         self.received = False
         self.size, self.runstate = pack_run_state(self.run_state)
 
     def loaded(self) -> None:
-        """Take the run state from the fields.
+        """Set the run state from the loaded fields.
 
         Raises:
-            DataError: it is none that a machine can have.
+            DataError: it is not a known run state.
         """
         name = unpack_run_state(self.size, self.runstate)
         if name not in RUN_STATES:

@@ -1,4 +1,4 @@
-"""Save-state handlers, and the registry of all that a machine has.
+"""Save-state handlers, and the registry of a machine's handlers.
 
 Source: QEMU ``include/migration/register.h`` (``SaveVMHandlers``), ``migration/savevm.c``
 (``register_savevm_live``, ``vmstate_register_with_alias_id``,
@@ -22,47 +22,47 @@ from stillframe.vmstate.source import StreamSource
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 FIRST_SECTION_ID = 2
-"""QEMU's loader takes id 0 for another section; 1 is its ``block``."""
+"""QEMU's loader would match id 0 with the wrong section; 1 is its ``block``."""
 
 
 class Output(Protocol):
-    """Where a stream goes; it takes all that it is given."""
+    """The destination of a stream."""
 
     def write(self, data: BytesLike, /) -> object:
-        """Take ``data``; it may not be kept beyond the call without a copy."""
+        """Take all of ``data``; copy it to keep it beyond the call."""
         ...
 
 
 class SaveStateHandler:
-    """What saves and loads one thing: QEMU's ``SaveVMHandlers``. As it stands it is always active,
-    has nothing to save, and loads nothing.
+    """The base of handlers that save and load one thing: QEMU's ``SaveVMHandlers``.
 
-    Every method writes or reads a section's payload only; the framework frames it. ``iterable``:
-    whether the state goes out in parts (setup, iterate, complete) or at once (save).
+    It is always active, and saves and loads nothing. Methods write or read only a section's
+    payload; the framework adds the framing. ``iterable``: whether the state is sent in parts
+    (setup, iterate, complete) or at once (save).
     """
 
     iterable = False
 
     def is_active(self) -> bool:
-        """Whether there is anything to save now; False leaves all sections out."""
+        """Return whether there is anything to save now; if not, all sections are left out."""
         return True
 
     def has_postcopy(self) -> bool:
-        """Whether what is left can follow after the switch-over."""
+        """Return whether the rest can follow after the switch-over."""
         return False
 
     def setup(self, out: Output) -> None:
         """Write the payload of the START section."""
 
     def iterate(self, out: Output) -> bool:
-        """Write the payload of one PART section; True if nothing is left to iterate."""
+        """Write the payload of one PART section; return True if nothing is left to iterate."""
         return True
 
     def complete_precopy(self, out: Output) -> None:
-        """Write all that is left: the payload of the END section. The machine is stopped."""
+        """Write the rest as the payload of the END section. The machine is stopped."""
 
     def complete_postcopy(self, out: Output) -> None:
-        """Write the payload of the END section of a postcopy."""
+        """Write the payload of the END section in postcopy."""
 
     def save(self, out: Output) -> None:
         """Write the payload of the FULL section. The machine is stopped."""
@@ -75,11 +75,11 @@ class SaveStateHandler:
         """
 
     def cleanup(self) -> None:
-        """Let go of what ``setup`` took; comes on every path, also without ``setup``."""
+        """Release what ``setup`` took. Called on every path, even without ``setup``."""
 
 
 class DeviceHandler(SaveStateHandler):
-    """Handler of a device with a declared state."""
+    """The handler of a device with a declared state."""
 
     def __init__(self, idstr: str, description: StateDescription, device: Any) -> None:
         self._idstr = idstr
@@ -87,7 +87,7 @@ class DeviceHandler(SaveStateHandler):
         self._device = device
 
     def is_active(self) -> bool:
-        """Whether the description's ``needed`` says so: False leaves the section out."""
+        """Return the answer of the description's ``needed``; False leaves the section out."""
         needed = self._description.needed
         return needed is None or needed(self._device)
 
@@ -95,7 +95,7 @@ class DeviceHandler(SaveStateHandler):
         self.save_described(out)
 
     def save_described(self, out: Output) -> dict[str, Any]:
-        """Write the payload; gives its description."""
+        """Write the payload and return its description."""
         payload, entry = encode_state(self._description, self._device, idstr=self._idstr)
         out.write(payload)
         return entry
@@ -107,8 +107,8 @@ class DeviceHandler(SaveStateHandler):
 class Entry(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One registered handler.
 
-    ``version_id``: what is written, and the newest that loads. ``section_id``: unique in the
-    registry, never used again, and never 0. ``priority``: higher ones come first.
+    ``version_id``: the version written, and the newest that loads. ``section_id``: unique in the
+    registry, never reused, and never 0. ``priority``: higher ones are saved first.
     """
 
     idstr: str
@@ -120,9 +120,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class SaveStateRegistry:
-    """All handlers of a machine, in the order in which they are saved.
+    """The handlers of a machine, in saving order.
 
-    Handlers may come and go between two streams; not for several threads at once.
+    Handlers may be added and removed between streams. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class SaveStateRegistry:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """By priority, the highest first, then in the order of registration."""
+        """All handlers by descending priority, then in order of registration."""
         return self._entries
 
     def register(
@@ -146,13 +146,13 @@ class SaveStateRegistry:
         """Add a handler.
 
         Args:
-            idstr: the sections' name.
-            version_id: what is written, and the newest that loads.
-            instance_id: tells handlers of the same name apart; None for the next free one.
-            priority: handlers with a higher one are saved, and so loaded, before others.
+            idstr: the name of its sections.
+            version_id: the version written, and the newest that loads.
+            instance_id: distinguishes handlers of the same name; None takes the highest plus one.
+            priority: handlers with a higher one are saved, and so loaded, first.
 
         Raises:
-            UsageError: the name is malformed or taken, or a number out of range.
+            UsageError: the name is malformed or taken, or a number is out of range.
         """
         encode_name(idstr)
         taken = [entry.instance_id for entry in self._entries if entry.idstr == idstr]
@@ -173,7 +173,7 @@ class SaveStateRegistry:
             handler=handler,
         )
         self._next_section_id += 1
-        # sorted() is stable: among equals the new one stays last.
+        # sorted() is stable: the new entry stays last among those of its priority.
         self._entries = tuple(
             sorted((*self._entries, entry), key=lambda e: e.priority, reverse=True)
         )
@@ -209,7 +209,7 @@ class SaveStateRegistry:
         self._entries = tuple(entry for entry in self._entries if entry is not gone)
 
     def find(self, idstr: str, instance_id: int) -> Entry | None:
-        """The handler of this name and instance, or None."""
+        """Return the entry of this name and instance, or None."""
         for entry in self._entries:
             if entry.idstr == idstr and entry.instance_id == instance_id:
                 return entry

@@ -1,4 +1,4 @@
-"""Loading a machine from a stream, by the handlers of its registry.
+"""The loader of a machine from a stream, through its registered handlers.
 
 Source: QEMU ``migration/savevm.c``: ``qemu_loadvm_state``, ``qemu_loadvm_state_main``,
 ``qemu_loadvm_section_start_full``, ``qemu_loadvm_section_part_end``, ``loadvm_process_command``.
@@ -19,23 +19,23 @@ from stillframe.vmstate.stream_header import read_stream_header
 from stillframe.vmstate.wire import SectionType
 
 OnCommand: TypeAlias = Callable[[int, bytes, StreamSource], bool | None]
-"""Gets a command's code and data, and the source right behind it. True ends the loop that
-read it; a command that holds a stream of its own gives what ``load_sections`` gave for it."""
+"""Takes a command's code and data, and the source positioned right after it. True ends the loop
+that read it; a command with a packaged stream returns what ``load_sections`` returned for that."""
 
 _SKIP_BYTES = 1 << 16
 
 
 class StateLoader:
-    """Loads one stream, with all streams that are packaged in it.
+    """The loader of one stream, including all streams packaged in it.
 
-    After an error the machine is half loaded and must not run.
+    After an error, the machine is half loaded and must not run.
 
     Args:
-        registry: whose handlers load; each handler at most once.
-        machine_type: what the stream's configuration must name.
-        on_command: what to do about commands; without it, those that need an answer or
-            announce postcopy are refused, and others are passed over.
-        target_page_bytes: the machine's.
+        registry: the handlers; each loads at most once.
+        machine_type: the name that the stream's configuration must have.
+        on_command: handles commands; without it, commands that only inform are skipped, and others
+            refused (``vmstate.commands.read_command``).
+        target_page_bytes: the machine's page size.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class StateLoader:
         self._loaded: set[int] = set()
 
     def load(self, source: StreamSource) -> bool:
-        """Read a whole stream: header, configuration, sections, EOF, and a vmdescription.
+        """Load a whole stream: header, configuration, sections, EOF, and a vmdescription if any.
 
         Returns:
-            Whether a command ended it before its EOF: the stream goes on.
+            Whether a command ended the load before EOF: the stream goes on.
 
         Raises:
-            DataError: damaged, truncated, or of a machine that is not this one.
+            DataError: the stream is damaged, truncated, or of another machine.
         """
         read_stream_header(source)
         self._configuration(source)
@@ -71,13 +71,13 @@ class StateLoader:
         return False
 
     def load_sections(self, source: StreamSource) -> bool:
-        """Read sections and commands up to EOF, or to a command that ends the loop.
+        """Load sections and commands up to EOF, or to a command that ends the loop.
 
         Returns:
             Whether a command ended it.
 
         Raises:
-            DataError: damaged, truncated, or of a machine that is not this one.
+            DataError: the stream is damaged, truncated, or of another machine.
         """
         while True:
             start = source.offset

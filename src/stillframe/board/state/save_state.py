@@ -1,4 +1,4 @@
-"""Saving a machine: each step once, for background, precopy and postcopy alike.
+"""The saving of a machine, in steps shared by background snapshot, precopy and postcopy.
 
 ====================================  ================================================
 :class:`StateSaver`                   QEMU ``migration/savevm.c``
@@ -35,15 +35,15 @@ from stillframe.vmstate.wire import NAME_LIMIT_BYTES, SectionType
 
 
 class StateSaver:
-    """Writes the stream of one machine.
+    """The writer of one machine's stream.
 
-    What a handler raises goes on to the caller, who then calls :meth:`cleanup`. Nothing here
-    stops, starts or changes the machine, but for ``inactivate_disks``.
+    A handler's exception reaches the caller, which then calls :meth:`cleanup`. Except for
+    ``inactivate_disks``, nothing here stops, starts or changes the machine.
 
     Args:
-        machine_type: as the configuration section names it.
-        inactivate_disks: gives the disks up, so that the destination may open them.
-        target_page_bytes: for the vmdescription.
+        machine_type: its name in the configuration section.
+        inactivate_disks: releases the disks, so that the destination may open them.
+        target_page_bytes: the page size in the vmdescription.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class StateSaver:
                 entry.handler.setup(out)
 
     def iterate(self, out: Output, *, in_postcopy: bool = False) -> bool:
-        """Write one PART section; of the next handler too, when one has nothing left.
+        """Write a PART section for each handler in turn, up to the first that has more to send.
 
         Args:
-            in_postcopy: the guest runs at the destination already, so only handlers with
-                postcopy have anything left.
+            in_postcopy: whether the guest already runs at the destination, so that only handlers
+                with postcopy have anything left.
 
         Returns:
             Whether no handler has anything left.
@@ -85,7 +85,7 @@ class StateSaver:
             with _section(out, SectionType.PART, entry):
                 done = entry.handler.iterate(out)
             if not done:
-                # As in QEMU: the next one would only be synchronized over and over again.
+                # As in QEMU: the next handler would only synchronize over and over.
                 return False
         return True
 
@@ -97,14 +97,15 @@ class StateSaver:
         inactivate_disks: bool,
         in_postcopy: bool = False,
     ) -> None:
-        """Write all that is left; the machine is stopped.
+        """Write the rest of the stopped machine's state.
 
         Args:
-            iterable_only: only the END sections of iterable handlers.
-            inactivate_disks: as for :meth:`save_all_device_states`, which follows otherwise.
-            in_postcopy: the switch-over to postcopy has begun: handlers with postcopy go on
-                later, and so does the stream. Its END sections come with ``iterable_only``,
-                its device states without.
+            iterable_only: whether to write only the END sections of iterable handlers;
+                otherwise :meth:`save_all_device_states` follows.
+            inactivate_disks: as for :meth:`save_all_device_states`.
+            in_postcopy: whether the switch-over to postcopy has begun: the stream and the handlers
+                with postcopy go on later. Then ``iterable_only`` writes the END sections of the
+                other handlers, and a call without it only the device states.
         """
         if iterable_only or not in_postcopy:
             for entry in self._active_iterables():
@@ -128,10 +129,10 @@ class StateSaver:
         """Write the FULL section of every handler that is not iterable; the machine is stopped.
 
         Args:
-            inactivate_disks: give up the disks after the last section and before EOF, so that
-                whoever has read EOF may open them.
-            send_eof: EOF and vmdescription follow. Without it the stream goes on.
-            end: takes EOF and vmdescription in place of ``out``: they are to be sent later.
+            inactivate_disks: whether to release the disks after the last section and before EOF, so
+                that a reader of EOF may open them.
+            send_eof: whether EOF and vmdescription follow; otherwise the stream goes on.
+            end: takes EOF and vmdescription instead of ``out``, to be sent later.
         """
         devices: list[dict[str, Any]] = []
         for entry in self._registry.entries:
@@ -153,7 +154,7 @@ class StateSaver:
             )
 
     def complete_postcopy(self, out: Output) -> None:
-        """Write the END sections of the handlers with postcopy, and EOF."""
+        """Write the END sections of handlers with postcopy, then EOF."""
         for entry in self._active_iterables():
             if entry.handler.has_postcopy():
                 with _section(out, SectionType.END, entry):
@@ -161,16 +162,16 @@ class StateSaver:
         out.write(writer.eof())
 
     def cleanup(self) -> tuple[Exception, ...]:
-        """Call every handler's cleanup, on every path; never raises.
+        """Call every handler's cleanup; for every path, including errors. Never raises.
 
         Returns:
-            What handlers raised.
+            The exceptions that handlers raised.
         """
         errors: list[Exception] = []
         for entry in self._registry.entries:
             try:
                 entry.handler.cleanup()
-            except Exception as error:  # noqa: BLE001 - the others must have their turn
+            except Exception as error:  # noqa: BLE001 - the other handlers still need their cleanup
                 errors.append(error)
         return tuple(errors)
 
@@ -182,7 +183,7 @@ class StateSaver:
 
 @contextmanager
 def _section(out: Output, kind: SectionType, entry: Entry) -> Iterator[None]:
-    """Header before and footer after what is written inside; no footer after an error."""
+    """Frame what is written inside with header and footer; no footer after an error."""
     out.write(
         section_header(
             kind,
@@ -197,7 +198,7 @@ def _section(out: Output, kind: SectionType, entry: Entry) -> Iterator[None]:
 
 
 class _CountingOutput:
-    """Passes on, and counts."""
+    """An output that passes bytes on and counts them."""
 
     def __init__(self, out: Output) -> None:
         self._out = out
@@ -209,14 +210,14 @@ class _CountingOutput:
 
 
 def _save_full(out: Output, entry: Entry) -> dict[str, Any]:
-    """Write the FULL section; gives its entry of the vmdescription."""
+    """Write the FULL section and return its entry for the vmdescription."""
     described: dict[str, Any] = {"name": entry.idstr, "instance_id": entry.instance_id}
     with _section(out, SectionType.FULL, entry):
         handler = entry.handler
         if isinstance(handler, DeviceHandler):
             described |= handler.save_described(out)
         else:
-            # What QEMU's vmstate_save_old_style has: one buffer.
+            # One buffer, as in QEMU's vmstate_save_old_style.
             counting = _CountingOutput(out)
             handler.save(counting)
             size = counting.written_bytes
@@ -226,12 +227,12 @@ def _save_full(out: Output, entry: Entry) -> dict[str, Any]:
 
 
 def _describe_configuration(machine_type: str) -> dict[str, Any]:
-    """The configuration section's entry in the vmdescription, as QEMU 8.2 and later write it."""
+    """Return the configuration section's vmdescription entry, as QEMU 8.2 and later write it."""
     return describe_state(_CONFIGURATION, _Configuration(machine_type.encode("ascii")))
 
 
 class _Configuration(msgspec.Struct):
-    """The configuration section's fields, as the description names them."""
+    """The configuration section's fields, named as in the description."""
 
     name: bytes
 

@@ -1,4 +1,4 @@
-"""Loading a device's declared state.
+"""The loader of a device's declared state.
 
 Source: QEMU ``migration/vmstate.c``: ``vmstate_load_state``, ``vmstate_subsection_load``.
 """
@@ -33,17 +33,17 @@ def load_state(
     *,
     idstr: str | None = None,
 ) -> None:
-    """Fill the device from its section's payload, of which no byte too many is taken.
+    """Load the device from its section's payload, and consume no byte beyond it.
 
-    Fields newer than ``version_id`` keep what the device has. After an error the device is
-    half loaded and must not run.
+    Fields newer than ``version_id`` keep the device's values. After an error, the device is half
+    loaded and must not run.
 
     Args:
-        idstr: the section's name for errors, if it is not the description's.
+        idstr: the section's name in errors, if not the description's.
 
     Raises:
-        DataError: another version, truncated, malformed, or with an unknown subsection; names
-            the device and the field.
+        DataError: the payload is truncated, malformed, of an unsupported version, or has an unknown
+            subsection; the message names the device and the field.
     """
     decoder = _Decoder(source, idstr or description.name)
     try:
@@ -57,9 +57,9 @@ def load_state(
 
 
 class _Suspect(NamedTuple):
-    """What looks like a subsection, and may as well be bytes of the guest's.
+    """Bytes that look like a subsection, but may be the guest's data.
 
-    It only counts when what was read turns out not to be the state.
+    They become the reported error only if the load fails or does not end at the footer.
     """
 
     idstr: str
@@ -77,9 +77,9 @@ class _Suspect(NamedTuple):
 
 
 class _Decoder:
-    """Reads states one after the other.
+    """The decoder of one payload.
 
-    ``suspect``: the first that looked like a subsection of a structure that has none.
+    ``suspect``: the first bytes that looked like a subsection of a structure without any.
     """
 
     def __init__(self, source: StreamSource, idstr: str) -> None:
@@ -96,7 +96,7 @@ class _Decoder:
         *,
         embedded: bool = False,
     ) -> None:
-        """Fill the device; ``path`` leads to it from the section's own one."""
+        """Load one object; ``path`` leads to it from the section's own device."""
         self._check_version(description, version_id)
         if description.pre_load is not None:
             description.pre_load(device)
@@ -121,7 +121,7 @@ class _Decoder:
     def _note_suspect(self, path: str) -> None:
         source = self._source
         start = source.position + 2
-        # What is at hand does for an error: nothing more may be waited for.
+        # The buffered bytes do for an error: reading more could block.
         name = source.buffer[start : start + source.buffer[start - 1]]
         self.suspect = _Suspect(
             self._idstr, name.decode("ascii", "replace"), path.removesuffix("."), source.offset
@@ -173,9 +173,9 @@ class _Decoder:
             self.state(subsection, device, version_id, path)
 
     def _is_own_subsection(self, name: str) -> bool:
-        """Whether a subsection of state ``name`` follows; takes nothing.
+        """Return whether a subsection of state ``name`` follows; consume nothing.
 
-        Compared byte by byte, so that nothing beyond what follows is waited for.
+        Compare byte by byte, so as not to wait for bytes beyond those that follow.
         """
         source = self._source
         if source.peek() != SectionType.SUBSECTION or not source.prefetch(2):
@@ -258,7 +258,7 @@ class _Decoder:
 
 
 def _assign(device: Any, name: str, value: Any) -> None:
-    """Fill a list or bytearray in place, so that others who hold it see it; else replace."""
+    """Fill a list or bytearray in place, so that its other holders see it; else replace."""
     if isinstance(value, tuple | bytes):
         present = getattr(device, name, None)
         if isinstance(present, list | bytearray):

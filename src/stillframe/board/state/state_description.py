@@ -1,4 +1,4 @@
-"""What the state of a device is declared with: fields, and descriptions made of them.
+"""The types that declare a device's state: kinds of fields, fields, and descriptions.
 
 Source: QEMU ``include/migration/vmstate.h`` (``VMStateField``, ``VMStateDescription``).
 The functions that make fields are in :mod:`stillframe.board.state.fields`.
@@ -21,9 +21,9 @@ Exists: TypeAlias = Callable[[Any, int], bool]
 
 
 class Scalar(msgspec.Struct, frozen=True, eq=False):
-    """A number of fixed size, big-endian.
+    """A big-endian number of fixed size.
 
-    ``type_name``: QEMU's. ``code``: its format character for :mod:`struct`.
+    ``type_name``: QEMU's name. ``code``: the format character of :mod:`struct`.
     """
 
     type_name: str
@@ -33,27 +33,27 @@ class Scalar(msgspec.Struct, frozen=True, eq=False):
 
 
 class Buffer(msgspec.Struct, frozen=True, eq=False):
-    """Bytes, always so many."""
+    """A fixed number of bytes."""
 
     length_bytes: int
 
 
 class VariableBuffer(msgspec.Struct, frozen=True, eq=False):
-    """As many bytes as an earlier field says."""
+    """Bytes, as many as an earlier field says."""
 
     length_field: str
     limit_bytes: int
 
 
 class Array(msgspec.Struct, frozen=True, eq=False):
-    """Numbers, always so many."""
+    """A fixed number of numbers."""
 
     element: Scalar
     count: int
 
 
 class VariableArray(msgspec.Struct, frozen=True, eq=False):
-    """As many numbers as an earlier field says."""
+    """Numbers, as many as an earlier field says."""
 
     element: Scalar
     count_field: str
@@ -67,14 +67,14 @@ class Embedded(msgspec.Struct, frozen=True, eq=False):
 
 
 class EmbeddedArray(msgspec.Struct, frozen=True, eq=False):
-    """The states of other objects, always so many."""
+    """The states of a fixed number of other objects, inline."""
 
     description: StateDescription
     count: int
 
 
 class Unused(msgspec.Struct, frozen=True, eq=False):
-    """Zeroes, which a loader skips."""
+    """Zeroes, which the loader skips."""
 
     length_bytes: int
 
@@ -85,10 +85,10 @@ Kind: TypeAlias = (
 
 
 class Field(msgspec.Struct, frozen=True, eq=False):
-    """One field of a description; made by the functions of :mod:`stillframe.board.state.fields`.
+    """One field of a description; made by the functions in :mod:`stillframe.board.state.fields`.
 
-    ``since``: the version from which it is there. ``exists``: if given, it must agree too; it
-    gets the device as loaded or saved so far and the version.
+    ``since``: the first version that has it. ``exists``: if given, must return True too; takes the
+    device, as loaded or saved so far, and the version.
     """
 
     name: str
@@ -97,20 +97,19 @@ class Field(msgspec.Struct, frozen=True, eq=False):
     exists: Exists | None = None
 
     def present(self, device: Any, version_id: int) -> bool:
-        """Whether a stream of this version has the field."""
+        """Return whether a stream of this version has the field."""
         return self.since <= version_id and (self.exists is None or self.exists(device, version_id))
 
 
 class StateDescription(msgspec.Struct, frozen=True, eq=False):
-    """How a device's state is written: QEMU's ``VMStateDescription``.
+    """The layout of a device's state: QEMU's ``VMStateDescription``.
 
-    ``fields``: in the order of the stream. ``version_id``: what is written, and the newest that
-    loads. ``minimum_version_id``: the oldest that loads. ``subsections``: parts that are only
-    written when their ``needed`` says so; a reader that does not know one refuses the stream.
-    ``needed``: None means always; for a device's own description, False means no section.
-    ``pre_save`` and ``pre_load`` come before the first field, ``post_load`` (with the version
-    that was loaded) after the last subsection; ``post_load`` raises ValueError for a state that
-    the device cannot have.
+    ``fields``: in stream order. ``version_id``: the version written, and the newest that loads.
+    ``minimum_version_id``: the oldest version that loads. ``subsections``: parts written only when
+    their ``needed`` returns True; a reader that does not know one refuses the stream. ``needed``:
+    None means always; if that of a device's own description returns False, the device has no
+    section. ``pre_save`` and ``pre_load`` run before the first field, ``post_load`` (which gets the
+    loaded version) after the last subsection; it raises ValueError for an impossible state.
 
     Raises:
         UsageError: the declaration contradicts itself.
@@ -165,17 +164,17 @@ class StateDescription(msgspec.Struct, frozen=True, eq=False):
             if not name.startswith(f"{self.name}/"):
                 raise UsageError(f"subsection '{name}' must be called '{self.name}/...'")
             for inner in embedded:
-                # The structure's reader would take it for one of its own.
+                # The reader of the embedded structure would take it for one of its own.
                 if name.startswith(f"{inner}/"):
                     raise UsageError(f"subsection '{name}' looks like one of structure '{inner}'")
 
 
 def scalar(type_name: str, code: str) -> Scalar:
-    """A scalar kind from its format character."""
+    """Return the scalar kind for a format character."""
     return Scalar(type_name, code, struct.calcsize(f">{code}"), code.islower())
 
 
 @lru_cache(maxsize=1024)
 def array_layout(kind: Scalar, count: int) -> struct.Struct:
-    """How so many numbers are packed."""
+    """Return the packer of ``count`` numbers."""
     return struct.Struct(f">{count}{kind.code}")

@@ -1,7 +1,7 @@
-"""Saving a device's declared state, and describing what was saved.
+"""The saver of a device's declared state, which also describes what it saved.
 
-What can be worked out of a description before a device is saved is (``plan``), since saving counts
-in the downtime: neighbouring numbers that are always there are packed in one call.
+Saving is part of the downtime, so ``plan`` works out in advance what depends only on the
+description: neighbouring numbers that are always present are packed in one call.
 Source: QEMU ``migration/vmstate.c``: ``vmstate_save_state_v``, ``vmstate_subsection_save``,
 ``vmsd_desc_field_start``, ``vmfield_name_num``, ``vmsd_can_compress``.
 """
@@ -40,9 +40,9 @@ JsonObject: TypeAlias = dict[str, Any]
 
 
 class NumberRun(msgspec.Struct, frozen=True, eq=False):
-    """Numbers that are always there, one after the other.
+    """Consecutive numbers that are always present.
 
-    ``get``: their values from the device. ``entries``: their description.
+    ``get``: returns their values from the device. ``entries``: their vmdescription entries.
     """
 
     fields: tuple[Field, ...]
@@ -54,7 +54,7 @@ class NumberRun(msgspec.Struct, frozen=True, eq=False):
 class FieldStep(msgspec.Struct, frozen=True, eq=False):
     """Any other field.
 
-    ``name``: its name in the vmdescription. ``compress``: whether one entry there stands for
+    ``name``: its name in the vmdescription. ``compress``: whether a single entry there stands for
     all elements of an array.
     """
 
@@ -68,7 +68,7 @@ Step: TypeAlias = NumberRun | FieldStep
 
 @lru_cache(maxsize=1024)
 def plan(description: StateDescription) -> tuple[Step, ...]:
-    """The steps of saving a state's fields, in order."""
+    """Return the steps that save a state's fields, in order."""
     steps: list[Step] = []
     run: list[tuple[Field, Scalar, str]] = []
     for field, name in zip(description.fields, _described_names(description), strict=True):
@@ -85,13 +85,13 @@ def plan(description: StateDescription) -> tuple[Step, ...]:
 
 
 def scalar_entry(name: str, kind: Scalar) -> JsonObject:
-    """A number's entry in the vmdescription."""
+    """Return a number's vmdescription entry."""
     return {"name": name, "type": kind.type_name, "size": kind.size_bytes}
 
 
 def _number_run(run: Sequence[tuple[Field, Scalar, str]]) -> NumberRun:
     names = [field.name for field, _, _ in run]
-    # With one name attrgetter gives no tuple, with a dot it would go deeper.
+    # attrgetter returns no tuple for one name, and follows dots in a name.
     several = len(names) > 1 and all(name.isidentifier() for name in names)
     return NumberRun(
         tuple(field for field, _, _ in run),
@@ -102,7 +102,7 @@ def _number_run(run: Sequence[tuple[Field, Scalar, str]]) -> NumberRun:
 
 
 def _described_names(description: StateDescription) -> list[str]:
-    """The fields' names, with a number where several have the same."""
+    """Return the fields' names, with an index where several are the same."""
     names = [field.name for field in description.fields]
     return [
         name if names.count(name) == 1 else f"{name}[{names[:place].count(name)}]"
@@ -111,7 +111,7 @@ def _described_names(description: StateDescription) -> list[str]:
 
 
 def _can_compress(field: Field) -> bool:
-    """Whether all elements of an array have the same description."""
+    """Return whether all elements of an array have the same description."""
     if field.exists is not None:
         return False
     if isinstance(field.kind, Embedded | EmbeddedArray):
@@ -121,20 +121,20 @@ def _can_compress(field: Field) -> bool:
 
 
 def save_state(description: StateDescription, device: Any) -> bytes:
-    """The payload of the device's section.
+    """Return the payload of the device's section.
 
     Raises:
-        InternalError: an attribute is missing or does not fit its field: a bug of the device.
-        DataError: the payload could be read in two ways, see :func:`encode_state`.
+        InternalError: an attribute is missing or does not fit its field: a bug in the device.
+        DataError: the payload is ambiguous, see :func:`encode_state`.
     """
     return encode_state(description, device)[0]
 
 
 def describe_state(description: StateDescription, device: Any) -> JsonObject:
-    """What :func:`save_state` would write now, as an entry of QEMU's vmdescription.
+    """Return what :func:`save_state` would write now, as an entry of QEMU's vmdescription.
 
-    It has the keys ``vmsd_name``, ``version``, ``fields`` and, if there are any,
-    ``subsections``. Raises as :func:`save_state`.
+    Its keys are ``vmsd_name``, ``version``, ``fields`` and, if there are any, ``subsections``.
+    Raises the errors of :func:`save_state`.
     """
     return encode_state(description, device)[1]
 
@@ -142,15 +142,15 @@ def describe_state(description: StateDescription, device: Any) -> JsonObject:
 def encode_state(
     description: StateDescription, device: Any, *, idstr: str | None = None
 ) -> tuple[bytes, JsonObject]:
-    """Payload and description, from one look at the device.
+    """Return payload and description, from a single read of the device.
 
     Args:
-        idstr: the section's name for errors, if it is not the description's.
+        idstr: the section's name in errors, if not the description's.
 
     Raises:
         InternalError: as :func:`save_state`.
-        DataError: what follows an embedded structure with subsections looks like one of them,
-            and would be read as one; a guest may have put it there.
+        DataError: the bytes after an embedded structure with subsections look like one of them and
+            would be loaded as one; the guest may have put them there.
     """
     encoder = _Encoder(idstr or description.name)
     entry = encoder.state(description, device, "")
@@ -158,7 +158,7 @@ def encode_state(
 
 
 class _Encoder:
-    """Writes states one after the other, with an account of their sizes."""
+    """The encoder of one payload, which also counts its size."""
 
     def __init__(self, idstr: str) -> None:
         self._idstr = idstr
@@ -167,7 +167,7 @@ class _Encoder:
         self._struct_ends: list[tuple[int, str]] = []
 
     def payload(self) -> bytes:
-        """All that was written, if it can be read in one way only."""
+        """Return the payload, unless it is ambiguous."""
         payload = b"".join(self._parts)
         for end, name in self._struct_ends:
             prefix = f"{name}/".encode("ascii")
@@ -184,7 +184,7 @@ class _Encoder:
         return payload
 
     def state(self, description: StateDescription, device: Any, path: str) -> JsonObject:
-        """Write fields and subsections; gives their description."""
+        """Write fields and subsections and return their description."""
         if description.pre_save is not None:
             description.pre_save(device)
         entries: list[JsonObject] = []
@@ -218,7 +218,7 @@ class _Encoder:
         try:
             self._add(run.layout.pack(*run.get(device)))
         except (AttributeError, TypeError, struct_error):
-            # Find out which it was.
+            # Find the field that failed.
             for field in run.fields:
                 where = f"{path}{field.name}"
                 if isinstance(field.kind, Scalar):
@@ -353,7 +353,7 @@ class _Encoder:
 
 
 def _places(count: int, *, compress: bool) -> list[dict[str, int]]:
-    """What tells an array's entries apart: one for all elements, or one for each."""
+    """Return the keys that place an array's entries: one for all elements, or one for each."""
     if count == 1:
         return [{}]
     if compress:
