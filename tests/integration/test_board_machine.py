@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.board.monitor.board_commands import add_board_commands
+from stillframe.board.monitor.command_set import CommandContext, CommandTable
+from stillframe.board.monitor.descriptors import ClientDescriptors, FdSets
 from stillframe.errors import MachineError, UsageError
+from stillframe.qmp.replies import as_list, as_map
 from tests.unit.board.tiny import RESULTS, TIMEOUT_S, Tiny, compile_guest, transfer
 
 SPIN = "void _start(struct info *info, u64 cpu) { for (;;) results[cpu]++; }"
@@ -1057,3 +1061,17 @@ board.cont()
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_a_disk_that_was_removed_under_its_name_is_described(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    with Tiny(SPIN, disk=disk) as tiny:
+        commands = CommandTable(tiny.board.lock)
+        add_board_commands(commands, tiny.board, migrating=lambda: False)
+        tiny.board.power_on()
+        disk.unlink()
+        (block,) = as_list(
+            commands.run("query-block", CommandContext(ClientDescriptors(FdSets())), {})
+        )
+        assert as_map(as_map(as_map(block)["inserted"])["image"])["virtual-size"] == 1 << 20

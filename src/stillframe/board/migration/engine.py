@@ -210,7 +210,11 @@ class Migration:
                 tell=self._tell,
                 on_failure=on_failure,
             )
-            arrival = expect(parse_uri(uri), fds or Descriptors(), incoming.interrupt)
+            try:
+                arrival = expect(parse_uri(uri), fds or Descriptors(), incoming.interrupt)
+            except BaseException:
+                incoming.interrupt.close()
+                raise
             self._incoming = incoming
         incoming.start(arrival)
 

@@ -6,6 +6,7 @@ The board itself sends their events.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,9 +93,10 @@ def _block(board: Board) -> object:
         "filename": path,
         "format": "raw",
         "virtual-size": disk.sectors * SECTOR_BYTES,
-        "actual-size": Path(path).stat().st_blocks * _STAT_BLOCK_BYTES,
         "dirty-flag": False,
     }
+    with contextlib.suppress(OSError):  # removed under its name; QEMU leaves the size out, too
+        image["actual-size"] = Path(path).stat().st_blocks * _STAT_BLOCK_BYTES
     unlimited = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
     inserted = unlimited | {
         "file": path,

@@ -19,6 +19,7 @@ from stillframe.errors import NotFoundError
 from stillframe.qmp.errors import QmpError
 
 _FDSET_PATH = "/dev/fdset/"
+_MOST_DIGITS = 20
 _NONE_SUPPLIED = "No file descriptor supplied via SCM_RIGHTS"
 
 
@@ -130,7 +131,7 @@ class InheritedDescriptors(Descriptors):
         Raises:
             NotFoundError: there is none.
         """
-        number = int(name) if name.isascii() and name.isdigit() else -1
+        number = _number(name)
         try:
             os.fstat(number)
         except (OSError, OverflowError) as error:
@@ -212,10 +213,10 @@ class ClientDescriptors(Descriptors):
             OSError: the file cannot be opened.
         """
         if path.startswith(_FDSET_PATH):
-            number = path.removeprefix(_FDSET_PATH)
-            if not (number.isascii() and number.isdigit()):
+            number = _number(path.removeprefix(_FDSET_PATH))
+            if number < 0:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            return self.sets.duplicate(int(number), flags)
+            return self.sets.duplicate(number, flags)
         if "\0" in path:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return os.open(path, flags | os.O_CLOEXEC, mode)
@@ -232,3 +233,9 @@ class ClientDescriptors(Descriptors):
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._received = []
+
+
+def _number(text: str) -> int:
+    """A decimal number; -1 for anything else."""
+    fits = len(text) <= _MOST_DIGITS and text.isascii() and text.isdigit()
+    return int(text) if fits else -1

@@ -367,6 +367,11 @@ def test_refusals(machines: Machines, tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         destination.migrate(f"file:{tmp_path}/a")
     assert str(caught.value) == "Guest is waiting for an incoming migration"
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for uri in ("bla:x", "fd:nope", f"file:{tmp_path}/nope"):
+        with pytest.raises(StillframeError):
+            destination.incoming(uri)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_switched_over_to_postcopy(tmp_path: Path) -> None:

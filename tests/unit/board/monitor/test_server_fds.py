@@ -9,7 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from stillframe.board.monitor.descriptors import ClientDescriptors, FdSets
+from stillframe.board.monitor.descriptors import (
+    ClientDescriptors,
+    FdSets,
+    InheritedDescriptors,
+)
 from stillframe.errors import NotFoundError
 from stillframe.qmp.client import QmpClient
 from tests.support.raw_qmp import RawQmp
@@ -173,3 +177,11 @@ def test_what_a_migration_asks_for(memfd: int) -> None:
     fds.sets.clear()
     fds.close()
     assert holders(memfd) == 1
+
+
+def test_a_number_of_thousands_of_digits_is_none() -> None:
+    with pytest.raises(OSError) as caught:
+        ClientDescriptors(FdSets()).open_file("/dev/fdset/" + "9" * 5000, os.O_RDONLY)
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(NotFoundError):
+        InheritedDescriptors().take("9" * 5000)
