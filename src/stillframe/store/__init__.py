@@ -1,4 +1,4 @@
-"""Snapshots in files, and what moves their bytes."""
+"""Snapshot files and stores of them, and the backends that move their bytes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ def open_snapshot(
     parents: Sequence[str | os.PathLike[str]] = (),
     like: Snapshot | None = None,
 ) -> Snapshot:
-    """Open a snapshot file; an increment with its parents.
+    """Open a snapshot file; open an increment together with its parents.
 
     Args:
-        parents: where these are, besides where they were and beside the file: files, directories.
-        keys: for an encrypted one.
-        like: the same snapshot, open already.
+        keys: open an encrypted snapshot.
+        parents: files and directories to search for the parents, besides their recorded paths and
+            the file's own directory.
+        like: the same snapshot, already open; its chain's index is reused.
 
     Raises:
-        NotFoundError: no such file, or a parent is missing.
+        NotFoundError: there is no such file, or a parent is missing.
         HostError: not permitted.
-        UsageError: not a regular file; not encrypted, though the keys are for such only.
-        DataError: not a snapshot, damaged, or of a version that we do not know; or another one than
-            the catalog of its encrypted store says.
-        LockedError: it is encrypted, and nothing that was given opens it.
+        UsageError: not a regular file; or not encrypted, though the keys accept only encrypted
+            files.
+        DataError: not a snapshot, damaged, or of an unknown version; or not the snapshot that the
+            catalog of its encrypted store names.
+        LockedError: it is encrypted, and no given key opens it.
     """
     unlock = keys.unlock if isinstance(keys, Keys) else keys
     file = whole_form_beside(Container(open_location(path), unlock), unlock)
@@ -60,6 +62,6 @@ def _check_encrypted(snapshot: Snapshot, keys: Keys) -> None:
 
 
 def open_file(path: str | os.PathLike[str], keys: Keys | None = None) -> Container:
-    """Open one snapshot file for itself: an increment without its parents. Errors as
+    """Open a single snapshot file; of an increment, without its parents. Raises the errors of
     :func:`open_snapshot`."""
     return Container(open_location(path), None if keys is None else keys.unlock)

@@ -1,6 +1,6 @@
-"""What a store holds: one small object for each snapshot, and one for each tag of a snapshot.
+"""The catalog of a store: one small object per snapshot, and one per tag of a snapshot.
 
-There is no index that several writers would have to change: the catalog is what a listing shows.
+There is no shared index for writers to contend for: a listing of these objects is the catalog.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ _ID = re.compile(rf"[0-9a-f]{{{_ID_DIGITS}}}")
 
 
 class Catalog(msgspec.Struct, frozen=True, kw_only=True):
-    """The catalog at one time.
+    """The catalog at one point in time.
 
-    ``entries``: by id, oldest first. ``tags``: those of each snapshot, sorted. ``damaged``: catalog
-    objects that cannot be read, by id. ``wholes``: whole forms, by their snapshots' names.
+    ``entries``: by id, oldest first. ``tags``: the tags of each snapshot, by id, sorted.
+    ``damaged``: catalog objects that cannot be read, by id. ``wholes``: whole forms, by their
+    snapshots' names.
     """
 
     entries: dict[str, Entry]
@@ -34,31 +35,31 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     wholes: dict[str, Beside] = {}
 
     def is_whole(self, entry: Entry) -> bool:
-        """Whether it needs no parent, or no longer."""
+        """Return whether the snapshot is full or has a whole form, so that it needs no parent."""
         return _is_whole(entry, self.wholes)
 
     def parent_of(self, entry: Entry) -> str | None:
-        """Id of the snapshot that it needs; None if it is whole."""
+        """Return the id of the snapshot that this one needs; None if it is whole."""
         return None if self.is_whole(entry) else entry.parent
 
     def file_bytes(self, entry: Entry) -> int:
-        """Of its file, and its whole form."""
+        """Return the size of the snapshot's file and its whole form."""
         beside = self.wholes.get(entry.name)
         return entry.file_bytes + (0 if beside is None else beside.bytes)
 
     def own_bytes(self, entry: Entry) -> int:
-        """What its objects take."""
+        """Return the size of all the snapshot's objects."""
         return self.file_bytes(entry) + entry.disks_bytes
 
     def children(self, snapshot_id: str) -> list[Entry]:
-        """The snapshots that build on this one directly."""
+        """Return the snapshots that build directly on this one."""
         return [one for one in self.entries.values() if self.parent_of(one) == snapshot_id]
 
     def chain(self, entry: Entry) -> list[Entry]:
-        """The snapshot and what it builds on, down to a full one.
+        """Return the snapshot and its parents, down to a full one.
 
         Raises:
-            NotFoundError: a parent is not in the catalog. DataError: they go round in a ring.
+            NotFoundError: a parent is not in the catalog. DataError: the chain is a cycle.
         """
         chain = [entry]
         while (parent_id := self.parent_of(chain[-1])) is not None:
@@ -75,7 +76,7 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
         return chain
 
     def family_of(self, snapshot_id: str) -> set[str]:
-        """The ids of all that build on a snapshot, directly or not."""
+        """Return the ids of all snapshots that build on this one, directly or not."""
         found = {snapshot_id}
         while more := {e.id for e in self.entries.values() if self.parent_of(e) in found} - found:
             found |= more
@@ -88,7 +89,7 @@ def _is_whole(entry: Entry, wholes: Mapping[str, Beside]) -> bool:
 
 
 def read_catalog(backend: Backend) -> Catalog:
-    """Read it all. What is removed meanwhile is not in it.
+    """Read the whole catalog. Snapshots removed while it is read are left out.
 
     Raises:
         HostError: not permitted.
@@ -111,7 +112,7 @@ def read_catalog(backend: Backend) -> Catalog:
 def _add(
     backend: Backend, snapshot_id: str, entries: dict[str, Entry], damaged: dict[str, DataError]
 ) -> bool:
-    """Put an entry where it belongs; whether there is one."""
+    """Read an entry into ``entries`` or ``damaged``; return whether it exists."""
     key = catalog_key(snapshot_id)
     try:
         entry = small_objects.read(backend, key, Entry)
@@ -136,7 +137,8 @@ def _settle(
     damaged: dict[str, DataError],
     wholes: Mapping[str, Beside],
 ) -> None:
-    """No listing shows one moment: what came or went meanwhile may show without its parent."""
+    """Read parents that are missing, and drop entries that are gone: no listing is atomic, so what
+    came or went meanwhile may appear without its parent."""
     left = list(entries.values())
     while left:
         entry = left.pop()
@@ -154,7 +156,7 @@ def _settle(
 
 
 def read_tags(backend: Backend) -> dict[str, tuple[str, ...]]:
-    """All tags by the id of their snapshot."""
+    """Return all tags, by the id of their snapshot."""
     tags: dict[str, tuple[str, ...]] = {}
     for one in backend.listing(TAGS):
         snapshot_id, _, tag = one.key.removeprefix(TAGS).partition("-")

@@ -1,4 +1,4 @@
-"""Looks a store through: what is damaged or missing, and which snapshots that affects."""
+"""The check of a store: what is damaged or missing, and which snapshots that affects."""
 
 from __future__ import annotations
 
@@ -54,13 +54,14 @@ _READ_BYTES = 1 << 22
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that is not as it should be.
+    """A defect of the store.
 
-    ``kind``: ``lost``: what the object held is gone, and the snapshots in ``affects`` cannot be
-    restored as they were. ``catalog``: only the catalog is wrong, nothing is lost. ``whole``: so is
-    a whole form; until it is repaired, its snapshot cannot be read. ``orphan``: data
-    of a snapshot that is not in the catalog. ``leftover``: of a process that died. ``stray``: none
-    of ours. ``key``: the object. ``affects``: ids of snapshots, those that build on it among them.
+    ``kind``: ``lost``: the object's content is gone, and the snapshots in ``affects`` cannot be
+    restored as they were. ``catalog``: only the catalog is wrong, nothing is lost. ``whole``: only
+    a whole form is damaged, nothing is lost, but its snapshot cannot be read until it is repaired.
+    ``orphan``: data of a snapshot that is not in the catalog. ``leftover``: an object of a dead
+    process. ``stray``: an object that is not ours. ``key``: the object. ``affects``: ids of the
+    affected snapshots, including those that build on them.
     """
 
     kind: Kind
@@ -70,8 +71,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
-    """``snapshots``: how many were looked at. ``read_bytes``: of data that was read. ``labels``:
-    how to call those that are affected, by id."""
+    """Result of a check. ``snapshots``: how many were checked. ``read_bytes``: how much data was
+    read. ``labels``: the affected snapshots' names in messages, by id."""
 
     snapshots: int
     read_bytes: int
@@ -80,7 +81,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lost(self) -> dict[str, list[str]]:
-        """The snapshots that something is lost of, by id, and what."""
+        """The snapshots that have lost something, by id, each with what it lost."""
         found: dict[str, list[str]] = {}
         for finding in self.findings:
             for one in finding.affects if finding.kind == "lost" else ():
@@ -89,7 +90,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing is lost, and the catalog is right."""
+        """Whether there are no findings but leftovers and stray objects."""
         return not any(
             finding.kind in ("lost", "catalog", "whole", "orphan") for finding in self.findings
         )
@@ -98,31 +99,31 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 def check_store(
     backend: Backend, *, read_data: float = 0.0, progress: Progress | None = None
 ) -> CheckReport:
-    """Check structure, digests, chains and leftovers. Nothing is changed; others may go on.
+    """Check structure, digests, chains and leftovers. Changes nothing; the store may be in use.
 
     Args:
-        read_data: how much of the data to read, 0 to 1, chosen at random; indexes and manifests
-            are always read.
-        progress: called with the bytes gone through, and in all.
+        read_data: share of the data to read, 0 to 1, chosen at random; indexes and manifests are
+            always read.
+        progress: called with (bytes done, bytes in total).
 
     Raises:
-        UsageError: no such share. HostError: not permitted, or the place is gone.
+        UsageError: ``read_data`` is out of range. HostError: not permitted, or the place is gone.
     """
     check_share(read_data)
     return _Check(backend, read_data, progress).run()
 
 
 def check_share(read_data: float) -> None:
-    """Raise UsageError if it is no share of the data."""
+    """Raise UsageError if ``read_data`` is not between 0 and 1."""
     if not 0 <= read_data <= 1:
         raise UsageError(f"{read_data:.0%} of the data makes no sense")
 
 
 def damage(error: StillframeError) -> str:
-    """What is damaged, in words.
+    """Return the description of a damage.
 
     Raises:
-        HostError: nothing is known of that, for it could not be read.
+        HostError: the object could not be read, so whether it is damaged is unknown.
     """
     if isinstance(error, UnreadableError):
         raise HostError(
@@ -144,8 +145,8 @@ class _Check:
 
     def run(self) -> CheckReport:
         backend = self._backend
-        # In this order: an object was preceded by its writer's note, and a note is followed by the
-        # catalog's entry.
+        # In this order: a writer leaves its note, then objects, then the entry, then drops the
+        # note.
         self._objects = {one.key: one for one in backend.listing("")}
         pending, removing = (read_notes(backend, prefix) for prefix in (PENDING, REMOVING))
         busy = {note.name for note in (*pending, *removing) if not note.worker.is_gone}
@@ -197,7 +198,8 @@ class _Check:
             self._check_disk(entry, disk_key, disk)
 
     def _check_whole_form(self, entry: Entry) -> bool:
-        """Whether there is one: then the increment's own pages are not read any more."""
+        """Check the whole form; return whether there is one (the increment's pages are unused
+        then)."""
         if entry.name not in self._catalog.wholes or entry.parent is None:
             return False
         key = pointer_key(data_key(entry.name))
@@ -218,7 +220,8 @@ class _Check:
         return True
 
     def _find_whole_form(self, key: str, what: str, entry: Entry, family: Collection[str]) -> None:
-        """Nothing is lost while the increment can be read with its parents."""
+        """Report a damaged whole form: ``whole`` while the increment and its parents exist, else
+        ``lost``."""
         without = msgspec.structs.replace(
             self._catalog,
             wholes={name: one for name, one in self._catalog.wholes.items() if name != entry.name},
@@ -257,7 +260,7 @@ class _Check:
             self._findings.append(Finding(kind="lost", key=key, what=what, affects=affects))
 
     def _needing(self, entry: Entry, frame: int) -> list[str]:
-        """Which of those that build on a snapshot need that frame of it."""
+        """Return the ids of the snapshots that build on ``entry`` and need this frame of it."""
         return [
             one
             for one in sorted(self._catalog.family_of(entry.id))
@@ -309,7 +312,8 @@ class _Check:
         return None
 
     def _check_damaged_entries(self, known: set[str]) -> set[str]:
-        """Say of each whether its snapshot is there; returns the names of those that are."""
+        """Report each damaged entry, and whether its snapshot is intact; return the names of the
+        intact snapshots."""
         damaged = self._catalog.damaged
         whole: dict[str, str] = {}
         parents: dict[str, str] = {}
@@ -345,7 +349,7 @@ class _Check:
             self._find("lost", catalog_key(entry.id), damage(error), entry)
         except NotFoundError:
             known = (*self._catalog.entries, *self._catalog.damaged)
-            # Children go first: where one is there still, its parent was not removed meanwhile.
+            # Removal takes children first: while the child exists, its parent was not removed.
             if parent not in known and self._backend.listing(catalog_key(entry.id)):
                 self._find("lost", catalog_key(parent), "the parent is not in the store", entry)
 
@@ -390,8 +394,8 @@ class _Check:
                 self._find("leftover", key, "of a snapshot that is not in the store")
 
     def _check_whole_data(self, key: str, name: str, nonce: str) -> None:
-        """Data of a whole form that does not count."""
-        with contextlib.suppress(DataError):  # told of already
+        """Report whole-form data that the pointer does not name."""
+        with contextlib.suppress(DataError):  # reported already
             form = read_pointer(self._backend, name)
             if (form is None or form.nonce != nonce) and self._backend.listing(key):
                 self._find("leftover", key, "of a compaction that died")
@@ -406,7 +410,7 @@ class _Check:
 
 
 def _describe(backend: Backend, found: StoredObject) -> str:
-    """What an orphan is."""
+    """Return a description of an orphan."""
     try:
         with open_stored(backend, found.key) as file:
             entry = entry_of(file, name_of(found.key))

@@ -1,7 +1,7 @@
-"""Keeps chains short: an increment gets a whole form beside it (:mod:`stillframe.store.wholes`).
+"""Compaction: keeps chains short by whole forms for increments (:mod:`stillframe.store.wholes`).
 
-Nothing is changed that anybody reads. Whoever dies leaves a note, and data that no small object
-names, or a whole form that is complete and counts.
+It changes nothing that a reader uses. A process that dies leaves a note, and either data that no
+small object names or a whole form that is complete and counts.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ if TYPE_CHECKING:
     from stillframe.store.store import Store
 
 MOST_FILES = 16
-"""That a restore has to read: the longest chain that compaction leaves."""
+"""The longest chain that compaction leaves: how many files a restore reads at most."""
 
 
 def nobody_stops() -> bool:
-    """For ``stopped``: the work is done to its end."""
+    """Default for ``stopped``: never stop."""
     return False
 
 
 def chosen(
     catalog: Catalog, going: Collection[Entry] = (), vms: Collection[str] = ()
 ) -> tuple[Entry, ...]:
-    """The snapshots that need a whole form, so that no chain of one that stays is longer than
-    ``MOST_FILES``; parents before children.
+    """Choose the snapshots that need a whole form, so that no remaining snapshot has a chain longer
+    than ``MOST_FILES``; parents come before children.
 
-    So a snapshot in ``MOST_FILES`` gets one, or, where a policy lets parents go, the one above
-    them, so that they can: that costs a whole form for half as many snapshots at most.
+    Normally that is one snapshot in ``MOST_FILES``. Where the policy drops parents, the snapshot
+    above them gets the whole form instead, so that they can be removed; at worst, twice as many
+    snapshots get one.
 
     Args:
-        going: what the policy does not keep.
-        vms: only chains of these; else of all.
+        going: the snapshots that the policy does not keep.
+        vms: only these VMs' chains; all if empty.
     """
     planned: dict[str, Entry] = {}
     gone = {entry.id for entry in going}
     for entry in catalog.entries.values():
         if entry.id in gone or (vms and entry.vm not in vms):
             continue
-        with contextlib.suppress(NotFoundError, DataError):  # check tells of these
+        with contextlib.suppress(NotFoundError, DataError):  # ``check`` reports these
             chain = _files(catalog, entry, planned)
             if len(chain) > MOST_FILES:
                 one = _best(chain, gone)
@@ -64,15 +65,16 @@ def chosen(
 
 
 def _files(catalog: Catalog, entry: Entry, planned: Collection[str]) -> list[Entry]:
-    """The chain as it will be, the newest first."""
+    """Return the files that the entry will need once the planned whole forms exist, newest
+    first."""
     chain = catalog.chain(entry)
     ends = (number for number, one in enumerate(chain, 1) if one.id in planned)
     return chain[: next(ends, len(chain))]
 
 
 def _best(chain: list[Entry], gone: Collection[str]) -> Entry:
-    """The one below which most can go; else the newest."""
-    going = [0] * (len(chain) + 1)  # how many from this one on
+    """Return the snapshot whose whole form lets the most parents go; else the newest."""
+    going = [0] * (len(chain) + 1)  # length of the run of dropped snapshots from this one on
     for number in range(len(chain) - 1, -1, -1):
         going[number] = going[number + 1] + 1 if chain[number].id in gone else 0
     near = range(MOST_FILES // 2)
@@ -82,18 +84,18 @@ def _best(chain: list[Entry], gone: Collection[str]) -> Entry:
 def give_whole_form(
     store: Store, entry: Entry, stopped: Callable[[], bool] = nobody_stops
 ) -> int | None:
-    """Write a snapshot's whole form, and enter it. Its parents may be removed from then on.
+    """Write a snapshot's whole form and enter it. From then on its parents may be removed.
 
     Args:
-        stopped: asked again and again; True ends the work.
+        stopped: polled during the work; True ends it.
 
     Returns:
-        Bytes written; None if it has one, also if somebody else was first.
+        Bytes written; None if the snapshot has a whole form, also if another process was first.
 
     Raises:
         BusyError: the snapshot is being removed. NotFoundError, DataError: it cannot be read.
-        SnapshotCancelled: it was stopped. SinkError: no room, not permitted. Nothing is left then,
-        unless it may have been entered.
+        SnapshotCancelled: ``stopped`` returned True. SinkError: full, not permitted. Nothing is
+            left behind, unless the whole form may have been entered.
     """
     backend = store.backend
     note = leave_note(backend, PENDING, new_name(), entry.name)
@@ -105,7 +107,7 @@ def give_whole_form(
         key = whole_key(data_key(entry.name), nonce)
         try:
             written = _write(store, entry, key, stopped)
-            backend.read(note)  # else we were taken for dead, after a day
+            backend.read(note)  # gone if we were taken for dead, after a day
             check_stays(backend, entry)
         except NotFoundError as error:
             backend.delete(key)
@@ -119,7 +121,7 @@ def give_whole_form(
         try:
             counts = enter_form(backend, entry.name, form) == form
         except BaseException:
-            # To a bucket the request may still be under way: then 'repair' enters it.
+            # In a bucket, the request may still be in flight: keep the data, 'repair' enters it.
             if backend.path(key) is not None and read_pointer(backend, entry.name) is None:
                 backend.delete(key)
             raise

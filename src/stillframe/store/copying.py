@@ -1,4 +1,4 @@
-"""Copies snapshots from one store into another: what is missing there, parents first."""
+"""The copying of snapshots to another store: only missing ones, parents first."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from stillframe.store.wholes import enter_form, read_pointer, whole_key
 _PIECE_BYTES = 8 << 20
 
 Progress = Callable[[int, int], None]
-"""Called with bytes copied and bytes in all."""
+"""Called with (bytes copied, bytes in total)."""
 
 
 class Copied(msgspec.Struct, frozen=True, kw_only=True):
-    """``copied``: new in the other store, parents first. ``there``: it had them already."""
+    """Result of a copy. ``copied``: new in the target, parents first. ``there``: in the target
+    already."""
 
     copied: tuple[Entry, ...]
     there: tuple[Entry, ...]
@@ -36,18 +37,18 @@ def copy_snapshots(
     dry_run: bool = False,
     on_progress: Progress | None = None,
 ) -> Copied:
-    """Copy snapshots with the parents that they need, their disks and their tags.
+    """Copy snapshots together with the parents that they need, their disks and their tags.
 
-    Each is entered in the other store when all of it is durable there, so whoever begins again
-    after a crash copies the rest.
+    The target's catalog gets each snapshot once all of it is durable there, so a second run after a
+    crash copies the rest.
 
     Args:
-        entries: of ``source``.
+        entries: snapshots of ``source``.
 
     Raises:
-        NotFoundError, DataError: a snapshot, a parent or a disk is gone, or cannot be read.
-        HostError: not permitted, not reachable. SinkError: the other store is full, not reachable.
-        UsageError: one store is encrypted, and the other is not, or has another key.
+        NotFoundError, DataError: a snapshot, a parent or a disk is gone or cannot be read.
+        HostError: not permitted, not reachable. SinkError: the target is full or not reachable.
+        UsageError: only one of the stores is encrypted, or their keys differ.
     """
     if (source.key and source.key.secret) != (target.key and target.key.secret):
         plain = next((one for one in (source, target) if one.key is None), None)
@@ -102,7 +103,7 @@ def _copy(
                 sink = target.backend.sink(key)
                 _pour(opened, sink, step)
         if (form := read_pointer(source, entry.name)) is not None:
-            # Before its increment: that has no parent in the other store, perhaps.
+            # Before the increment, whose parent may not exist in the target.
             whole, other = data_key(entry.name), data_key(place.name)
             with contextlib.closing(source.open(whole_key(whole, form.nonce))) as opened:
                 _pour(opened, target.backend.sink(whole_key(other, form.nonce)), step)

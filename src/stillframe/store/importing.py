@@ -1,4 +1,4 @@
-"""QEMU's migration stream as a snapshot of a store."""
+"""Import of QEMU's migration stream into a store."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def import_into_store(
     tags: Sequence[str],
     progress: Callable[[int], None] | None,
 ) -> str:
-    """As ``still.import_stream``, with the store as the destination; returns the snapshot's id.
+    """Import a stream as ``still.import_stream`` does, into the store; return the snapshot's id.
 
     Raises:
-        UsageError: no such tag is possible. DataError, SinkError: as ``still.import_stream``.
+        UsageError: a tag is invalid. DataError, SinkError: as ``still.import_stream``.
     """
     for tag in tags:
         check_tag(tag)

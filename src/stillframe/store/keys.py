@@ -1,7 +1,7 @@
 """Keys of encrypted snapshots: a data key wrapped by a passphrase, and by age recipients.
 
-A *slot* is the data key as wrapped for one of those who may read: by scrypt (RFC 7914) and
-AES-256-GCM, or as an age file (https://age-encryption.org/v1). Whoever opens one slot has the key.
+A *slot* is the data key wrapped for one reader: by scrypt (RFC 7914) and AES-256-GCM, or as an age
+file (https://age-encryption.org/v1). Any one slot yields the key.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from stillframe.still.container import NEEDS_KEY
 from stillframe.still.sealing import KEY_BYTES, DataKey, SealHeader, new_data_key
 
 Passphrase = str | Callable[[], str | None] | None
-"""One, or what asks for it when it is needed; None if there is none."""
+"""The passphrase, or a function that asks for it on demand; None if there is none."""
 
 SCRYPT_LOG_N = 17
-"""128 MiB and about half a second, as OWASP's password storage cheat sheet has it."""
+"""128 MiB and about half a second, as OWASP's password storage cheat sheet recommends."""
 _SCRYPT_LOG_N_MAX: Final = 20
-"""1 GiB: what a file from elsewhere may make us use."""
+"""1 GiB: the most memory that a foreign file may make us use."""
 _SCRYPT_R: Final = 8
 _NONCE_BYTES: Final = 12
 _MOST_SLOTS: Final = 64
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """``wrapped``: what the passphrase's key sealed (nonce first), or an age file."""
+    """A wrapped data key. ``wrapped``: the key sealed under the passphrase's key, nonce first; or
+    an age file."""
 
     kind: Literal["scrypt", "age"]
     wrapped: bytes
@@ -40,11 +41,12 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Keys:
-    """What may open encrypted snapshots. An opened key is kept, so that nobody is asked twice.
+    """The keys, passphrase and identities that may open encrypted snapshots. Opened keys are
+    cached, so that the user is asked once.
 
     Args:
-        identities: files of age identities, or of SSH keys.
-        only_encrypted: what is not encrypted is refused: somebody may have put it there.
+        identities: files of age identities or SSH keys.
+        only_encrypted: refuse unencrypted snapshots, which an attacker could have planted.
     """
 
     def __init__(
@@ -62,29 +64,30 @@ class Keys:
         self._expected: dict[str, str] = {}
 
     def add(self, key: DataKey) -> None:
-        """Know a store's key, with its slots."""
+        """Remember a store's key with its slots."""
         self._opened[key.id] = key.secret
         self._of_stores[key.id] = key
 
     def expect(self, location: str, snapshot_id: str) -> None:
-        """What is opened at this place has to be this snapshot: a store's sealed catalog says so,
-        and whoever can write to the store can put another file there."""
+        """Expect this snapshot at this location, as the store's sealed catalog says: an attacker
+        who can write to the store can put another file there."""
         self._expected[location] = snapshot_id
 
     def check(self, location: str, snapshot_id: str) -> None:
-        """Raise DataError if another one was expected there."""
+        """Raise DataError if another snapshot is expected at this location."""
         if self._expected.get(location, snapshot_id) != snapshot_id:
             raise not_the_catalogs(location)
 
     def with_slots(self, key: DataKey | None) -> DataKey | None:
-        """A key for a file of its own: one of a store is wrapped as that store wraps it."""
+        """Return the key with its slots, for a stand-alone file: a store's key gets that store's
+        slots."""
         return key if key is None or key.slots else self._of_stores.get(key.id, key)
 
     def unlock(self, header: SealHeader) -> bytes:
-        """The data key of a file: a ``still.sealing.Unlock``.
+        """Return a file's data key: this is a ``still.sealing.Unlock``.
 
         Raises:
-            LockedError: nothing that was given opens it. DataError: its slots are malformed.
+            LockedError: no given key opens it. DataError: its slots are malformed.
             NotFoundError, HostError, UsageError: an identity cannot be read.
         """
         if header.key_id not in self._opened:
@@ -93,7 +96,7 @@ class Keys:
         return self._opened[header.key_id]
 
     def open(self, slots: Sequence[Slot], key_id: bytes, where: str) -> bytes:
-        """The data key in one of the slots; errors as :meth:`unlock`."""
+        """Return the data key in the first slot that opens; raises as :meth:`unlock`."""
         aged = [slot for slot in slots if slot.kind == "age"]
         if aged and self._identities:
             secret = _open_age(aged, key_id, _read_identities(self._identities))
@@ -120,7 +123,7 @@ class Keys:
 
 
 def not_the_catalogs(location: str) -> DataError:
-    """The error for a file that a store's catalog takes for another."""
+    """Return the error for a file that is not the snapshot that the store's catalog names."""
     return DataError(
         f"{location} is another snapshot than the store's catalog says",
         why="the file was replaced, or exchanged with another one",
@@ -129,13 +132,13 @@ def not_the_catalogs(location: str) -> DataError:
 
 
 def make_key(*, passphrase: str | None = None, recipients: Iterable[str] = ()) -> DataKey:
-    """A new data key, wrapped for those who may read.
+    """Make a new data key, wrapped for its readers.
 
     Args:
         recipients: age recipients (``age1...``) or public SSH keys.
 
     Raises:
-        UsageError: for nobody; an empty passphrase; a recipient that is none.
+        UsageError: there is no reader; an empty passphrase; an invalid recipient.
         HostError: a package is missing.
     """
     return wrapped_for(new_data_key(), passphrase=passphrase, recipients=recipients)
@@ -144,7 +147,7 @@ def make_key(*, passphrase: str | None = None, recipients: Iterable[str] = ()) -
 def wrapped_for(
     key: DataKey, *, passphrase: str | None = None, recipients: Iterable[str] = ()
 ) -> DataKey:
-    """A data key with slots for those who may read; errors as :func:`make_key`."""
+    """Return the data key with slots for its readers; raises as :func:`make_key`."""
     slots = [] if passphrase is None else [wrap_passphrase(key, passphrase)]
     slots += [wrap_age(key, recipient) for recipient in recipients]
     if not 1 <= len(slots) <= _MOST_SLOTS:
@@ -156,7 +159,7 @@ def wrapped_for(
 
 
 def wrap_passphrase(key: DataKey, passphrase: str) -> Slot:
-    """A slot that the passphrase opens.
+    """Return a slot that the passphrase opens.
 
     Raises:
         UsageError: it is empty. HostError: a package is missing.
@@ -169,10 +172,10 @@ def wrap_passphrase(key: DataKey, passphrase: str) -> Slot:
 
 
 def wrap_age(key: DataKey, recipient: str) -> Slot:
-    """A slot that the recipient's identity opens; it does not tell who that is.
+    """Return a slot that the recipient's identity opens; the slot does not reveal the recipient.
 
     Raises:
-        UsageError: it is no recipient. HostError: a package is missing.
+        UsageError: the recipient is invalid. HostError: a package is missing.
     """
     pyrage = _pyrage()
     kind = pyrage.ssh if recipient.startswith("ssh-") else pyrage.x25519
@@ -184,7 +187,7 @@ def wrap_age(key: DataKey, recipient: str) -> Slot:
 
 
 def decode_slots(content: bytes, where: str) -> list[Slot]:
-    """Slots as a file holds them.
+    """Decode the slots that a file holds.
 
     Raises:
         DataError: malformed.

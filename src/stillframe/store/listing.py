@@ -1,4 +1,4 @@
-"""The catalog for people: a tree over time, with what each snapshot shares."""
+"""The catalog for display: a tree over time, with what each snapshot shares."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from stillframe.store.retention import by_vm
 
 
 class ListedSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """``entry``: what the catalog says. ``depth``: in the tree: 0 for a full one; what builds on a
-    snapshot follows it, deeper where the line begins or branches. ``own_bytes``: of all that is its
-    own, a whole form among it; ``is_whole``: it needs no parent. ``shared_bytes``: of the files
-    that it needs, those that others need, too."""
+    """A snapshot in the listing. ``entry``: its catalog entry. ``depth``: its depth in the tree: 0
+    for a full snapshot; its descendants follow it, and the depth grows where the line starts or
+    branches. ``own_bytes``: size of all its own objects, including a whole form. ``is_whole``: it
+    needs no parent. ``shared_bytes``: size of the files it needs that other snapshots need, too."""
 
     entry: Entry
     tags: tuple[str, ...]
@@ -26,7 +26,8 @@ class ListedSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def listing(catalog: Catalog, vms: Collection[str] = ()) -> list[ListedSnapshot]:
-    """The snapshots of these VMs or of all: VM by VM, the oldest first, children below parents."""
+    """List the snapshots of these VMs, or of all: grouped by VM, oldest first, children below their
+    parents."""
     found: list[ListedSnapshot] = []
     for vm, entries in sorted(by_vm(catalog.entries.values()).items()):
         if vms and vm not in vms:

@@ -1,4 +1,4 @@
-"""Where a snapshot file is: a path of this host, or the URL of an object in a bucket."""
+"""Locations of snapshot files: a path of this host, or the URL of an object in a bucket."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Location = str | os.PathLike[str]
 
 
 def open_location(location: Location) -> Source:
-    """Open what is there for reading.
+    """Open a location for reading.
 
     Raises:
-        NotFoundError: nothing is there. UsageError: not a regular file, or no object's URL.
+        NotFoundError: there is nothing. UsageError: not a regular file, or not an object's URL.
         HostError: not permitted, or the bucket cannot be reached.
     """
     text = os.fspath(location)
@@ -29,7 +29,7 @@ def open_location(location: Location) -> Source:
 
 
 def _object(url: str) -> tuple[Bucket, str]:
-    """Raises UsageError: the URL names no object."""
+    """Split a URL into bucket and object name. Raises UsageError if it names no object."""
     place, _, name = url.rpartition("/")
     if not name or not place.partition("://")[2]:
         raise UsageError(f"{url} names no object", remedy="write s3://BUCKET/NAME")
@@ -37,10 +37,10 @@ def _object(url: str) -> tuple[Bucket, str]:
 
 
 def open_sink(output: Location | Sink, *, overwrite: bool = False) -> Sink:
-    """The sink itself, or one for the file or the object of that name.
+    """Return the sink itself, or open one for the file or object of that name.
 
     Raises:
-        UsageError, SinkError: as :class:`LocalSink`; or an object is to be replaced.
+        UsageError, SinkError: as :class:`LocalSink`; UsageError also for overwriting an object.
         HostError: the bucket cannot be reached.
     """
     if not isinstance(output, str | os.PathLike):
@@ -59,7 +59,7 @@ def open_sink(output: Location | Sink, *, overwrite: bool = False) -> Sink:
 
 
 def is_there(location: Location) -> bool:
-    """Whether anything is there, as far as may be seen."""
+    """Return whether something exists at the location; True also if access is denied."""
     text = os.fspath(location)
     if not is_bucket_url(text):
         return os.path.lexists(text)
@@ -73,12 +73,12 @@ def is_there(location: Location) -> bool:
 
 
 def absolute(location: Location) -> str:
-    """The same place, whatever the working directory; symbolic links stay."""
+    """Return the location independent of the working directory; symbolic links stay."""
     text = os.fspath(location)
     return text if is_bucket_url(text) else str(Path(text).absolute())
 
 
 def real(location: Location) -> str:
-    """The same place without symbolic links."""
+    """Return the location with symbolic links resolved."""
     text = os.fspath(location)
     return text if is_bucket_url(text) else os.path.realpath(text)

@@ -1,4 +1,4 @@
-"""Finds what a caller names: a store, and a snapshot by its path or by its name in a store."""
+"""Resolution of what a caller names: a store, and a snapshot by path or by its name in a store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillframe.store.store import Store
 
 
 def as_store(store: Location | Store | None, keys: Keys | None = None) -> Store:
-    """The store itself, or the one that a location names; errors as :func:`open_store`."""
+    """Return the store itself, or open the one at a location; raises as :func:`open_store`."""
     if store is None or isinstance(store, str | os.PathLike):
         return open_store(store, keys=keys)
     return store
@@ -26,15 +26,15 @@ def as_store(store: Location | Store | None, keys: Keys | None = None) -> Store:
 def locate(
     path: Location, *, store: Location | Store | None = None, keys: Keys | None = None
 ) -> Location:
-    """The file that a path or a name in a store means. A file that is there wins.
+    """Return the file that a path, or a name in a store, refers to. An existing file wins.
 
     Args:
-        path: a file; or an id, the beginning of one (4 digits and more), ``VM@latest``,
-            ``VM@TIME`` (the newest until then) or ``VM@TAG``.
+        path: a file; or an id, its first digits (at least 4), ``VM@latest``, ``VM@TIME`` (the
+            newest up to then) or ``VM@TAG``.
 
     Raises:
-        NotFoundError: it can be no file, and no store has it. UsageError: it could be several.
-        DataError: the store has another snapshot there than its catalog says.
+        NotFoundError: it cannot be a file, and the store does not have it. UsageError: ambiguous.
+        DataError: the file in the store is not the snapshot that its catalog names.
     """
     text = os.fspath(path)
     if os.path.lexists(text) or not is_name(text):
@@ -55,17 +55,19 @@ def open_named(
 ) -> Snapshot:
     """Open a snapshot: manifest, index, any page, the stream. Use it as a context manager.
 
-    An increment is opened with its parents, and reads as a whole snapshot does.
+    An increment is opened with its parents and reads like a full snapshot.
 
     Args:
-        path: a file; else a name in the store, as for :func:`locate`. So in all other functions.
-        keys: for an encrypted one, and encrypted parents.
-        parents: where these are, besides where they were and beside the file: files, directories.
+        path: a file, or a name in the store, as for :func:`locate`. The same holds for all other
+            functions.
+        keys: open an encrypted snapshot, and encrypted parents.
+        parents: files and directories to search for the parents, besides their recorded paths and
+            the file's own directory.
 
     Raises:
         NotFoundError: no such file or snapshot, or a parent is missing.
         UsageError: not a regular file. HostError: not permitted.
-        DataError: not a snapshot, damaged, or of a version that we do not know.
-        LockedError: it is encrypted, and no key that was given opens it.
+        DataError: not a snapshot, damaged, or of an unknown version.
+        LockedError: it is encrypted, and no given key opens it.
     """
     return open_snapshot(locate(path, keys=keys), keys, parents=parents)

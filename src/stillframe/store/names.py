@@ -1,4 +1,4 @@
-"""Which snapshot a name means: an id, the start of one, ``VM@TIME``, ``VM@TAG``, ``VM@latest``."""
+"""Names of snapshots: an id, the start of one, ``VM@TIME``, ``VM@TAG``, ``VM@latest``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _TIME = re.compile(
 
 
 def is_name(text: str) -> bool:
-    """Whether it can name a snapshot of a store, rather than a file."""
+    """Return whether the text can name a snapshot of a store, rather than a file."""
     return "/" not in text and (text == LATEST or "@" in text or _ID.fullmatch(text) is not None)
 
 
 def check_tag(tag: str) -> str:
-    """The tag, if it can be one.
+    """Return the tag if it is valid.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it is not.
     """
     if _TAG.fullmatch(tag) is None or tag == LATEST or _TIME.fullmatch(tag):
         raise UsageError(
@@ -39,10 +39,10 @@ def check_tag(tag: str) -> str:
 
 
 def resolve(catalog: Catalog, name: str) -> Entry:
-    """The snapshot of that name.
+    """Return the snapshot of that name.
 
     Raises:
-        NotFoundError: there is none. UsageError: it could be several.
+        NotFoundError: there is none. UsageError: the name is ambiguous.
         DataError: the name goes by time or tag, and a catalog entry is damaged.
     """
     if catalog.damaged and (name == LATEST or "@" in name):
@@ -98,10 +98,11 @@ def _by_id(catalog: Catalog, name: str) -> Entry:
 
 
 def end_of(moment: str) -> datetime.datetime:
-    """The end of a day, hour, minute or second; local time unless it has a zone.
+    """Return the end of the named day, hour, minute or second, in UTC; ``moment`` is local time
+    unless it has a zone.
 
     Raises:
-        UsageError: there is no such time.
+        UsageError: not a valid time.
     """
     parts = _TIME.fullmatch(moment)
     try:
@@ -112,7 +113,7 @@ def end_of(moment: str) -> datetime.datetime:
             length = datetime.timedelta(hours=1) if parts["hour"] else datetime.timedelta(days=1)
         last = datetime.datetime.fromisoformat(moment) + length - datetime.timedelta.resolution
         if last.tzinfo is None:
-            # The clock may change in between; an hour that comes twice ends when both are over.
+            # DST may change in between; an hour that occurs twice ends with its second occurrence.
             last = datetime.datetime.fromtimestamp(last.replace(fold=1).timestamp(), datetime.UTC)
         return last + datetime.timedelta.resolution
     except (ValueError, OverflowError) as error:

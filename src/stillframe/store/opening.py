@@ -1,4 +1,4 @@
-"""Where stores are, and how they are made and opened."""
+"""The location, making and opening of stores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def default_location() -> str:
-    """``STILLFRAME_STORE``, else a folder of the user's state directory.
+    """Return ``STILLFRAME_STORE``, else a folder in the user's state directory.
 
     Raises:
         HostError: there is no home directory.
@@ -41,10 +41,11 @@ def default_location() -> str:
 
 
 def open_backend(location: str | os.PathLike[str] | None) -> Backend:
-    """The place that a path or a URL names, else :func:`default_location`; it need not be there.
+    """Return the backend for a path or URL, else for :func:`default_location`; the place need not
+    exist.
 
     Raises:
-        UsageError: nothing of ours can reach it. HostError: its credentials do not do.
+        UsageError: no backend supports it. HostError: its credentials are not usable.
     """
     text = default_location() if location is None else os.fspath(location)
     scheme = _URL.match(text)
@@ -66,16 +67,17 @@ def make_store(
     """Make a store.
 
     Args:
-        location: path or URL; else ``STILLFRAME_STORE``, else a folder of the user's state
+        location: path or URL; else ``STILLFRAME_STORE``, else a folder in the user's state
             directory.
-        append_only: nothing will ever be removed from it.
-        full_every: the longest chain of increments and their base; the next is a full one.
-        key: of ``make_key``: encrypts all that goes there.
-        keys_of: encrypt it with the keys of that store, so that snapshots can be copied.
+        append_only: never remove anything from it.
+        full_every: the longest chain, base included; the snapshot after that is a full one.
+        key: key from ``make_key``; encrypts everything in the store.
+        keys_of: encrypt the store with that store's keys, so that snapshots can be copied between
+            them.
 
     Raises:
-        UsageError: there is one, or something else. SinkError: not permitted.
-        HostError: a bucket of a kind that cannot hold a store.
+        UsageError: the place has a store or other objects. SinkError: not permitted.
+        HostError: the bucket cannot hold a store, for lack of conditional writes.
     """
     labels: Sequence[str] = ()
     if keys_of is not None:
@@ -111,10 +113,10 @@ def make_store(
 
 
 def read_config(backend: Backend) -> Config:
-    """What a store is.
+    """Read a store's configuration.
 
     Raises:
-        NotFoundError: there is none. DataError: damaged, or of a format that we do not know.
+        NotFoundError: there is no store. DataError: damaged, or of an unknown format.
         HostError: not permitted.
     """
     try:
@@ -139,11 +141,11 @@ def open_store(location: str | os.PathLike[str] | None = None, keys: Keys | None
 
     Args:
         location: as for :func:`make_store`.
-        keys: for an encrypted one; they know its key then.
+        keys: open an encrypted store; they keep its key.
 
     Raises:
-        NotFoundError: there is none. DataError: damaged, or of a format that we do not know.
-        HostError: not permitted. LockedError: it is encrypted, and nothing given opens it.
+        NotFoundError: there is no store. DataError: damaged, or of an unknown format.
+        HostError: not permitted. LockedError: it is encrypted, and no given key opens it.
     """
     backend = open_backend(location)
     config = read_config(backend)
@@ -156,11 +158,11 @@ def repaired_config(
     """Open a store, with a new configuration if the old one is damaged or gone.
 
     Returns:
-        The store, and what was done, in words.
+        The store, and a description of each repair.
 
     Raises:
         NotFoundError: there is no store. SinkError: not permitted.
-        DataError: its keys are damaged or gone. LockedError: nothing that was given opens it.
+        DataError: its keys are damaged or gone. LockedError: no given key opens it.
     """
     try:
         return open_store(location, keys=keys), []
@@ -170,13 +172,13 @@ def repaired_config(
         backend = open_backend(location)
         if not backend.listing(SNAPSHOTS) or not backend.listing(CATALOG):
             raise
-        if _names_a_key(backend):  # so what is damaged is the keys
+        if _names_a_key(backend):  # so the keys are damaged, not the configuration
             raise
     try:
         old = backend.read(CONFIG)
     except NotFoundError:
         old = b""
-    # Where it cannot be told, nothing is removed.
+    # If unknown, assume append-only, so that nothing is removed.
     append_only = re.search(rb'"append_only": false', old) is None
     wrapped = list_keys(backend)
     if not wrapped and backend.listing(KEYS):

@@ -1,4 +1,4 @@
-"""Finds the files of an increment's parents, by their ids."""
+"""The search for an increment's parent files, by their ids."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from stillframe.store.wholes import WholeForm, decoded, pointer_key, read_whole,
 SUFFIX = ".still"
 VARIABLE = "STILLFRAME_PARENTS"
 _BETWEEN_PLACES = re.compile(r":(?!//)")
-"""A place may be a bucket's URL."""
+"""A colon that is not part of a bucket URL."""
 _SMALL_MAX_BYTES = 1 << 16
 
 
 class ParentFiles:
-    """A ``still.chain.Resolve``: looks for each parent in the places given, then where it was (if
-    the increment was taken on this host by this user), then beside the increment.
+    """A ``still.chain.Resolve``: looks for each parent in the given places, then at its recorded
+    path (if this user took the increment on this host), then beside the increment.
 
     Args:
-        places: files, their URLs in a bucket, and directories with files. After them come those in
-            the environment (``STILLFRAME_PARENTS``, apart by colons).
-        unlock: gives the keys of encrypted ones.
+        places: files, bucket URLs of files, and directories. The colon-separated places in
+            ``STILLFRAME_PARENTS`` follow them.
+        unlock: gives the keys of encrypted parents.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ParentFiles:
         self._places = [os.fspath(place) for place in (*places, *known)]
 
     def __call__(self, child: Container) -> Container:
-        """The parent's file, or its whole form.
+        """Return the parent's file, or its whole form.
 
         Raises:
-            NotFoundError: it is nowhere; the error says where it was looked for.
+            NotFoundError: it is nowhere; the error lists the searched places.
         """
         parent = child.manifest.parent
         assert parent is not None
@@ -84,8 +84,8 @@ class ParentFiles:
             yield from _in_catalog(own, child)
             return
         directory = Path(own).absolute().parent
-        # A file from elsewhere never makes us look at a place of its choice: root would connect to
-        # a host by an automount. And no file makes us connect to a bucket.
+        # A foreign file must not choose where we look: an automount would make root connect to
+        # another host. And no file may make us connect to a bucket.
         if recorded and not is_bucket_url(recorded):
             if child.was_taken_here():
                 yield recorded
@@ -94,10 +94,10 @@ class ParentFiles:
 
 
 def whole_form_beside(file: Container, unlock: Unlock | None) -> Container:
-    """What is to be read instead of an opened file: its whole form, if one is beside it.
+    """Return the whole form of an opened file if there is one beside it, else the file itself.
 
     Raises:
-        DataError: that is damaged, or another snapshot's. The file is closed then.
+        DataError: the whole form is damaged, or another snapshot's. The file is closed.
     """
 
     def pointer() -> WholeForm | None:
@@ -115,7 +115,7 @@ def whole_form_beside(file: Container, unlock: Unlock | None) -> Container:
 
 
 def _beside(file: Container, place: str) -> Source:
-    """Raises NotFoundError if nothing is there that may be shown."""
+    """Open a file beside another. Raises NotFoundError if there is none that its owner may read."""
     try:
         source = open_location(place) if is_bucket_url(place) else _regular_file(place)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -129,7 +129,7 @@ def _beside(file: Container, place: str) -> Source:
 
 
 def _in_catalog(own: str, child: Container) -> Iterator[str]:
-    """Where the store that the child is in has its parent."""
+    """Yield the parent's location according to the catalog of the child's store."""
     parent = child.manifest.parent
     assert parent is not None
     place, _, name = own.rpartition(f"/{SNAPSHOTS}")
@@ -144,7 +144,7 @@ def _in_catalog(own: str, child: Container) -> Iterator[str]:
 
 
 def _files(place: str) -> list[str]:
-    """The file, or the snapshots in the directory; the path may be anything."""
+    """Return the file, or the snapshots in the directory; the path may be invalid."""
     if is_bucket_url(place):
         return [place]
     path = Path(place)
@@ -155,7 +155,7 @@ def _files(place: str) -> list[str]:
 
 
 def _opened(place: str, parent_id: str) -> Source | None:
-    """The file if it is that snapshot."""
+    """Return the opened file if it holds that snapshot, else None."""
     try:
         source = open_location(place) if is_bucket_url(place) else _regular_file(place)
     except (StillframeError, OSError, ValueError):
@@ -170,7 +170,8 @@ def _opened(place: str, parent_id: str) -> Source | None:
 
 
 def _regular_file(place: str) -> Source:
-    """Nothing else is opened: a watchdog's device begins to count when it is."""
+    """Open a regular file and nothing else: opening a watchdog device, for example, starts its
+    timer."""
     fd = os.open(place, os.O_PATH | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -181,8 +182,8 @@ def _regular_file(place: str) -> Source:
 
 
 def _may_be_shown(parent: Source, child: Container) -> bool:
-    """Not to whom may not read it: root restores a file of somebody else as that user, and it could
-    name any snapshot as its parent."""
+    """Return whether the child's owner may read the parent: root restores another user's file as
+    that user, and the file could name any snapshot as its parent."""
     owner = child.source.owner_uid
     if owner in (None, 0, os.geteuid(), parent.owner_uid):
         return True

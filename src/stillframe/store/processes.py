@@ -1,4 +1,4 @@
-"""Whether a process of this host is still the one that it was."""
+"""The identity of a process: whether a pid still means the same one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def start_ticks(pid: int) -> int:
-    """When a process began, in clock ticks since boot; 0 if it has ended (proc(5): stat)."""
+    """Return when a process started, in clock ticks since boot; 0 if it has ended (proc(5):
+    stat)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

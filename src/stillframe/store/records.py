@@ -1,4 +1,4 @@
-"""What a store's small objects say, and how its objects are called (store-format.md)."""
+"""The records in a store's small objects, and the names of its objects (store-format.md)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DEFAULT_FULL_EVERY = 32
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """``id``: of the store. ``append_only``: nothing is ever removed. ``full_every``: the longest
-    chain that ``take`` makes; the next snapshot is a full one. ``key_id``: of the data key of an
-    encrypted store, 32 hexadecimal digits."""
+    """A store's configuration. ``id``: the store's id. ``append_only``: nothing is ever removed.
+    ``full_every``: the longest chain that ``take`` makes; the next snapshot is a full one.
+    ``key_id``: id of an encrypted store's data key, 32 hexadecimal digits."""
 
     format: Literal[1] = 1
     id: str
@@ -36,11 +36,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One snapshot in the catalog. All of it can be worked out from the snapshot's own file.
+    """One snapshot in the catalog. All fields can be derived from the snapshot's own file.
 
-    ``name``: of its objects (see :func:`data_key`). ``vm``: the machine's name. ``created``: of the
-    instant, RFC 3339, UTC. ``parent``: id of the snapshot that it builds on. ``file_bytes``:
-    of its file; ``disks_bytes``: of the disks stored beside it.
+    ``name``: name of its objects (see :func:`data_key`). ``vm``: the machine's name. ``created``:
+    its point in time, RFC 3339, UTC. ``parent``: id of the snapshot that it builds on.
+    ``file_bytes``: size of its file; ``disks_bytes``: of the disks stored beside it.
     """
 
     format: Literal[1] = 1
@@ -61,40 +61,41 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"{self.short_id} ({self.vm}, {self.created[:19]}Z)"
 
     @property
     def own_bytes(self) -> int:
-        """What its objects take."""
+        """Size of its file and disks, without a whole form."""
         return self.file_bytes + self.disks_bytes
 
     @property
     def time(self) -> datetime.datetime:
-        """The instant, UTC. Raises DataError if it is none."""
+        """Its point in time, UTC. Raises DataError if ``created`` is not a time."""
         return instant_of(self.created)
 
 
 def new_name() -> str:
-    """A name for a snapshot's objects, chosen before a byte is written: an object store must know
-    it when the upload begins, and the disks beside it are recorded in the file whose id is not
-    known yet."""
+    """Return a name for a new snapshot's objects. It is chosen before the first write: an object
+    store needs it when the upload starts, and the file, whose id is not known yet, records the
+    disks beside it."""
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(8)}"
 
 
 def data_key(name: str) -> str:
-    """Of the snapshot's file; what belongs to it begins so, too."""
+    """Return the key of the snapshot's file; the keys of all its objects begin with it."""
     return f"{SNAPSHOTS}{name}{_STILL}"
 
 
 def disks_prefix(name: str) -> str:
-    """Of the disks that belong to it."""
+    """Return the key prefix of the snapshot's disks."""
     return f"{data_key(name)}{_DISKS}"
 
 
 def name_of(key: str) -> str:
-    """The other way: which snapshot an object below ``snapshots/`` belongs to; empty if none."""
+    """Return the name of the snapshot that an object below ``snapshots/`` belongs to; empty if
+    none."""
     name, still, rest = key.removeprefix(SNAPSHOTS).partition(_STILL)
     ours = key.startswith(SNAPSHOTS) and still and rest[:1] in ("", ".") and "/" not in name
     return name if ours else ""
@@ -105,12 +106,12 @@ def catalog_key(snapshot_id: str) -> str:
 
 
 def tag_key(snapshot_id: str, tag: str) -> str:
-    """Flat, so that no folder has to come and go."""
+    """Return a tag's key. It is flat, so that no folder has to be made and removed."""
     return f"{TAGS}{snapshot_id}-{tag}"
 
 
 def entry_of(file: Container, name: str) -> Entry:
-    """What the catalog says of a snapshot's file."""
+    """Return the catalog entry for a snapshot's file."""
     manifest, machine = file.manifest, file.manifest.machine
     return Entry(
         id=file.id,
@@ -127,8 +128,8 @@ def entry_of(file: Container, name: str) -> Entry:
 
 
 def own_disks(manifest: Manifest, name: str) -> list[tuple[str, FrozenFile]]:
-    """The files of captured disks that are stored beside the snapshot, each with its key: by its
-    present name, which is another one than the file says if it was copied."""
+    """Return the captured disks' files that are stored beside the snapshot, each with its key. The
+    key has the snapshot's present name; after a copy, the file records another one."""
     return [
         (f"{disks_prefix(name)}{file.name_beside}", file)
         for disk in manifest.captured_disks
@@ -138,5 +139,5 @@ def own_disks(manifest: Manifest, name: str) -> list[tuple[str, FrozenFile]]:
 
 
 def vm_name(machine: MachineRecord) -> str:
-    """What a store calls a VM."""
+    """Return a VM's name in the store."""
     return machine.name or f"{machine.vmm}-{machine.pid}"

@@ -1,7 +1,8 @@
-"""Removal: what another snapshot or a VM needs stays; the catalog's entry goes first, then data.
+"""Removal: what another snapshot or a VM needs stays; the catalog entry goes first, then the data.
 
-A note says what is about to be removed. Who builds on a snapshot leaves a note first and looks for
-this one afterwards, and we the other way round: so they cannot miss each other.
+A note announces what is about to be removed. A job that builds on a snapshot leaves its own note
+first and then looks for removal notes; a removal leaves its note first and then looks for such
+jobs. So at least one of the two sees the other.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from stillframe.store.workers import GIVEN_UP_S, Note, leave_note, read_notes
 from stillframe.store.writing import delete_data
 
 NeededBy = Callable[[Entry], str | None]
-"""Who else needs a snapshot, in words: a VM, for instance."""
+"""Returns who else needs a snapshot, in words: a VM, for instance; None if nobody."""
 
 
 class Removal(msgspec.Struct, frozen=True, kw_only=True):
-    """``removed``: what is gone; ``freed_bytes``: what it took. ``kept``: what stays, and for whom,
-    by id."""
+    """Result of a removal. ``removed``: what is gone; ``freed_bytes``: its size. ``kept``: what
+    stays, by id, and for whom."""
 
     removed: tuple[Entry, ...] = ()
     kept: dict[str, str] = {}
@@ -42,14 +43,14 @@ def remove(
     dry_run: bool = False,
     planned: Collection[Entry] = (),
 ) -> Removal:
-    """Remove snapshots, but none that is needed.
+    """Remove snapshots, except those that are needed.
 
     Args:
         all_or_none: remove nothing if one of them has to stay.
-        planned: with ``dry_run``: those that would have whole forms before.
+        planned: with ``dry_run``: snapshots that would get whole forms first.
 
     Raises:
-        DataError: a catalog entry is damaged, so what needs what cannot be told.
+        DataError: a catalog entry is damaged, so dependencies are unknown.
         SinkError: the store cannot be written to.
     """
     notes: dict[str, str] = {}
@@ -57,8 +58,8 @@ def remove(
         if not dry_run:
             for entry in wanted:
                 notes[entry.id] = leave_note(backend, REMOVING, entry.name, entry.id)
-        # Not before: what is begun from here on sees our notes. And in this order: who ends now
-        # goes from the notes into the catalog.
+        # Only now: jobs that start from here on see our notes. And notes before catalog: a job that
+        # finishes in between moves from the notes to the catalog.
         at_work = [note for note in read_notes(backend, PENDING) if not note.worker.is_gone]
         begun = {name for note in at_work for name in (note.name, note.about)}
         found = as_if(read_catalog(backend), planned)
@@ -69,9 +70,9 @@ def remove(
         if dry_run or (kept and all_or_none):
             going = going if dry_run else []
             return Removal(removed=tuple(going), kept=kept, freed_bytes=_bytes(found, going))
-        # Children first: at any moment every snapshot has its parents.
+        # Children first, so that every snapshot has its parents at any moment.
         for entry in sorted(going, key=lambda one: -len(_parents(catalog, one))):
-            note = notes.pop(entry.id)  # from here on it stays until all is done
+            note = notes.pop(entry.id)  # kept from here on until the removal is complete
             backend.delete(catalog_key(entry.id))
             finish(backend, entry.name, entry.id, note)
         return Removal(removed=tuple(going), kept=kept, freed_bytes=_bytes(found, going))
@@ -85,16 +86,17 @@ def _bytes(catalog: Catalog, entries: Collection[Entry]) -> int:
 
 
 def as_if(catalog: Catalog, planned: Collection[Entry]) -> Catalog:
-    """The catalog as it would be if these had whole forms."""
+    """Return the catalog as it would be if these snapshots had whole forms."""
     wholes = {one.name: Beside(since_s=time.time(), bytes=0) for one in planned}
     return msgspec.structs.replace(catalog, wholes=catalog.wholes | wholes)
 
 
 def _relied_on(backend: Backend, catalog: Catalog, needed_by: NeededBy) -> Catalog:
-    """The catalog with those whole forms that all read by now who read the snapshot.
+    """Return the catalog with only those whole forms that all readers use by now.
 
-    Who opened an increment and its parents before goes on reading files that are removed; objects
-    of a bucket he does not: there it takes a day, and VMs of this host must not need them.
+    A reader that opened an increment and its parents earlier can go on reading removed files, but
+    not removed objects of a bucket. So in a bucket a whole form counts only after a day, and only
+    if no VM of this host needs its chain.
     """
     if not catalog.wholes or backend.path(CONFIG) is not None:
         return catalog
@@ -111,10 +113,10 @@ def _relied_on(backend: Backend, catalog: Catalog, needed_by: NeededBy) -> Catal
 def what_stays(
     catalog: Catalog, wanted: Collection[Entry], needed_by: NeededBy, begun: Collection[str] = ()
 ) -> dict[str, str]:
-    """Which of the snapshots that are to go have to stay, and for whom, by id.
+    """Return which of the snapshots to remove have to stay, by id, and for whom.
 
     Args:
-        begun: names of snapshots that somebody is at, or that one being taken builds on.
+        begun: names of snapshots that a job works on or builds on.
 
     Raises:
         DataError: a catalog entry is damaged.
@@ -133,7 +135,7 @@ def what_stays(
             kept[entry.id] = "a snapshot that is being taken"
         elif (who := needed_by(entry)) is not None:
             kept[entry.id] = who
-    # Whoever stays keeps what it builds on.
+    # A snapshot that stays keeps its parents.
     staying = [e for e in catalog.entries.values() if e.id not in going or e.id in kept]
     for entry in staying:
         for parent in _parents(catalog, entry):
@@ -153,12 +155,12 @@ def _parents(catalog: Catalog, entry: Entry) -> list[Entry]:
 
 
 def finish(backend: Backend, name: str, snapshot_id: str, note: str) -> None:
-    """The entry is gone from the catalog: remove the rest, and the note last.
+    """Remove the rest of a snapshot whose catalog entry is gone, and the note last.
 
     Raises:
         SinkError: not permitted.
     """
-    if not backend.listing(catalog_key(snapshot_id)):  # else it was put into the store anew
+    if not backend.listing(catalog_key(snapshot_id)):  # else it was stored again
         for one in backend.listing(f"{TAGS}{snapshot_id}-"):
             backend.delete(one.key)
     delete_data(backend, name)
@@ -166,9 +168,9 @@ def finish(backend: Backend, name: str, snapshot_id: str, note: str) -> None:
 
 
 def settle_removals(backend: Backend) -> list[str]:
-    """End what others began and did not end; returns the names of the snapshots.
+    """Complete the removals of dead processes; return the names of the snapshots.
 
-    One that is still in the catalog stays: its removal had not begun.
+    A snapshot that is still in the catalog stays: its removal had not begun.
 
     Raises:
         SinkError: not permitted.
@@ -187,7 +189,7 @@ def settle_removals(backend: Backend) -> list[str]:
 
 
 def _stands(backend: Backend, note: Note) -> bool:
-    """Whether the snapshot is in the catalog; an entry that cannot be read may be its."""
+    """Return whether the snapshot is in the catalog; True also for an unreadable entry."""
     try:
         return small_objects.read(backend, catalog_key(note.about), Entry).name == note.name
     except NotFoundError:

@@ -1,4 +1,5 @@
-"""Mends a store: the catalog anew from the snapshots' own files, and what the dead left."""
+"""The repair of a store: a catalog rebuilt from the snapshots' files, dead processes' leftovers
+gone."""
 
 from __future__ import annotations
 
@@ -41,9 +42,9 @@ from stillframe.store.writing import check_stays, delete_data, enter
 
 
 class Repair(msgspec.Struct, frozen=True, kw_only=True):
-    """``done``: what was mended, in words. ``lost``: what is lost of each snapshot, by id, in
-    words, with ``labels`` to call them by. ``forgotten``: the ids of those that were given up;
-    ``needed``: those that could not be, with who needs them."""
+    """Result of a repair. ``done``: the repairs, in words. ``lost``: what each snapshot has lost,
+    by id, in words; ``labels``: those snapshots' names in messages. ``forgotten``: ids of the
+    snapshots that were given up; ``needed``: those that could not be, by id, and who needs them."""
 
     done: tuple[str, ...]
     lost: dict[str, list[str]]
@@ -61,14 +62,13 @@ def repair_store(
     already_done: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Repair:
-    """Mend what can be mended without a loss, and say what is lost.
+    """Repair what can be repaired without loss, and report what is lost.
 
     Args:
-        store: where it is append-only, what the dead left stays.
-        read_data: how much of the data to read, to find what is lost.
-        forget: remove the snapshots that something is lost of, too, but for what a sound one
-            needs.
-        needed_by: who else needs one, such as a VM that runs from it.
+        store: if it is append-only, objects of dead processes stay.
+        read_data: share of the data to read in search of losses.
+        forget: also remove snapshots that have lost something, except those that a sound one needs.
+        needed_by: who else needs a snapshot, such as a VM that runs from it.
 
     Raises:
         SinkError: the store cannot be written to. HostError: not permitted.
@@ -98,7 +98,8 @@ def repair_store(
 
 
 def _adopt(backend: Backend) -> list[str]:
-    """Enter what is whole and not in the catalog, or not rightly; parents before children."""
+    """Enter snapshots that are whole and have no catalog entry, or a wrong one; parents before
+    children."""
     done: list[str] = []
     names = {name_of(one.key) for one in backend.listing(SNAPSHOTS)} - {""}
     while True:
@@ -118,8 +119,7 @@ def _adopt(backend: Backend) -> list[str]:
 
 
 def _to_enter(backend: Backend, catalog: Catalog, name: str) -> Entry | None:
-    """The entry that a snapshot should have and has not; None if all is well, or if it is not
-    whole."""
+    """Return the entry that a snapshot lacks; None if its entry is right, or if it is not whole."""
     try:
         entry, disks = _read(backend, name)
     except (NotFoundError, DataError) as error:
@@ -147,11 +147,12 @@ def _read(backend: Backend, name: str) -> tuple[Entry, list[tuple[str, FrozenFil
 
 
 def _enter_anew(backend: Backend, catalog: Catalog, entry: Entry) -> None:
-    """Raises BusyError or NotFoundError if it, or its parent, is removed now."""
+    """Replace a snapshot's entry. Raises BusyError or NotFoundError if it or its parent is being
+    removed."""
     parent = catalog.entries.get(entry.parent or "")
     key = leave_note(backend, PENDING, entry.name, "" if parent is None else parent.name)
     try:
-        # First the note, then the look, as everybody does: a removal that we do not see sees us.
+        # Note first, then check: a removal that we do not see sees us.
         if backend.listing(f"{REMOVING}{entry.name}."):
             raise BusyError(f"snapshot {entry.label} is being removed")
         if parent is not None:
@@ -165,7 +166,7 @@ def _enter_anew(backend: Backend, catalog: Catalog, entry: Entry) -> None:
 
 
 def _adopt_whole_forms(backend: Backend) -> list[str]:
-    """Enter the whole forms that compactions wrote that died before they could."""
+    """Enter whole forms of compactions that died before entering them."""
     done: list[str] = []
     data = [one.key for one in backend.listing(SNAPSHOTS) if nonce_of(one.key)]
     at_work = {n.about for n in read_notes(backend, PENDING) if not n.worker.is_gone}
@@ -191,8 +192,7 @@ def _adopt_whole_forms(backend: Backend) -> list[str]:
 
 
 def _drop_whole_forms(backend: Backend, report: CheckReport) -> list[str]:
-    """Remove what is damaged of them, where the increment and its parents are there; and what does
-    not count."""
+    """Remove damaged whole forms whose increment and parent exist, with all their data."""
     done: list[str] = []
     catalog = read_catalog(backend)
     of_name = {entry.name: entry for entry in catalog.entries.values()}
@@ -201,10 +201,10 @@ def _drop_whole_forms(backend: Backend, report: CheckReport) -> list[str]:
         parent = catalog.entries.get(entry.parent or "")
         if parent is None:
             continue
-        # First the note, then the look: whoever removes the parent sees the one, or we the other.
+        # Note first, then check: either the parent's removal sees our note, or we see its.
         with contextlib.suppress(BusyError), _noted(backend, parent.name):
             check_stays(backend, parent)
-            for one in backend.listing(pointer_key(data_key(name))):  # what points to it is first
+            for one in backend.listing(pointer_key(data_key(name))):  # the pointer comes first
                 backend.delete(one.key)
             done.append(f"removed the damaged whole form of snapshot {entry.label}")
     return done
@@ -221,9 +221,10 @@ def _noted(backend: Backend, about: str) -> Iterator[None]:
 
 
 def _clear(backend: Backend) -> list[str]:
-    """Remove what the dead left and nobody can use."""
+    """Remove what dead processes left and nothing can use."""
     done: list[str] = []
-    # In this order: data was preceded by its writer's note, which is followed by an entry.
+    # The order matters: a writer leaves its note before its data, and the entry follows before the
+    # note goes.
     data = backend.listing(SNAPSHOTS)
     pending, removing = (read_notes(backend, prefix) for prefix in (PENDING, REMOVING))
     catalog = read_catalog(backend)
@@ -234,7 +235,7 @@ def _clear(backend: Backend) -> list[str]:
         delete_data(backend, name)
         done.append(f"removed the disks of a snapshot that was never finished ({name})")
     for note in pending:
-        # Where it is no whole snapshot, its note says why it is there.
+        # Keep the note of a whole snapshot that has no entry yet.
         if note.worker.is_gone and note.name not in files - named:
             backend.delete(PENDING + note.key)
             done.append(f"removed the note of a take that died ({note.name})")
@@ -256,10 +257,10 @@ def _clear(backend: Backend) -> list[str]:
 
 
 def _forget(backend: Backend, report: CheckReport, needed_by: NeededBy) -> Removal:
-    """Remove the snapshots that something is lost of, unless one that is sound, or a VM, needs
-    them, and data that no snapshot can be made of."""
+    """Remove the snapshots that have lost something, unless a sound one or a VM needs them, and
+    data that yields no snapshot."""
     catalog = read_catalog(backend)
-    # First these: while an entry is damaged, nothing else can be removed.
+    # Damaged entries first: while there is one, nothing else can be removed.
     for snapshot_id in set(report.lost) & set(catalog.damaged):
         damage(catalog.damaged[snapshot_id])
         backend.delete(catalog_key(snapshot_id))

@@ -1,4 +1,4 @@
-"""Which snapshots a policy keeps, as restic's ``forget`` decides it (``snapshot_policy.go``)."""
+"""Which snapshots a policy keeps, by the rules of restic's ``forget`` (``snapshot_policy.go``)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from stillframe.store.records import Entry
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """How many to keep of each kind; -1 is all. ``last``: the newest. ``hourly`` and so on: the
-    newest of each of that many hours which have one. ``within_s``: all that are at most so many
-    seconds older than the newest. ``tags``: all with one of these tags."""
+    """How many snapshots to keep of each kind; -1 means all. ``last``: the newest. ``hourly`` and
+    so on: the newest snapshot of each of the last so many hours that have one. ``within_s``: all
+    that are at most so many seconds older than the newest. ``tags``: all with one of these tags."""
 
     last: int = 0
     hourly: int = 0
@@ -26,7 +26,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise UsageError if it would keep nothing."""
+        """Raise UsageError if the policy would keep nothing, or a count is invalid."""
         counts = [self.last, *(getattr(self, name) for name in _BUCKETS)]
         if min(counts) < -1:
             raise UsageError(f"keeping {min(counts)} snapshots makes no sense", remedy="-1 is all")
@@ -51,10 +51,10 @@ _BUCKETS: dict[str, Callable[[datetime.datetime], object]] = {
 def kept_by(
     policy: Policy, entries: Sequence[Entry], tags: dict[str, tuple[str, ...]]
 ) -> dict[str, list[str]]:
-    """What is kept of one VM's snapshots, by id, each with its reasons.
+    """Return which of one VM's snapshots are kept, by id, each with the reasons.
 
     While a bucket has a count left, the oldest snapshot is kept for it, too. Hours and days are
-    those of local time.
+    local time.
     """
     newest_first = sorted(entries, key=lambda one: (one.time, one.id), reverse=True)
     kept: dict[str, list[str]] = {}
@@ -80,7 +80,7 @@ def kept_by(
 
 
 def by_vm(entries: Collection[Entry]) -> dict[str, list[Entry]]:
-    """The snapshots of each VM, in their order."""
+    """Group snapshots by VM, in their order."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         found.setdefault(entry.vm, []).append(entry)

@@ -1,7 +1,7 @@
-"""The place of an encrypted store: what small objects say is sealed, and tags are no names there.
+"""The backend of an encrypted store: seals catalog entries, and hides tags in their object names.
 
-Readable are ids, sizes and times, the configuration, and who is at work in it (a process by its
-host's boot id); the snapshots' data is encrypted itself, and each key is wrapped.
+Ids, sizes and times, the configuration and the notes of working processes (with the host's boot id)
+stay readable. The snapshots' data is encrypted by itself, and each key is wrapped.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _ID_DIGITS: Final = 64
 
 
 class SealedBackend:
-    """A ``Backend`` over another one. Objects are bound to their keys, so none stands for another.
+    """A ``Backend`` over another one. Sealed objects are bound to their keys, so none can stand in
+    for another.
 
     Args:
-        key: the store's.
+        key: the store's data key.
     """
 
     def __init__(self, backend: Backend, key: DataKey) -> None:
@@ -79,14 +80,14 @@ class SealedBackend:
         return self._backend.path(key)
 
     def _place(self, key: str) -> str:
-        """Where an object is: a tag's place does not tell it."""
+        """Return where an object is stored; a tag's place does not reveal the tag."""
         head, dash, _ = key.partition("-")
         if not key.startswith(TAGS) or not dash or len(head) != len(TAGS) + _ID_DIGITS:
             return key
         return f"{head}-{hidden_name(self._secret, key)}"
 
     def _name(self, place: str) -> str:
-        """The tag's key by its place; the place itself if nothing of ours is there."""
+        """Return a tag's key by its place; the place itself if it holds no tag of ours."""
         if place.startswith(TAGS) and place not in self._tags:
             try:
                 name = open_object(self._secret, place, self._backend.read(place)).decode()
@@ -97,16 +98,16 @@ class SealedBackend:
 
 
 def unlock_of(backend: Backend) -> Unlock | None:
-    """What opens the snapshots of a store."""
+    """Return what opens a store's snapshots; None if it is not encrypted."""
     return backend.unlock if isinstance(backend, SealedBackend) else None
 
 
 def open_stored(backend: Backend, key: str) -> Container:
-    """Open one snapshot file of a store for itself.
+    """Open a single snapshot file of a store.
 
     Raises:
         NotFoundError: there is none. HostError: not permitted.
-        DataError: damaged; or it is not encrypted, in a store that is.
+        DataError: damaged; or it is not encrypted, but the store is.
     """
     if not isinstance(backend, SealedBackend):
         return Container(backend.open(key))

@@ -1,4 +1,4 @@
-"""The small objects of a store: JSON below a line with its digest, so that damage shows."""
+"""The small objects of a store: JSON below a line with its digest, so that damage is detected."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ _DIGITS = 64
 
 
 def encoded(record: Any) -> bytes:
-    """BLAKE3 of the JSON, hexadecimal; a newline; the JSON, with a final newline."""
+    """Encode a record: BLAKE3 of the JSON, hexadecimal; a newline; the JSON, with a final
+    newline."""
     content = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
     return digest_of(content).hex().encode() + b"\n" + content
 
 
 def read(backend: Backend, key: str, kind: type[Record]) -> Record:
-    """The record that an object holds.
+    """Read the record that an object holds.
 
     Raises:
         NotFoundError: no such object. HostError: not permitted.
-        DataError: damaged, or of a format that we do not know.
+        DataError: damaged, or of an unknown format.
     """
     return decoded(backend.read(key), key, kind)
 
 
 def decoded(raw: bytes, key: str, kind: type[Record]) -> Record:
-    """The record in an object's bytes. Raises DataError as :func:`read`."""
+    """Decode the record in an object's bytes. Raises DataError as :func:`read`."""
     content = raw[_DIGITS + 1 :]
     if raw[: _DIGITS + 1] != digest_of(content).hex().encode() + b"\n":
         raise DataError(f"{key} is damaged", why="its digest is not the one in its first line")

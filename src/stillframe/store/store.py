@@ -1,4 +1,4 @@
-"""A store: the snapshots of many VMs, in one place, for any number of writers and readers."""
+"""A store: the snapshots of many VMs in one place, for any number of writers and readers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ from stillframe.store.writing import StoreTarget, check_stays
 
 
 class Compaction(msgspec.Struct, frozen=True, kw_only=True):
-    """``compacted``: what has a whole form now, or would have. ``failed``: what should have one, by
-    id, and why it has none. ``written_bytes``: of whole forms."""
+    """Result of a compaction. ``compacted``: what has a whole form now, or would have. ``failed``:
+    what should have one but does not, by id, and why. ``written_bytes``: size of the whole
+    forms."""
 
     compacted: tuple[Entry, ...] = ()
     failed: dict[str, str] = {}
@@ -52,9 +53,9 @@ class Compaction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pruning(msgspec.Struct, frozen=True, kw_only=True):
-    """What a policy does. ``kept``: by id, why. ``needed``: those that it would remove and that
-    have to stay, by id, with who needs them. ``removed``: what is gone, or would be.
-    ``freed_bytes``: with it. ``compaction``: what was made short before."""
+    """Result of a policy. ``kept``: by id, the reasons. ``needed``: what the policy drops but has
+    to stay, by id, and who needs it. ``removed``: what is gone, or would be; ``freed_bytes``: its
+    size. ``compaction``: the compaction done before."""
 
     kept: dict[str, str]
     needed: dict[str, str]
@@ -64,7 +65,7 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def nobody(_entry: Entry) -> str | None:
-    """No VM needs it."""
+    """Default for ``needed_by``: no VM needs the snapshot."""
     return None
 
 
@@ -76,10 +77,10 @@ def _id_of(source: Source) -> str | None:
 
 
 class Store:
-    """An open store; holds nothing that would have to be closed. Safe to share between threads."""
+    """An open store; it holds nothing to close. Safe to share between threads."""
 
     def __init__(self, backend: Backend, config: Config, key: DataKey | None = None) -> None:
-        """``key``: of an encrypted one."""
+        """``key``: the data key of an encrypted store."""
         self.backend = backend if key is None else SealedBackend(backend, key)
         self.config = config
         self.key = key
@@ -89,7 +90,7 @@ class Store:
         return self.backend.description
 
     def catalog(self) -> Catalog:
-        """All snapshots and tags as they are now.
+        """Read all current snapshots and tags.
 
         Raises:
             HostError: not permitted.
@@ -97,25 +98,26 @@ class Store:
         return read_catalog(self.backend)
 
     def list(self, vms: Collection[str] = ()) -> Sequence[Entry]:
-        """The snapshots, oldest first, of these VMs or of all."""
+        """Return the snapshots of these VMs, or of all, oldest first."""
         return [e for e in self.catalog().entries.values() if not vms or e.vm in vms]
 
     def find(self, name: str) -> Entry:
-        """The snapshot that a name means: id, short id, ``VM@latest``, ``VM@TIME``, ``VM@TAG``.
+        """Return the snapshot of a name: id, short id, ``VM@latest``, ``VM@TIME``, ``VM@TAG``.
 
         Raises:
-            NotFoundError: there is none. UsageError: it could be several.
+            NotFoundError: there is none. UsageError: the name is ambiguous.
+            DataError: the name goes by time or tag, and a catalog entry is damaged.
         """
         return resolve(self.catalog(), name)
 
     def location(self, entry: Entry) -> str:
-        """The snapshot's file: a path, or a URL."""
+        """Return the path or URL of the snapshot's file."""
         key = data_key(entry.name)
         path = self.backend.path(key)
         return f"{self.description}/{key}" if path is None else str(path)
 
     def open(self, entry: Entry) -> Snapshot:
-        """Open a snapshot, with its parents.
+        """Open a snapshot together with its parents.
 
         Raises:
             NotFoundError: a file is gone. DataError: damaged. HostError: not permitted.
@@ -134,7 +136,7 @@ class Store:
             entry = small_objects.read(self.backend, catalog_key(parent.id), Entry)
             return open_form(self.backend, entry.name)
         except (NotFoundError, DataError):
-            # Only the catalog may be damaged; its file says itself what it is.
+            # Perhaps only the catalog is damaged: the file itself tells its id.
             for one in self.backend.listing(SNAPSHOTS):
                 name = name_of(one.key)
                 if one.key == data_key(name):
@@ -145,7 +147,7 @@ class Store:
             raise
 
     def key_for_new(self, given: DataKey | None) -> DataKey | None:
-        """What encrypts a new snapshot.
+        """Return the key that encrypts a new snapshot.
 
         Raises:
             UsageError: a key is given, but the store has its own, or is not encrypted.
@@ -158,7 +160,7 @@ class Store:
         return self.key
 
     def target(self, parent: Entry | None = None) -> StoreTarget:
-        """Where a new snapshot is written to; see :class:`StoreTarget`.
+        """Return the target of a new snapshot; see :class:`StoreTarget`.
 
         Raises:
             BusyError: the parent is being removed. SinkError: not permitted, full.
@@ -166,10 +168,11 @@ class Store:
         return StoreTarget(self.backend, parent)
 
     def tag(self, entry: Entry, add: Collection[str] = (), drop: Collection[str] = ()) -> None:
-        """Add tags, and take some off.
+        """Add and drop tags.
 
         Raises:
-            UsageError: no tag can be called so. RefusedError: the store is append-only.
+            UsageError: a tag is invalid. RefusedError: tags are to be dropped, but the store is
+                append-only.
             BusyError: the snapshot is being removed. SinkError: not permitted.
         """
         for tag in (*add, *drop):
@@ -188,7 +191,7 @@ class Store:
         """Remove these snapshots, all or none.
 
         Args:
-            needed_by: who else needs one, such as a VM that runs from it.
+            needed_by: who else needs a snapshot, such as a VM that runs from it.
 
         Raises:
             RefusedError: the store is append-only, or something needs one of them.
@@ -219,17 +222,17 @@ class Store:
         dry_run: bool = False,
         compacts: bool = True,
     ) -> Pruning:
-        """Remove what a policy does not keep, of each VM by itself; also end removals that somebody
-        began and did not end. Before that, make chains short.
+        """Remove what the policy does not keep, for each VM separately. Before that, compact chains
+        and complete the removals of dead processes.
 
         Args:
-            vms: only of these; else of all.
-            compacts: whether to do the latter.
+            vms: only these VMs; all if empty.
+            compacts: whether to compact chains.
 
         Raises:
             UsageError: the policy would keep nothing of a VM; nothing is removed.
-            NotFoundError: nothing is of such a VM. RefusedError: the store is append-only. Else as
-            :meth:`remove`.
+            NotFoundError: there is no snapshot of such a VM. RefusedError: the store is
+                append-only. Otherwise as :meth:`remove`.
         """
         policy.check()
         self.check_may_remove()
@@ -262,16 +265,16 @@ class Store:
         vms: Collection[str] = (),
         stopped: Callable[[], bool] = nobody_stops,
     ) -> Compaction:
-        """Make chains short, so that no snapshot needs more than ``MOST_FILES`` files; no id, name,
-        tag or parent changes. In an append-only store nothing is done.
+        """Compact chains, so that no snapshot needs more than ``MOST_FILES`` files; ids, names,
+        tags and parents stay the same. Does nothing in an append-only store.
 
         Args:
-            policy: chosen so that what it does not keep can go.
-            vms: only chains of these; else of all.
-            stopped: asked again and again; True ends the work.
+            policy: choose the whole forms so that what the policy does not keep can go.
+            vms: only these VMs' chains; all if empty.
+            stopped: polled during the work; True ends it.
 
         Raises:
-            HostError: not permitted. What fails of one snapshot is in what is returned.
+            HostError: not permitted. A single snapshot's failure is in the result instead.
         """
         if self.config.append_only:
             return Compaction()
@@ -300,7 +303,8 @@ class Store:
     def _sorted_out(
         self, catalog: Catalog, policy: Policy, vms: Collection[str]
     ) -> tuple[dict[str, str], Sequence[Entry]]:
-        """What a policy keeps, and why, by id; and what it does not. Errors as :meth:`prune`."""
+        """Return what the policy keeps, by id, with the reasons; and what it drops. Raises as
+        :meth:`prune`."""
         groups = by_vm(catalog.entries.values())
         for vm in vms:
             if vm not in groups:
@@ -311,7 +315,7 @@ class Store:
             if vms and vm not in vms:
                 continue
             reasons = kept_by(policy, entries, catalog.tags)
-            if not reasons:  # a typing error in a tag must not cost everything
+            if not reasons:  # a mistyped tag must not cost everything
                 raise UsageError(
                     f"nothing of {vm} would be kept",
                     why="no snapshot of it has such a tag",

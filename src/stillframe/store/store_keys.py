@@ -1,7 +1,8 @@
-"""The keys of an encrypted store: one data key, wrapped for each of those who may use it.
+"""The keys of an encrypted store: one data key, wrapped separately for each reader.
 
-Each is a small object of its own, so that one comes and goes without another. Whoever is taken off
-could have kept the data key: that is the same for what was written before and after.
+Each wrapped key is a small object of its own, so that one comes and goes without the others. A
+reader whose key is removed may have kept the data key, and can then read data written before and
+after.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from stillframe.store.records import KEYS, Config
 
 
 class StoreKey(msgspec.Struct, frozen=True, kw_only=True):
-    """``id``: of this slot. ``key_id``: of the data key in it. ``label``: what its user said."""
+    """A key of a store. ``id``: the slot's id. ``key_id``: id of the wrapped data key. ``label``:
+    its user's words."""
 
     format: Literal[1] = 1
     id: str
@@ -34,10 +36,10 @@ class StoreKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def list_keys(backend: Backend) -> list[StoreKey]:
-    """All keys, the oldest first, but for damaged ones, which ``check`` names.
+    """Return all keys, oldest first, without damaged ones, which ``check`` reports.
 
     Raises:
-        UnreadableError: one cannot be read now. HostError: not permitted.
+        UnreadableError: a key cannot be read now. HostError: not permitted.
     """
     found: list[StoreKey] = []
     for one in backend.listing(KEYS):
@@ -46,15 +48,15 @@ def list_keys(backend: Backend) -> list[StoreKey]:
         except UnreadableError:
             raise
         except (DataError, NotFoundError):
-            continue  # it opens nothing for its user, or is taken off now; the others do
+            continue  # damaged, or removed just now; the other keys still open the store
     return sorted(found, key=lambda key: (key.created, key.id))
 
 
 def write_keys(backend: Backend, key: DataKey, labels: Sequence[str] = ()) -> list[StoreKey]:
-    """Write the slots of a data key; returns them.
+    """Write a data key's slots; return them.
 
     Args:
-        labels: of the first slots; the others have none.
+        labels: labels of the first slots; the others get none.
 
     Raises:
         SinkError: full, not permitted.
@@ -73,7 +75,7 @@ def write_keys(backend: Backend, key: DataKey, labels: Sequence[str] = ()) -> li
 
 
 def key_with_slots(backend: Backend, key: DataKey) -> tuple[DataKey, list[str]]:
-    """A store's data key with its slots, for another store, and their labels.
+    """Return a store's data key with its slots, for another store, and the slots' labels.
 
     Raises:
         DataError: a slot is damaged. HostError: not permitted.
@@ -84,11 +86,11 @@ def key_with_slots(backend: Backend, key: DataKey) -> tuple[DataKey, list[str]]:
 
 
 def open_key(backend: Backend, config: Config, keys: Keys | None) -> DataKey | None:
-    """The data key of a store; None if it is not encrypted.
+    """Return a store's data key; None if the store is not encrypted.
 
     Raises:
-        LockedError: nothing that was given opens it. DataError: its keys are damaged or gone.
-        UsageError: it is not encrypted, though the keys are for such only.
+        LockedError: no given key opens it. DataError: its keys are damaged or gone.
+        UsageError: it is not encrypted, though the keys accept only encrypted stores.
     """
     if config.key_id is None:
         if backend.listing(KEYS):
@@ -117,10 +119,10 @@ def open_key(backend: Backend, config: Config, keys: Keys | None) -> DataKey | N
 
 
 def remove_key(backend: Backend, key_id: str) -> StoreKey:
-    """Remove a key, but for the last.
+    """Remove a key unless it is the last.
 
     Raises:
-        NotFoundError: there is none of that id. UsageError: it is the last.
+        NotFoundError: there is no key of that id. UsageError: it is the last.
         SinkError: not permitted.
     """
     keys = list_keys(backend)

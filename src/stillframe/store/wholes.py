@@ -1,9 +1,9 @@
 """Whole forms: beside an increment's file, the same snapshot as one file that needs no parent.
 
-The increment stays where it is, and its id, its names and its disks with it. Beside it are first
-the whole form's data, under a key of its own for each who writes one; then a small object that says
-which of them counts. That is made once, so several writers end with one, and whoever reads finds
-it, or the increment and its parents: these go only when it is there.
+The increment stays, with its id, its names and its disks. Beside it, a writer first puts the whole
+form's data, under a key of its own, and then a small object, the pointer, that says which data
+counts. The pointer is created only once, so several writers agree on one form. A reader finds the
+pointer, or else the increment and its parents: these go only once the pointer exists.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NONCE = re.compile(r"[0-9a-f]{16}")
 
 
 class WholeForm(msgspec.Struct, frozen=True, kw_only=True):
-    """``id``: of the snapshot, the increment's. ``nonce``: of the data's key."""
+    """The pointer's record. ``id``: the increment's id. ``nonce``: the nonce in the data's key."""
 
     format: Literal[1] = 1
     id: str
@@ -36,20 +36,20 @@ class WholeForm(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Beside(msgspec.Struct, frozen=True, kw_only=True):
-    """What a listing tells of a snapshot's whole form. ``since_s``: when it was entered, by the
-    wall clock of the place; None if it is not. ``bytes``: of all its objects."""
+    """A snapshot's whole form as a listing shows it. ``since_s``: when it was entered, by the
+    backend's wall clock; None if it is not. ``bytes``: size of all its objects."""
 
     since_s: float | None
     bytes: int
 
 
 def pointer_key(place: str) -> str:
-    """Of the small object; ``place`` is the increment's key, path or URL."""
+    """Return the pointer's location; ``place`` is the increment's key, path or URL."""
     return place + _WHOLE
 
 
 def whole_key(place: str, nonce: str) -> str:
-    """Of the data."""
+    """Return the location of the whole form's data."""
     return f"{place}{_WHOLE}-{nonce}"
 
 
@@ -58,13 +58,13 @@ def new_nonce() -> str:
 
 
 def nonce_of(key: str) -> str:
-    """Which whole form's data an object is; empty if none's."""
+    """Return the nonce of the whole form whose data an object is; empty if it is no such data."""
     nonce = key.removeprefix(whole_key(data_key(name_of(key)), ""))
     return nonce if _NONCE.fullmatch(nonce) else ""
 
 
 def decoded(raw: bytes, key: str) -> WholeForm:
-    """What the small object says.
+    """Decode the pointer.
 
     Raises:
         DataError: damaged.
@@ -76,10 +76,10 @@ def decoded(raw: bytes, key: str) -> WholeForm:
 
 
 def read_pointer(backend: Backend, name: str) -> WholeForm | None:
-    """Which whole form of a snapshot counts; None if it has none.
+    """Return the snapshot's whole form that counts; None if it has none.
 
     Raises:
-        DataError: that object is damaged.
+        DataError: the pointer is damaged.
     """
     key = pointer_key(data_key(name))
     try:
@@ -89,10 +89,10 @@ def read_pointer(backend: Backend, name: str) -> WholeForm | None:
 
 
 def enter_form(backend: Backend, name: str, form: WholeForm) -> WholeForm:
-    """Make a whole form the one that counts; the one that does.
+    """Make a whole form the one that counts, unless there is one; return the one that counts.
 
     Raises:
-        SinkError: it cannot be written, and none is there.
+        SinkError: the pointer cannot be written, and none exists.
     """
     try:
         if backend.create(pointer_key(data_key(name)), small_objects.encoded(form)):
@@ -107,7 +107,7 @@ def enter_form(backend: Backend, name: str, form: WholeForm) -> WholeForm:
 
 
 def listed(objects: list[StoredObject]) -> dict[str, Beside]:
-    """The whole forms in a listing of ``snapshots/``, by the snapshots' names."""
+    """Return the whole forms in a listing of ``snapshots/``, by the snapshots' names."""
     found: dict[str, Beside] = {}
     for one in objects:
         name = name_of(one.key)
@@ -122,10 +122,10 @@ def listed(objects: list[StoredObject]) -> dict[str, Beside]:
 
 
 def open_form(backend: Backend, name: str) -> Container:
-    """Open a snapshot's file for reading: its whole form, if it has one.
+    """Open a snapshot for reading: its whole form if it has one, else its file.
 
     Raises:
-        NotFoundError: there is none. DataError: damaged. Else as ``open_stored``.
+        NotFoundError: there is none. DataError: damaged. Otherwise as ``open_stored``.
     """
     return read_whole(
         open_stored(backend, data_key(name)),
@@ -139,13 +139,14 @@ def read_whole(
     pointer: Callable[[], WholeForm | None],
     data: Callable[[str], Container],
 ) -> Container:
-    """The whole form of an opened file, which is closed then; the file itself if it has none.
+    """Return the whole form of an opened file, and close the file; return the file if it has none.
 
     Args:
-        pointer: finds which one counts. data: opens it; NotFoundError: it was removed meanwhile.
+        pointer: returns the whole form that counts. data: opens its data; NotFoundError: it was
+            removed meanwhile.
 
     Raises:
-        DataError: it is damaged, or another snapshot's; the file is closed.
+        DataError: the whole form is damaged, or another snapshot's; the file is closed.
     """
     if file.manifest.parent is None:
         return file

@@ -1,7 +1,8 @@
-"""Who is at work in a store, so that others leave what is half done alone, for as long as it lives.
+"""Notes of the processes at work in a store: others leave unfinished work alone while its process
+lives.
 
-No lock: a note that names a process counts for nothing once that process is gone. Of a process on
-another host only the note's age can be judged.
+There are no locks: a note names a process and is void once that process is gone. For a process on
+another host, only the note's age can tell.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from stillframe.store.processes import start_ticks
 _NOTHING = "-"
 _own_pid = os.getpid
 GIVEN_UP_S = 24 * 3600.0
-"""How old the note of a process on another host may become."""
+"""Age at which the note of a process on another host becomes void."""
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
-    """A process. ``boot``: the kernel's boot id. ``namespace``: of its pid (pid_namespaces(7)).
-    ``started``: in ticks since boot. ``since_s``: the wall clock when the note was made."""
+    """A process. ``boot``: the kernel's boot id. ``namespace``: its pid namespace
+    (pid_namespaces(7)). ``started``: start time in ticks since boot. ``since_s``: wall clock at the
+    time of the note."""
 
     boot: str
     namespace: str
@@ -34,17 +36,17 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_gone(self) -> bool:
-        """Whether it is known to have ended, or was not heard of for a day."""
+        """Whether it is known to have ended, or its note on another host is older than a day."""
         if (self.boot, self.namespace) == _host():
             return start_ticks(self.pid) != self.started
         return time.time() - self.since_s > GIVEN_UP_S
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is at: snapshot ``name`` is being written, or removed.
+    """A worker's note: it is writing or removing snapshot ``name``.
 
-    ``about``: of the one being written the name of its parent, of the one being removed its id.
-    ``nonce``: so that no two notes are one.
+    ``about``: for a snapshot being written, its parent's name; for one being removed, its id.
+    ``nonce``: makes each note unique.
     """
 
     name: str
@@ -54,15 +56,15 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """Below the prefix. All is in the name of an empty object: it needs no room on a disk that
-        is full, and a listing tells all."""
+        """Key below the prefix. The key of an empty object holds everything: it needs no room on a
+        full disk, and a listing reads it."""
         w = self.worker
         parts = (self.name, w.boot, w.namespace, w.pid, w.started, int(w.since_s))
         return ".".join(str(part) or _NOTHING for part in (*parts, self.about, self.nonce))
 
 
 def leave_note(backend: Backend, prefix: str, name: str, about: str = "") -> str:
-    """Say what this process is at; returns the note's key.
+    """Leave a note of this process's work; return the note's key.
 
     Raises:
         SinkError: not permitted.
@@ -82,13 +84,13 @@ def this_process() -> Worker:
 
 
 def read_notes(backend: Backend, prefix: str) -> list[Note]:
-    """All that there are now."""
+    """Return all current notes."""
     found = (read_note(one.key) for one in backend.listing(prefix))
     return [note for note in found if note is not None]
 
 
 def read_note(key: str) -> Note | None:
-    """What a key says; None if it is no note."""
+    """Decode a note's key; None if it is not a note."""
     parts = ["" if part == _NOTHING else part for part in key.rpartition("/")[2].split(".")]
     try:
         name, boot, namespace, pid, started, since_s, about, nonce = parts

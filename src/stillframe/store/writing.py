@@ -1,8 +1,8 @@
 """A snapshot on its way into a store: written under a name, then entered in the catalog.
 
-The order makes it safe, whoever dies when (invariant 13): a note that it is being written; the
-data, durable under its name; the catalog's entry, which makes it a snapshot of the store; the end
-of the note.
+The order makes it crash-safe at any point (invariant 13): a note that it is being written; the
+data, durable under its name; the catalog entry, which makes it a snapshot of the store; removal of
+the note.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from stillframe.store.workers import leave_note, read_notes
 
 
 class StoreTarget:
-    """Where one snapshot goes. Write to :attr:`sink` and commit that, then :meth:`commit` this; as
-    a context manager it leaves nothing behind unless that was done.
+    """The target of one new snapshot. Write to :attr:`sink` and commit it, then :meth:`commit`
+    this; as a context manager, it leaves nothing behind unless that was done.
 
     Args:
-        parent: the snapshot that this one will build on; it cannot be removed from here on.
+        parent: the snapshot that the new one builds on; it cannot be removed from here on.
 
     Raises:
         BusyError: the parent is being removed. SinkError: the store cannot be written to.
@@ -44,8 +44,7 @@ class StoreTarget:
         self._parent = parent
         self.name = new_name()
         self._done = False
-        # First the note, then the look: who removes does it the other way round, so that one of the
-        # two sees the other.
+        # Note first, then check: a removal does the same from its side, so that one sees the other.
         self._note_key = leave_note(
             backend, PENDING, self.name, "" if parent is None else parent.name
         )
@@ -59,7 +58,7 @@ class StoreTarget:
 
     @property
     def path(self) -> Path | None:
-        """Where its file will be, if it is one; disks belong into ``PATH.disks``."""
+        """Path that the file will have, if the store has paths; disks belong in ``PATH.disks``."""
         return self._backend.path(data_key(self.name))
 
     def __enter__(self) -> Self:
@@ -69,15 +68,15 @@ class StoreTarget:
         self.abort()
 
     def commit(self) -> Entry:
-        """Enter it in the catalog. Its data is durable already.
+        """Enter the snapshot in the catalog. Its data is durable already.
 
         Returns:
-            Its entry; the one that is there, where the store has this snapshot already.
+            The new entry; the existing one if the store has this snapshot already.
 
         Raises:
             SinkError: the store cannot be written to. SnapshotFailed: the parent was removed
-                meanwhile. DataError: what was written cannot be read. Nothing is left behind,
-                unless it may be in the catalog: then it stays, and ``repair`` asks the catalog
+                meanwhile. DataError: the written data cannot be read. Nothing is left behind,
+                unless the snapshot may be in the catalog: then it stays, and ``repair`` settles it
                 once this process has ended.
         """
         try:
@@ -101,19 +100,20 @@ class StoreTarget:
         return entry
 
     def abort(self) -> None:
-        """Leave nothing behind, unless it was, or may have been, committed. Never raises."""
+        """Leave nothing behind, unless the snapshot was, or may have been, committed. Never
+        raises."""
         if self._done:
             return
         self._done = True
         self.sink.abort()
-        # The note goes last: where we fail, it says whose the rest is.
+        # The note goes last: if we fail, it tells whose the rest is.
         with contextlib.suppress(StillframeError):
             delete_data(self._backend, self.name)
             self._drop_note()
 
     def _is_surely_out(self, entry: Entry) -> bool:
-        """Whether an entry that failed is not in the catalog. A directory has it now or never; to a
-        bucket a request may still be under way that nobody waits for any more."""
+        """Return whether an entry whose creation failed is certainly not in the catalog. In a
+        directory, a look decides that; in a bucket, an abandoned request may still be in flight."""
         if self.path is None:
             return False
         try:
@@ -125,7 +125,8 @@ class StoreTarget:
         return False
 
     def _check_undisturbed(self) -> None:
-        """Somebody may have taken us for dead, after a day."""
+        """Raise SnapshotFailed if another process took this one for dead, after a day, and cleared
+        its note or removed the parent."""
         try:
             self._backend.read(self._note_key)
             if self._parent is not None:
@@ -143,7 +144,7 @@ class StoreTarget:
 
 
 def enter(backend: Backend, entry: Entry) -> Entry:
-    """Put an entry into the catalog; whoever does it twice, or again after an error, does no harm.
+    """Put an entry in the catalog; idempotent, also after an error.
 
     Returns:
         The entry that is there now: this one, or that of the same snapshot under another name.
@@ -156,7 +157,7 @@ def enter(backend: Backend, entry: Entry) -> Entry:
         if backend.create(key, small_objects.encoded(entry)):
             return entry
     except StillframeError:
-        # A reply that was lost is no failure.
+        # The write may have succeeded, and only its reply was lost.
         with contextlib.suppress(StillframeError):
             found = small_objects.read(backend, key, Entry)
             if found.name == entry.name:
@@ -168,9 +169,9 @@ def enter(backend: Backend, entry: Entry) -> Entry:
 def check_stays(backend: Backend, entry: Entry) -> None:
     """Raise BusyError if a snapshot is being removed, or is gone.
 
-    Whoever relies on the answer has left a note that names the snapshot before.
+    A caller that relies on the answer must first leave a note that names the snapshot.
     """
-    # In this order: a removal that is through has taken its note away, and the entry before.
+    # Notes before entry: a complete removal has removed its note, and the entry before that.
     notes = read_notes(backend, f"{REMOVING}{entry.name}.")
     found: Entry | None = None
     with contextlib.suppress(NotFoundError):
@@ -181,7 +182,7 @@ def check_stays(backend: Backend, entry: Entry) -> None:
 
 
 def delete_data(backend: Backend, name: str) -> None:
-    """Remove a snapshot's file, and what belongs to it.
+    """Remove a snapshot's file and all objects that belong to it.
 
     Raises:
         SinkError: not permitted.

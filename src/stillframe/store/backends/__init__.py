@@ -1,1 +1,1 @@
-"""Backends move bytes, and know nothing of what is in them."""
+"""Backends: they move bytes and know nothing of their meaning."""

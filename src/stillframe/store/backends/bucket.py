@@ -1,8 +1,8 @@
-"""A store's objects in a bucket of an object store: S3 and what is like it, Azure, Google Cloud.
+"""A store's objects in a bucket of an object store: S3 and compatibles, Azure, Google Cloud.
 
-Through obstore (Rust's ``object_store``), which signs, retries and uploads in parts. Its calls do
-not hold the GIL. Credentials come from the environment, as the ecosystem's tools take them, and for
-S3 from the profiles of the AWS command line.
+obstore (Rust's ``object_store``) signs, retries and uploads in parts, and releases the GIL during
+its calls. Credentials come from the environment, under the names that the ecosystem's tools use,
+and for S3 also from the AWS command line's profiles.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 SCHEMES: Final = ("s3", "s3a", "az", "azure", "abfs", "abfss", "gs")
 RETRIES: Final[dict[str, Any]] = {"max_retries": 10, "retry_timeout": timedelta(seconds=60)}
-"""Of every request, with pauses that grow; a guest that waits for a page waits so long."""
+"""For every request, with growing pauses; a guest that faults on a page waits at most this long."""
 _WRITER: Final = "stillframewriter"  # Azure takes identifiers only
 _SMALL_MAX_BYTES: Final = 1 << 24
 
 
 def is_bucket_url(text: str) -> bool:
-    """Whether a store's place is a bucket's URL."""
+    """Return whether a store's location is a bucket URL."""
     scheme, found, _ = text.partition("://")
     return bool(found) and scheme in SCHEMES
 
@@ -42,7 +42,7 @@ class Bucket:
 
     Raises:
         UsageError: not such a URL, or the extra ``objects`` is not installed.
-        HostError: the credentials do not do.
+        HostError: the credentials are not usable.
     """
 
     def __init__(self, url: str) -> None:
@@ -70,7 +70,7 @@ class Bucket:
         return self._url
 
     def create(self, key: str, data: bytes) -> bool:
-        # The mark tells a conflict from our own write whose reply was lost and which was retried.
+        # The mark tells a conflict from our own earlier write, retried because its reply was lost.
         mark = uuid.uuid4().hex
         with translated("write", self._name(key), writing=True):
             try:
@@ -99,7 +99,7 @@ class Bucket:
 
     def listing(self, prefix: str) -> list[StoredObject]:
         found: list[StoredObject] = []
-        # Object stores know folders only: the rest of the prefix is looked at here.
+        # Object stores list by folder only; filter by the rest of the prefix here.
         folder = prefix.rpartition("/")[0]
         with translated("list", self._name(folder)):
             for part in self._obstore.list(self._store, folder or None):

@@ -1,7 +1,7 @@
-"""What obstore does not find by itself: the profiles of the AWS command line.
+"""Credentials that obstore does not find itself: the AWS command line's profiles.
 
-Everything in the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AZURE_STORAGE_...``,
-``GOOGLE_...``) and instance metadata is read by obstore.
+obstore reads instance metadata and the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``,
+``AZURE_STORAGE_...``, ``GOOGLE_...``).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _KEYS: Final = {
 
 
 def profile(url: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """obstore's ``config`` and ``client_options`` for a store at ``url``.
+    """Return obstore's ``config`` and ``client_options`` for a store at ``url``.
 
-    The environment wins over a profile; without a region it is ``us-east-1``, as boto has it for
-    S3. Plain HTTP is for an endpoint that says ``http://`` itself.
+    The environment wins over a profile. The default region is ``us-east-1``, as in boto for S3.
+    Plain HTTP is allowed only for an endpoint given as ``http://``.
     """
     if not url.startswith("s3"):
         return {}, {}

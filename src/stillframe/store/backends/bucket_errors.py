@@ -1,4 +1,4 @@
-"""What an object store's errors mean to the caller."""
+"""Translation of an object store's errors into ours."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _CREDENTIALS = {
 
 @contextlib.contextmanager
 def translated(verb: str, name: str, *, writing: bool = False) -> Iterator[None]:
-    """Raise our errors for those of obstore.
+    """Translate obstore's errors into ours.
 
     Args:
-        verb: what was to be done, such as ``"read"``.
-        name: of the object, for messages.
-        writing: whether a failure concerns what is written.
+        verb: what was attempted, such as ``"read"``.
+        name: the object's name in messages.
+        writing: whether this is a write, so that failures become SinkError.
 
     Raises:
-        NotFoundError: there is no such object, or no such bucket.
-        SinkError, HostError: not permitted, not reachable; which one is said by ``writing``.
+        NotFoundError: there is no such object, or no such bucket (reads only).
+        SinkError, HostError: not permitted or not reachable; SinkError if ``writing``.
     """
     from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
@@ -47,6 +47,6 @@ def translated(verb: str, name: str, *, writing: bool = False) -> Iterator[None]
 
 
 def reason(error: BaseException) -> str:
-    """The telling line of an error, without the debug text below it."""
+    """Return the first line of an error, without the debug text below it."""
     line = str(error).strip().split("\n")[0].removeprefix("Generic S3 error: ")
     return line if len(line) <= _LINE_MAX else f"{line[:_LINE_MAX]}..."

@@ -1,4 +1,4 @@
-"""Writes an object in parts while a snapshot is taken."""
+"""A sink: an object in a bucket, uploaded in parts while a snapshot is taken."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from stillframe.still.frames import BytesLike
 from stillframe.store.backends.bucket_errors import translated
 
 _PART_BYTES: Final = 16 << 20
-"""S3 takes at most 10,000 parts: 156 GiB of what a snapshot has after compression."""
+"""S3 takes at most 10,000 parts: 156 GiB of a snapshot's compressed data."""
 _UPLOADS_AT_ONCE: Final = 4
 _TICK_S: Final = 0.1
 
 
 class _GivenUp(Exception):  # noqa: N818 - no error
-    """Makes obstore end the upload, and the object store forget its parts."""
+    """Raised into obstore to end the upload; the object store then discards its parts."""
 
 
 class BucketSink:
-    """One object. See ``still.sinks.Sink``. Memory: six parts at most.
+    """Upload of one object. See ``still.sinks.Sink``. Holds at most six parts in memory.
 
     Args:
         store: obstore's store.
-        key: the object's.
-        name: what messages call it.
+        key: the object's key.
+        name: the object's name in messages.
     """
 
     def __init__(self, store: Any, key: str, name: str) -> None:
@@ -61,10 +61,10 @@ class BucketSink:
                 self._part.clear()
 
     def commit(self) -> None:
-        """Upload the rest; the object has its name when the store says so.
+        """Upload the rest; the object gets its name once the object store confirms it.
 
         Raises:
-            SinkError: it failed, or there is an object of that name. Nothing is left behind.
+            SinkError: the upload failed, or an object of that name exists. Nothing is left behind.
         """
         self._check_open()
         try:
@@ -81,7 +81,7 @@ class BucketSink:
         self._state = "committed"
 
     def abort(self) -> None:
-        """End the upload; the object store forgets its parts."""
+        """End the upload; the object store discards its parts."""
         if self._state != "open":
             return
         self._state = "aborted"
@@ -95,8 +95,8 @@ class BucketSink:
             raise UsageError(f"{self._name} is already {self._state}")
 
     def _check_free(self) -> None:
-        """Uploads in parts replace what is there, and are not conditional everywhere. Names of
-        large objects are random or named by content, so that this is enough."""
+        """Check that the name is free: multipart uploads replace an object and are not conditional
+        everywhere. Large objects have random or content-derived names, so this is enough."""
         import obstore
 
         with translated("write", self._name, writing=True):
@@ -133,7 +133,7 @@ class BucketSink:
             pass
         except StillframeError as error:
             self._error = error
-        except Exception as error:  # noqa: BLE001 - told by the thread that writes
+        except Exception as error:  # noqa: BLE001 - raised in the writing thread
             self._error = SinkError(f"cannot write {self._name}", why=str(error))
 
     def _chunks(self) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Reads an object by ranges."""
+"""A source: an object in a bucket, read by ranges."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from stillframe.store.backends.bucket_errors import translated
 
 _AHEAD_BYTES: Final = 8 << 20
 _GAP_BYTES: Final = 1 << 20
-"""Two threads that share one pass through a file leave such gaps."""
+"""Two threads that share one sequential pass through a file leave gaps of up to this size."""
 
 
 class BucketSource:
-    """One object; several threads read ranges of it at once. See ``still.sinks.Source``.
+    """One object, read by ranges from any number of threads. See ``still.sinks.Source``.
 
     Args:
         store: obstore's store.
-        key: the object's.
-        name: what messages call it.
+        key: the object's key.
+        name: the object's name in messages.
 
     Raises:
-        NotFoundError: there is none. HostError: not permitted, not reachable.
+        NotFoundError: there is no such object. HostError: not permitted, or not reachable.
     """
 
     def __init__(self, store: Any, key: str, name: str) -> None:
@@ -55,10 +55,10 @@ class BucketSource:
         return False
 
     def read_at(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """Exactly so many bytes.
+        """Return exactly ``length_bytes`` bytes.
 
         Raises:
-            DataError: the object has fewer, or is gone. UnreadableError: it cannot be reached.
+            DataError: the object is shorter, or gone. UnreadableError: it cannot be reached.
         """
         end = offset_bytes + length_bytes
         if offset_bytes < 0 or length_bytes < 0:
@@ -85,7 +85,7 @@ class BucketSource:
         return data[:length_bytes]
 
     def _kept(self, offset_bytes: int, end: int) -> bytes | None:
-        """A range that was read ahead."""
+        """Return the range if it was read ahead, else None."""
         with self._lock:
             for start, data in self._ahead:
                 if start <= offset_bytes and end <= start + len(data):
@@ -94,7 +94,8 @@ class BucketSource:
         return None
 
     def _goes_on(self, offset_bytes: int) -> bool:
-        """Whether somebody reads one range after the other; a fault asks for its frame only."""
+        """Return whether the range continues a sequential read; a fault fetches only its own
+        frame."""
         with self._lock:
             return any(0 <= offset_bytes - last <= _GAP_BYTES for last in self._ends)
 
@@ -119,6 +120,6 @@ class BucketSource:
         return bytes(data)
 
     def close(self) -> None:
-        """Forget what was read ahead."""
+        """Drop the read-ahead buffers."""
         with self._lock:
             self._ahead.clear()

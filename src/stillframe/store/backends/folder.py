@@ -17,10 +17,10 @@ _SMALL_MAX_BYTES = 1 << 24
 
 
 class LocalFolder:
-    """A folder; an object's key is its path in it. Folders are made as they are needed.
+    """A folder; an object's key is its path below it. Subfolders are created as needed.
 
-    Files whose names begin with a dot are none of the objects: writers on file systems without
-    nameless files have them.
+    Files whose names begin with a dot are not objects: on file systems without O_TMPFILE, writers
+    keep unfinished files under such names.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -40,7 +40,7 @@ class LocalFolder:
             sink.commit()
         except (SinkError, UsageError) as error:
             if isinstance(error, UsageError) or isinstance(error.__cause__, FileExistsError):
-                return False  # somebody else was first
+                return False  # another writer was first
             raise
         return True
 
@@ -101,8 +101,8 @@ class LocalFolder:
         return LocalSink(path)
 
     def _make_folders(self, folder: Path) -> None:
-        """Durably. Others may pass through, and see no names: a VM that is another user's needs
-        its copies of disks."""
+        """Create folders durably, with mode 0711: other users can pass through but not list them.
+        The VM of another user needs this to open its disk copies."""
         if folder.is_dir():
             return
         if folder.parent != folder:
@@ -118,7 +118,7 @@ class LocalFolder:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable; OSError: not possible."""
+    """Make the names in a folder durable. Raises OSError if that fails."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

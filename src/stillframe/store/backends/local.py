@@ -1,8 +1,8 @@
 """Snapshot files on a local file system.
 
-A file has no name until it is complete and synced: it is made with ``O_TMPFILE`` (open(2))
-and gets its name by linkat(2) of ``/proc/self/fd/N``. Where the file system lacks that, it is a
-hidden file under a lock, renamed at the end; leftovers of writers that died are swept away.
+A file stays nameless until it is complete and synced: it is created with ``O_TMPFILE`` (open(2))
+and named by linkat(2) of ``/proc/self/fd/N``. On file systems without O_TMPFILE it is a locked
+hidden file, renamed at the end; hidden files of dead writers are swept.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _HIDDEN_SUFFIX = ".still-part"
 
 
 class LocalSink:
-    """Writes one file.
+    """Writer of one file.
 
     Args:
-        path: its name, which appears at :meth:`commit`. Its directory must exist.
-        overwrite: whether it may replace a file of that name.
+        path: the file's name, which appears at :meth:`commit`. Its directory must exist.
+        overwrite: whether to replace an existing file of that name.
 
     Raises:
-        UsageError: the name is taken, or is not one for a file.
-        SinkError: the directory is missing or may not be written to.
+        UsageError: the name is taken, or is not a file name.
+        SinkError: the directory is missing or not writable.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -65,10 +65,10 @@ class LocalSink:
         return str(self._path)
 
     def write(self, data: BytesLike) -> None:
-        """Append ``data``; it is written to disk in the background.
+        """Append ``data``, which is written to disk in the background.
 
         Raises:
-            SinkError: disk full, over quota, an I/O error; it may be of an earlier write.
+            SinkError: disk full, over quota, or an I/O error, possibly of an earlier write.
         """
         self._check_open()
         if self._behind is None:
@@ -79,7 +79,7 @@ class LocalSink:
             raise _as_sink_error("write to", self.description, error) from error
 
     def write_at(self, offset_bytes: int, data: BytesLike) -> None:
-        """Write ``data`` at an offset. Not to be mixed with :meth:`write`.
+        """Write ``data`` at an offset. Do not mix with :meth:`write`.
 
         Raises:
             SinkError: disk full, over quota, an I/O error.
@@ -95,7 +95,7 @@ class LocalSink:
             raise _as_sink_error("write to", self.description, error) from error
 
     def set_length(self, length_bytes: int) -> None:
-        """Set the file's length; what was not written is a hole.
+        """Set the file's length; unwritten ranges are holes.
 
         Raises:
             SinkError: too large for the file system.
@@ -110,8 +110,8 @@ class LocalSink:
         """Sync the file, give it its name, sync the directory.
 
         Raises:
-            SinkError: it failed. The name is as it was before, unless it was the last sync
-                that failed and a file had been replaced.
+            SinkError: it failed. The name is as it was before, unless the final sync failed after a
+                file had been replaced.
         """
         self._check_open()
         try:
@@ -189,7 +189,7 @@ class LocalSink:
             raise sink_error("create", self.description, error) from error
 
     def _open_hidden(self) -> bool:
-        """Make a hidden file; False if a sweep took it before it was locked."""
+        """Create a hidden file; return False if a sweep took it before it was locked."""
         hidden = _new_hidden_name()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd = os.open(hidden, flags, _MODE, dir_fd=self._directory_fd)
@@ -202,7 +202,8 @@ class LocalSink:
         return False
 
     def _prepare(self) -> bool:
-        """Set the mode, whatever the umask, and lock the file; False if a sweep has the lock."""
+        """Set the mode regardless of the umask, and lock the file; return False if a sweep has the
+        lock."""
         os.fchmod(self._fd, _MODE)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,7 +272,7 @@ def _new_hidden_name() -> str:
 
 
 def sweep_leftovers(directory_fd: int) -> int:
-    """Remove hidden files whose writers died (nobody holds their lock); returns how many."""
+    """Remove dead writers' hidden files, which no process has locked; return how many."""
     removed = 0
     for name in os.listdir(directory_fd):
         if not name.startswith(".") or not name.endswith(_HIDDEN_SUFFIX):

@@ -1,4 +1,4 @@
-"""Reads a snapshot file on a local file system."""
+"""A source: a snapshot file on a local file system."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from stillframe.errors import DataError, HostError, NotFoundError, UnreadableErr
 from stillframe.vmstate.source import Source
 
 _AHEAD_BYTES = 8 << 20
-"""Not more: a read out of turn, which a guest waits for, queues behind it."""
+"""The limit: a guest's fault reads out of order and queues behind the read-ahead."""
 _PIECE_BYTES = 256 << 10
-"""Linux reads at most its own read-ahead for one call (``mm/readahead.c``: force_page_cache_ra)."""
+"""Linux caps what one call reads ahead (``mm/readahead.c``: force_page_cache_ra)."""
 
 
 class LocalSource:
-    """Reads one file. Never mapped: a file that shrinks would kill the reader with SIGBUS.
+    """Reader of one file. Never maps it: truncation would kill the reader with SIGBUS.
 
-    Where reads go on from each other, also those of several threads, the next part is asked for
-    from the medium meanwhile.
+    While reads are sequential, also across threads, the next part is prefetched from the medium.
 
     Args:
-        name: what messages call it, if not by its path.
+        name: the file's name in messages, if not its path.
 
     Raises:
         NotFoundError: no such file.
@@ -37,7 +36,7 @@ class LocalSource:
         self._fd = -1
         self._last_end = self._asked_to = -1
         try:
-            # Not blocking, so that a named pipe is refused rather than waited for.
+            # Non-blocking, so that a named pipe is refused instead of blocking the open.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
             self._status = os.fstat(self._fd)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -70,14 +69,14 @@ class LocalSource:
 
     @property
     def others_may_read(self) -> bool:
-        """Whether its mode lets everybody read the file."""
+        """Whether the file's mode lets everybody read it."""
         return bool(self._status.st_mode & stat.S_IROTH)
 
     def read_at(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """Exactly so many bytes.
+        """Return exactly ``length_bytes`` bytes.
 
         Raises:
-            DataError: the file has fewer. UnreadableError: the medium fails, or is away.
+            DataError: the file is shorter. UnreadableError: the medium fails or is gone.
         """
         if offset_bytes < 0 or length_bytes < 0:
             raise DataError(f"{length_bytes} bytes at {offset_bytes} cannot be read")
@@ -127,7 +126,7 @@ class LocalSource:
 
 @contextmanager
 def open_stream(source: str | os.PathLike[str] | Source) -> Iterator[Source]:
-    """A stream for reading: a file or a named pipe, or what is open already, which stays open.
+    """Open a file or a named pipe for reading; yield an open stream as it is and leave it open.
 
     Raises:
         NotFoundError: no such file. UsageError: a directory. HostError: not permitted.

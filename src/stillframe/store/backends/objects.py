@@ -1,7 +1,7 @@
-"""What a store needs of the place that holds it: few operations, which object stores have, too.
+"""The operations that a store needs of its place: few enough that object stores offer them, too.
 
-An object is written once and never changed. Its name appears when all of it is there and durable,
-and two writers of one name do not both succeed: a store is built on nothing else.
+An object is written once and never changes. Its name appears when its content is complete and
+durable, and of two writers of one name only one succeeds. A store relies on nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from stillframe.still.sinks import Sink, Source
 
 
 class StoredObject(NamedTuple):
-    """``key``: its name. ``modified_s``: when it was written, by the wall clock of the place."""
+    """An object in a listing. ``key``: its name. ``modified_s``: when it was written, by the wall
+    clock of the backend."""
 
     key: str
     bytes: int
@@ -24,59 +25,60 @@ class StoredObject(NamedTuple):
 class Backend(Protocol):
     """A flat name space of immutable objects. Safe to use from several threads and processes.
 
-    A key is made of letters, digits and ``-_.@+``, in parts separated by ``/``; no part begins with
-    a dot. What was written is seen by everybody at once (strong consistency).
+    A key consists of letters, digits and ``-_.@+``, in parts separated by ``/``; no part begins
+    with a dot. Every reader sees a write at once (strong consistency).
     """
 
     @property
     def description(self) -> str:
-        """What messages call the place: a path or a URL."""
+        """The place's name in messages: a path or a URL."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a small object, durable when this returns, unless one of that name is there.
+        """Write a small object unless its name is taken; it is durable on return.
 
         Returns:
-            Whether it was written. After an error it may be there or not: look.
+            Whether it was written. After an error the object may exist or not: look.
 
         Raises:
             SinkError: full, not permitted.
         """
 
     def read(self, key: str) -> bytes:
-        """All of a small object.
+        """Return the whole content of a small object.
 
         Raises:
-            NotFoundError: there is none. HostError: not permitted. DataError: it cannot be read.
+            NotFoundError: there is no such object. HostError: not permitted. DataError: it cannot
+                be read.
         """
 
     def open(self, key: str) -> Source:
-        """An object for reading at any place.
+        """Open an object for random access.
 
         Raises:
-            NotFoundError: there is none. HostError: not permitted.
+            NotFoundError: there is no such object. HostError: not permitted.
         """
 
     def listing(self, prefix: str) -> list[StoredObject]:
-        """The objects whose keys begin with ``prefix``, sorted by key.
+        """List the objects whose keys begin with ``prefix``, sorted by key.
 
         Raises:
             HostError: not permitted, or the place is gone.
         """
 
     def delete(self, key: str) -> None:
-        """Remove an object for good; it need not be there.
+        """Remove an object for good; do nothing if there is none.
 
         Raises:
             SinkError: not permitted.
         """
 
     def sink(self, key: str) -> Sink:
-        """For writing a large object, piece by piece; its name appears at ``commit``, and a name
-        that is taken is an error there at the latest.
+        """Return a sink for a large object. Its name appears at ``commit``, which at the latest
+        fails if the name is taken.
 
         Raises:
             SinkError: full, not permitted.
         """
 
     def path(self, key: str) -> Path | None:
-        """Where the object is, or would be, as a file of this host; None if it is no file."""
+        """Return the object's path, present or future, on this host; None if it is not a file."""

@@ -24,10 +24,10 @@ _REMEDIES = {
 
 
 def sink_error(doing: str, description: str, error: OSError) -> SinkError:
-    """The error for a destination that failed.
+    """Return the SinkError for an OS error of a destination.
 
     Args:
-        doing: what was tried, such as ``write to``.
+        doing: what was attempted, such as ``write to``.
         description: the destination.
     """
     number = error.errno or 0

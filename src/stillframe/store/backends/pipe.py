@@ -12,14 +12,14 @@ from stillframe.store.backends.oserrors import sink_error
 
 
 class PipeSink:
-    """Writes to an open file descriptor; the caller keeps owning it.
+    """Writer to an open file descriptor, which the caller keeps owning.
 
-    There is no name to withhold: a reader of the pipe sees an aborted snapshot as one without
-    its end, which every reader of the format refuses.
+    A pipe has no name to withhold: its reader sees an aborted snapshot as a truncated one, which
+    every reader of the format refuses.
 
     Args:
         fd: a pipe, socket or file that is open for writing.
-        description: what error messages call it.
+        description: its name in error messages.
 
     Raises:
         UsageError: it is a terminal.
@@ -61,7 +61,7 @@ class PipeSink:
             raise sink_error("write to", self._description, error) from error
 
     def commit(self) -> None:
-        """Sync it, if a file is behind it.
+        """Sync the descriptor if it is a regular file.
 
         Raises:
             SinkError: the file could not be synced.
@@ -85,7 +85,7 @@ class PipeSink:
 
 
 def standard_output() -> PipeSink:
-    """A sink into standard output, for ``take``, ``export`` and ``import_stream``.
+    """Return a sink to standard output, for ``take``, ``export`` and ``import_stream``.
 
     Raises:
         UsageError: it is a terminal. SinkError: it is closed.

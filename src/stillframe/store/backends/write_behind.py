@@ -1,9 +1,8 @@
-"""Writes file data to disk in the background.
+"""Background writing of file data.
 
-A thread writes whole buffers with O_DIRECT (open(2)): a snapshot of many GiB would evict other
-programs' data from the page cache, and copying it there takes as long as compressing it. On file
-systems without O_DIRECT, buffers go through the page cache and are flushed at once
-(sync_file_range(2)).
+A thread writes whole buffers with O_DIRECT (open(2)): through the page cache, a snapshot of many
+GiB would evict other programs' data, and the copy takes as long as the compression. On file systems
+without O_DIRECT, buffers go through the page cache and are flushed at once (sync_file_range(2)).
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from stillframe.still.frames import BytesLike
 
 BUFFER_BYTES: Final = 4 << 20
 _BUFFERS = 4
-"""One is filled, one is on its way, and two even out the pace of both sides."""
+"""One being filled, one being written, and two to absorb differences in pace."""
 
 _WRITE = 2
 _WAIT_AFTER = 4
 
 
 class WriteBehind:
-    """Appends to an empty file. For one thread at a time; the caller syncs the file at the end.
+    """Appender to an empty file. For one thread at a time; the caller syncs the file at the end.
 
     Args:
-        fd: the file, owned by the caller. O_DIRECT may be set on it meanwhile.
+        fd: the file, owned by the caller. O_DIRECT may be set on it in the meantime.
     """
 
     def __init__(self, fd: int) -> None:
@@ -73,7 +72,7 @@ class WriteBehind:
         """Wait for the background writes, then write the rest in the calling thread.
 
         Raises:
-            OSError: it failed.
+            OSError: a write failed.
         """
         with self._changed:
             while self._error is None and self._on_disk_bytes + BUFFER_BYTES <= self._taken_bytes:
@@ -84,7 +83,7 @@ class WriteBehind:
             self._put(memoryview(self._filling)[: self._filled_bytes])
 
     def end(self) -> None:
-        """Stop the thread and discard unwritten data. Not to be used afterwards."""
+        """Stop the thread and discard unwritten data. The object must not be used afterwards."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -107,7 +106,7 @@ class WriteBehind:
             if self._free:
                 return self._free.pop()
             self._made += 1
-        return mmap.mmap(-1, BUFFER_BYTES)  # its address is aligned, as O_DIRECT wants it
+        return mmap.mmap(-1, BUFFER_BYTES)  # page-aligned, as O_DIRECT requires
 
     def _hand_over(self, buffer: mmap.mmap) -> None:
         self._filling = None
@@ -166,8 +165,8 @@ class WriteBehind:
             self._direct = False
 
     def _flush(self, offset_bytes: int) -> None:
-        # The kernel reports a write error once to each open file description, and waiting counts
-        # as reporting: so on one of its own, and the caller's fsync still gets it.
+        # The kernel reports a write error once per open file description, and waiting counts as
+        # reporting. Wait on a separate one, so that the caller's fsync still gets the error.
         fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
         try:
             ctypes.CDLL(None).sync_file_range(
@@ -181,7 +180,7 @@ class WriteBehind:
 
 
 def _set_direct(fd: int, wanted: bool) -> bool:
-    """Set or clear O_DIRECT; returns whether it is set."""
+    """Set or clear O_DIRECT; return whether it is set."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags)
