@@ -1,4 +1,4 @@
-"""The snapshot file (``.still``): write it, read it, verify it, turn it into other forms.
+"""The snapshot file (``.still``): writing, reading, verifying, and conversion to other forms.
 
-The format is specified in ``docs/reference/file-format.md``. ``backends/`` moves bytes only.
+The format is specified in ``docs/reference/file-format.md``. ``store/backends/`` moves the bytes.
 """

@@ -1,9 +1,9 @@
-"""A chain of snapshots as one: an increment over its parent, down to a whole one.
+"""A chain of snapshots read as one: an increment over its parents, down to a full snapshot.
 
-The pages are assembled from the indexes alone, newest first, so a page costs one lookup and one
-read of one file, however deep the chain is. Frames keep their content in the files; read through
-the chain, each is a whole RAM section with just those of its pages that count, so whoever reads a
-single file's frames reads a chain's as well.
+The index is assembled from the files' indexes alone, newest first, so a page costs one lookup and
+one read of one file, however deep the chain is. Frames keep their content in the files. Read
+through the chain, a frame is a whole RAM section with only those of its pages that count, so code
+that reads the frames of a single file can read a chain.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from stillframe.vmstate.writer import ram_part_suffix
 
 MOST_PARTS: Final = 1024
 HEAD_FRAME: Final = 1
-"""Of an increment: frame 0 says that it is one, and this one is the head of the stream."""
+"""In an increment, frame 0 is the preamble that marks it as one, and this frame is the stream's
+head."""
 
 Resolve = Callable[[Container], Source | Container]
 """Finds the file of the parent that an open increment names (``manifest.parent``), opened or not;
@@ -44,7 +45,7 @@ raises NotFoundError."""
 
 
 def no_parents(child: Container) -> Source:
-    """A ``Resolve`` that knows of none."""
+    """A ``Resolve`` that knows no parents."""
     assert child.manifest.parent is not None
     raise NotFoundError(
         f"{child.source.description} is an increment, and its parent {child.manifest.parent.id} is"
@@ -53,7 +54,8 @@ def no_parents(child: Container) -> Source:
 
 
 class _Piece(NamedTuple):
-    """``pages`` pages that count, from page ``skip`` of a run (a row of its part's columns) on."""
+    """``pages`` pages that count, starting ``skip`` pages into a run (a row of its part's
+    columns)."""
 
     part: int
     row: int
@@ -63,11 +65,12 @@ class _Piece(NamedTuple):
 
 
 _Row = tuple[int, int, int, int, int, int]
-"""Block, first page, pages, frame, offset in it, kind: a row of the index, in its order."""
+"""A row of the index, in its order: block, first page, pages, frame, offset in the frame, kind."""
 
 
 class _Origin(NamedTuple):
-    """Where a frame is. ``pieces``: what counts of it, in its order; None: all, as it is."""
+    """Where a frame comes from. ``pieces``: what counts in it, in its order; None: all of it,
+    unchanged."""
 
     part: int
     frame: int
@@ -80,15 +83,15 @@ class Chain(FrameReader):
     Args:
         top: the increment; owned from here on, also if this raises.
         resolve: finds the parents.
-        unlock: gives the keys of those that are encrypted.
-        like: the same, opened before; its index need not be made anew.
+        unlock: gives the keys of encrypted parents.
+        like: the same chain, already open, whose index is reused.
 
-    ``parts``: the files, the newest first.
+    ``parts``: the files, newest first.
 
     Raises:
-        NotFoundError: a parent is not to be found.
+        NotFoundError: a parent is missing.
         LockedError: a parent is encrypted, and there is no key, or another one.
-        DataError: a file is damaged, is another than the parent named, or a page is in none.
+        DataError: a file is damaged or not the named parent, or no file has one of the pages.
     """
 
     def __init__(
@@ -147,8 +150,9 @@ class Chain(FrameReader):
             part.close()
 
     def was_taken_here(self) -> bool:
-        """By the mark of the newest: it covers the parent's id, which covers all of the parent, but
-        for a whole form that is read instead."""
+        """Return whether the newest file has this user's mark, and each parent's whole form, too.
+        The mark covers the parent's id, thus all of the parent except a whole form read in its
+        place."""
         first, *rest = self.parts
         return first.was_taken_here() and all(
             part.was_taken_here() for part in rest if part.stands_in
@@ -164,11 +168,11 @@ class Chain(FrameReader):
         return raw if pieces is None else self._rewritten(raw, frame, pieces)
 
     def part_of(self, number: int) -> int:
-        """The number in ``parts`` of the file that a frame is in."""
+        """Return the position in ``parts`` of the file that a frame is in."""
         return self._origins[number].part
 
     def needs(self, snapshot_id: str, frame: int) -> bool:
-        """Whether anything of that frame of that snapshot counts."""
+        """Return whether anything in that frame of that snapshot counts."""
         parts = [part.id for part in self.parts]
         return any(
             parts[origin.part] == snapshot_id and origin.frame == frame for origin in self._origins
@@ -187,12 +191,12 @@ class Chain(FrameReader):
         return self.parts[origin.part].at_frame(origin.frame, error)
 
     def new_section(self) -> RamSection:
-        """An empty RAM section of the newest's stream."""
+        """Return an empty RAM section of the newest snapshot's stream."""
         page_bytes = self.parts[0].index.target_page_bytes
         return RamSection(self._section_id, footer=self._footers, page_bytes=page_bytes)
 
     def _rewritten(self, raw: bytes, frame: int, pieces: list[_Piece]) -> bytes:
-        """A RAM section with just these pages; what is there is checked against the index."""
+        """Return a RAM section with only these pages, after checking them against the index."""
         part = self.parts[pieces[0].part]
         page_bytes = part.index.target_page_bytes
         section = self.new_section()
@@ -215,7 +219,7 @@ class Chain(FrameReader):
             )
         return section.finish()
 
-    # The index of all
+    # The chain's index
 
     def _assemble(self) -> Index:
         top = self.parts[0]
@@ -254,7 +258,8 @@ class Chain(FrameReader):
         )
 
     def _place(self, number: int, columns: Columns, pieces: list[_Piece], rows: list[_Row]) -> int:
-        """Note where the pieces are in the frame as :meth:`_rewritten` makes it; its length."""
+        """Append the rows of the pieces in the frame that :meth:`_rewritten` makes; return its
+        length."""
         index = self.parts[0].index
         page_bytes = index.target_page_bytes
         at, last = PREFIX_BYTES, -1
@@ -268,8 +273,8 @@ class Chain(FrameReader):
         return at + self._suffix_bytes
 
     def _pieces(self) -> Iterator[_Piece]:
-        """What counts of all parts' runs: of each page, the newest. Blocks go by their names;
-        what lies beyond a block's present end is gone."""
+        """Yield what counts in all parts' runs: of each page, the newest. Blocks are matched by
+        name; pages beyond a block's present end are dropped."""
         page_bytes = self.parts[0].index.target_page_bytes
         for number, block in enumerate(self.parts[0].index.blocks):
             columns, sources = empty_columns(), array("Q")
@@ -318,14 +323,15 @@ def _entries(top: Index, rows: list[_Row]) -> list[BlockEntry]:
 
 
 def _ram_section(head: bytes) -> tuple[int, bool]:
-    """Id of the RAM section that a stream's head starts, and whether sections have footers."""
+    """Return the id of the RAM section that a stream's head starts, and whether sections have
+    footers."""
     reader = StreamReader(io.BytesIO(head))
     try:
         for _ in reader.events():
             if reader.footers is not None:
                 break
     except DataError:
-        if reader.footers is None:  # else it is where the head ends
+        if reader.footers is None:  # else it is just the end of the head
             raise
     if reader.footers is None:
         raise DataError("an increment's head has no RAM section")

@@ -1,7 +1,7 @@
-"""Makes one whole snapshot of an increment and its parents.
+"""Conversion of an increment and its parents into one full snapshot.
 
-Pages are written anew in the order of their addresses, in frames of the usual size: a chain's pages
-lie about in many files, and in frames of which little counts any more.
+Pages are rewritten in address order, in frames of the usual size: a chain's pages are scattered
+over many files, and over frames of which little still counts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from stillframe.still.snapshot import Snapshot
 from stillframe.still.writer import SnapshotWriter
 
 _CACHE_BYTES: Final = 256 << 20
-"""Of frames that are read again: pages that were saved on a fault lie elsewhere than their
-neighbours. So this bounds the memory that is needed, besides the index."""
+"""For frames that are read again: pages saved on a fault are not in their neighbours' frames. This
+bounds the memory use, besides the index."""
 _ZERO_PAGES: Final = 65536
-"""Of one run in one frame."""
+"""The most zero pages in one run."""
 
 
 def compact(
@@ -39,18 +39,18 @@ def compact(
     whole_of: str = "",
     step: Callable[[], None] = lambda: None,
 ) -> str:
-    """Write the chain as one file, and commit the sink; the new snapshot's id.
+    """Write the chain as one file, and commit the sink; return the new snapshot's id.
 
-    RAM, device state, and all that the manifest says but the parent, are the increment's. It is
+    RAM, device state and the manifest, except for the parent, are the increment's. The file is
     marked as taken here if the increment is.
 
     Args:
-        key: encrypts it; else it is encrypted as the increment is, if it is.
-        whole_of: the increment's id, where the file is to be read instead of it.
-        step: called again and again; what it raises ends the work, and leaves nothing behind.
+        key: encrypts the file; without it, the file is encrypted like the increment.
+        whole_of: the increment's id, if the file is to be read in its place.
+        step: called repeatedly; an exception from it ends the work and leaves nothing behind.
 
     Raises:
-        UsageError: it is one file already.
+        UsageError: the snapshot is a single file already.
         DataError: a file is damaged. SinkError: the destination cannot take it.
         HostError: the mark's key cannot be read.
     """
@@ -92,7 +92,7 @@ def _sections(snapshot: Snapshot, chain: Chain) -> Iterator[RamSection]:
 
 
 def _runs(snapshot: Snapshot, page_bytes: int) -> Iterator[tuple[int, PageRun, memoryview | None]]:
-    """All runs by address, none longer than a frame should be."""
+    """Yield all runs in address order, none longer than a frame should be."""
     stride = record_bytes(KIND_DATA, page_bytes)
     for number, block in enumerate(snapshot.blocks):
         for frame, run in snapshot.index.runs_of_block(number):

@@ -1,4 +1,4 @@
-"""Opens a snapshot file: locates index and manifest from its end, reads frames, checks digests."""
+"""An open snapshot file: locates index and manifest from its end, reads frames, checks digests."""
 
 from __future__ import annotations
 
@@ -39,24 +39,25 @@ INDEX_MAX_BYTES: Final = 1 << 30
 NEEDS_KEY: Final = "give its passphrase (--password-file, STILLFRAME_PASSWORD) or an --identity"
 FORMAT: Final = 1
 INCREMENT_FORMAT: Final = 2
-"""So whoever knows of no parents does not take an increment for a whole snapshot."""
+"""A reader that does not know parents thus refuses an increment, instead of taking it for a full
+snapshot."""
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
 class Container(FrameReader):
-    """The frames, index and manifest of one file. An increment's holds only what changed.
+    """The frames, index and manifest of one file. An increment holds only what changed.
 
-    Nothing in the file is believed before it was checked: lengths against the file's size,
-    contents against their digests. (Digests protect against damage. Whoever can write the file
-    can also write matching digests; compare :attr:`id` with a known one against that, or encrypt:
-    of an encrypted file, nothing is given out that is not authentic.)
+    Everything is checked before it is used: lengths against the file's size, contents against their
+    digests. (Digests protect against damage. An attacker who can write the file can also write
+    matching digests; to detect that, compare :attr:`id` with a known one, or encrypt: of an
+    encrypted file, only authentic content is returned.)
 
     Args:
         source: the file; owned from here on, also if this raises.
         unlock: gives the data key of an encrypted file.
 
     Raises:
-        DataError: not a snapshot file, damaged, or of a version that we do not know.
+        DataError: not a snapshot file, damaged, or of an unknown version.
         LockedError: it is encrypted, and there is no key, or another one.
     """
 
@@ -120,7 +121,7 @@ class Container(FrameReader):
             ) from error
 
     def was_taken_here(self) -> bool:
-        """Whether its mark says that it was taken on this host by this user."""
+        """Return whether the mark says that this user took it on this host."""
         key = HostKey.load()
         if key is None or not self.manifest.mark:
             return False
@@ -171,10 +172,10 @@ class Container(FrameReader):
         return index
 
     def stand_in_for(self, increment: Container) -> None:
-        """Be that snapshot from here on, with its id and at its place: this file is its whole form.
+        """Assume the id and place of that snapshot: this file is its whole form.
 
         Raises:
-            DataError: it is another's, or encrypted otherwise.
+            DataError: it is another snapshot's whole form, or encrypted otherwise.
         """
         if self.manifest.whole_of != increment.id or self.manifest.parent is not None:
             raise DataError(f"{self.source.description} is no whole form of {increment.place}")
@@ -184,7 +185,7 @@ class Container(FrameReader):
 
     @property
     def stands_in(self) -> bool:
-        """Whether it is read instead of the file that has its id."""
+        """Whether it is a whole form, read in place of the file that has its id."""
         return self.id != self.content_id
 
     def close(self) -> None:
@@ -209,7 +210,7 @@ class Container(FrameReader):
             raise DataError("the seek table does not list the file's frames", offset_bytes=offset)
 
     def read_stored(self, number: int) -> bytes:
-        """A frame as the file holds it; its digest is verified.
+        """Return a frame as the file holds it, after verifying its digest.
 
         Raises:
             DataError: damaged.
@@ -225,7 +226,7 @@ class Container(FrameReader):
         return stored
 
     def read_frame(self, number: int) -> bytes:
-        """A decompressed frame; digest, seal and content checksum are verified.
+        """Return a decompressed frame, after verifying digest, seal and content checksum.
 
         Raises:
             DataError: damaged.
@@ -240,7 +241,7 @@ class Container(FrameReader):
             raise self.at_frame(number, error) from error
 
     def at_frame(self, number: int, error: DataError) -> DataError:
-        """The error with the frame's number and offset added."""
+        """Return the error with the frame's number and offset added."""
         return type(error)(
             f"frame {number} of {self.source.description}: {error.what}",
             why=error.why,
@@ -252,7 +253,7 @@ def decode_manifest(content: bytes) -> Manifest:
     """Decode a manifest's JSON.
 
     Raises:
-        DataError: malformed, or of a format that we do not know.
+        DataError: malformed, or of an unknown format.
     """
     try:
         manifest = msgspec.json.decode(content, type=Manifest)

@@ -1,4 +1,4 @@
-"""What differs between two snapshots: pages of RAM by block and region, and devices by field."""
+"""The difference between two snapshots: pages of RAM by block and region, devices by field."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SAME, _CHANGED, _NEW, _ZEROED, _ABSENT = range(5)
 
 
 class PageCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Pages of the second snapshot, against the first.
+    """Counts of the second snapshot's pages, compared with the first.
 
-    ``same``: as they were. ``changed``: other content. ``new``: content where there was none, a
-    zero page or nothing. ``zeroed``: zeroes now. ``absent``: the second does not hold them.
+    ``same``: unchanged. ``changed``: other content. ``new``: content where the first has a zero
+    page or no page. ``zeroed``: zero pages now. ``absent``: the second snapshot does not hold them.
     """
 
     same: int
@@ -45,8 +45,8 @@ class PageCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BlockDiff(msgspec.Struct, frozen=True, kw_only=True):
-    """``only_in``: the other snapshot has no such block. ``ranges``: (first page, pages) of those
-    that differ, in order; pages of ``page_bytes``."""
+    """A block's difference. ``only_in``: the other snapshot lacks the block. ``ranges``: (first
+    page, pages) that differ, in order; pages of ``page_bytes``."""
 
     idstr: str
     page_bytes: int
@@ -57,7 +57,7 @@ class BlockDiff(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RegionDiff(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest-physical range that shows a part of one block."""
+    """A guest-physical range that maps a part of one block."""
 
     gpa: int
     length_bytes: int
@@ -66,7 +66,7 @@ class RegionDiff(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FieldDiff(msgspec.Struct, frozen=True, kw_only=True):
-    """A field with both values; None where a snapshot does not have it."""
+    """A field with both values; None if a snapshot lacks it."""
 
     path: str
     a: Value | None
@@ -74,7 +74,7 @@ class FieldDiff(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceDiff(msgspec.Struct, frozen=True, kw_only=True):
-    """A device that differs. ``bytes_changed``: of its state, place by place."""
+    """A device that differs. ``bytes_changed``: how many bytes of its state differ, by position."""
 
     idstr: str
     instance: int
@@ -85,7 +85,7 @@ class DeviceDiff(msgspec.Struct, frozen=True, kw_only=True):
 
 class SnapshotDiff(msgspec.Struct, frozen=True, kw_only=True):
     """``a``, ``b``: the ids. ``devices``: those that differ; ``devices_same``: how many do not.
-    ``is_descendant``: b is an increment on a, so only what was written since was compared."""
+    ``is_descendant``: b is an increment on a, so only pages written since were compared."""
 
     a: str
     b: str
@@ -97,10 +97,10 @@ class SnapshotDiff(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def diff_snapshots(a: Snapshot, b: Snapshot) -> SnapshotDiff:
-    """Compare two snapshots; every page that may differ is read from both.
+    """Compare two snapshots; pages that may differ are read from both.
 
     Raises:
-        UsageError: their pages have different sizes. DataError: one is damaged.
+        UsageError: their page sizes differ. DataError: one is damaged.
     """
     page_bytes = b.index.target_page_bytes
     if a.index.target_page_bytes != page_bytes:
@@ -151,7 +151,7 @@ def diff_snapshots(a: Snapshot, b: Snapshot) -> SnapshotDiff:
 
 
 def _classify(a: Snapshot, old: int | None, b: Snapshot, new: int) -> bytearray:
-    """One of ``_SAME`` and so on for each page of the block in b."""
+    """Return ``_SAME`` or another class for each page of the block in b."""
     now = page_classes(b, new)
     before = bytearray(len(now))
     if old is not None:
@@ -176,7 +176,7 @@ def _classify(a: Snapshot, old: int | None, b: Snapshot, new: int) -> bytearray:
 
 
 def _digests(snapshot: Snapshot, number: int, wanted: bytearray) -> Iterator[tuple[int, bytes]]:
-    """(page, digest) of the wanted pages, all of which have content."""
+    """Yield (page, digest) of the wanted pages, all of which have content."""
     idstr = snapshot.blocks[number].idstr
     page_bytes = snapshot.index.target_page_bytes
     stride = record_bytes(KIND_DATA, page_bytes)
@@ -230,7 +230,7 @@ def _regions(b: Snapshot, classes: dict[str, bytearray]) -> Iterator[RegionDiff]
 
 
 def _devices(a: Snapshot, b: Snapshot) -> tuple[list[DeviceDiff], int]:
-    """Devices that differ, in b's order and then a's; and how many do not."""
+    """Return the devices that differ, in b's order and then a's; and how many do not."""
     before, after = a.skeleton(), b.skeleton()
     payloads = [
         {(s.idstr, s.instance_id): s.payload for s in skeleton.devices}

@@ -1,7 +1,7 @@
 """Notes of an ELF core that describe x86-64 vCPUs.
 
-Two for each vCPU, as QEMU's ``dump-guest-memory`` writes them: ``CORE``/``NT_PRSTATUS``, which
-debuggers read (Linux ``include/uapi/linux/elfcore.h``, ``struct elf_prstatus``, and
+Each vCPU has two, as in QEMU's ``dump-guest-memory``: ``CORE``/``NT_PRSTATUS``, which debuggers
+read (Linux ``include/uapi/linux/elfcore.h``, ``struct elf_prstatus``, and
 ``arch/x86/include/asm/user_64.h``, ``struct user_regs_struct``), and ``QEMU``/0 with the control
 and segment registers (QEMU ``target/i386/arch_dump.c``, ``QEMUCPUState`` version 1).
 """
@@ -26,7 +26,7 @@ _QEMU_BYTES = _QEMU_HEAD.size + 10 * _QEMU_SEGMENT.size + _QEMU_TAIL.size
 
 
 def prstatus_note(cpu: X86CpuState, number: int) -> bytes:
-    """The note that debuggers read as a thread; ``number`` counts from 1."""
+    """Return the note that debuggers read as a thread; ``number`` counts from 1."""
     rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15 = cpu.regs
     orig_rax = 0
     general = (r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax)
@@ -37,7 +37,7 @@ def prstatus_note(cpu: X86CpuState, number: int) -> bytes:
 
 
 def qemu_note(cpu: X86CpuState) -> bytes:
-    """The note that crash reads to find the kernel's page tables."""
+    """Return the note in which crash finds the kernel's page tables."""
     rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *extended = cpu.regs
     head = _QEMU_HEAD.pack(
         _QEMU_VERSION,

@@ -1,4 +1,4 @@
-"""Writes a snapshot's content in a form that other programs read: which forms there are."""
+"""Export of a snapshot to forms that other programs read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPORT_FORMATS: Final[tuple[ExportFormat, ...]] = get_args(ExportFormat)
 
 
 def check_export(form: ExportFormat, block: str | None) -> None:
-    """Raise UsageError if there is no such form, or it cannot hold one block only."""
+    """Raise UsageError if there is no such form, or it cannot hold just one block."""
     check_choice("format", form, EXPORT_FORMATS)
     if block is not None and form != "raw":
         raise UsageError(f"format {form} holds all blocks", remedy="one block: format raw")
@@ -37,11 +37,11 @@ def export_snapshot(
     """Write a snapshot into a sink, which is committed, or aborted on failure.
 
     Args:
-        block: only with ``raw``: the block to write.
-        own_key: makes the snapshot's key one that a file of its own can be sealed with.
+        block: the block to write; only with ``raw``.
+        own_key: turns the snapshot's key into one that can seal a stand-alone file.
 
     Raises:
-        UsageError, RefusedError, NotFoundError: the snapshot cannot be had in that form.
+        UsageError, RefusedError, NotFoundError: the snapshot has no such form.
         DataError: it is damaged. SinkError: the destination cannot take it.
     """
     if form == "qemu":

@@ -1,6 +1,6 @@
-"""Exports an ELF64 core for gdb, readelf, crash and drgn.
+"""Export as an ELF64 core for gdb, readelf, crash and drgn.
 
-One PT_NOTE with the vCPUs and a Linux guest's VMCOREINFO, one PT_LOAD for each run of
+It has one PT_NOTE with the vCPUs and a Linux guest's VMCOREINFO, and one PT_LOAD for each range of
 guest-physical memory. As with QEMU's ``dump-guest-memory`` without paging, ``p_paddr`` is the
 guest-physical address and ``p_vaddr`` is 0 (QEMU ``dump/dump.c``; formats: ``man 5 elf``).
 """
@@ -31,11 +31,11 @@ _ALIGN: Final = 4096
 
 
 def export_elf(snapshot: Snapshot, sink: Sink) -> None:
-    """Write an ELF core, and commit the sink. Zero pages are holes, where the sink has them.
+    """Write an ELF core, and commit the sink. Zero pages become holes if the sink supports them.
 
     Raises:
-        UsageError: the snapshot does not record the guest-physical layout, or is not of an
-            x86-64 VM.
+        UsageError: the snapshot does not record the guest-physical layout, or is not of an x86-64
+            VM.
         DataError: the snapshot is damaged.
         SinkError: the destination cannot take it.
     """
@@ -56,10 +56,10 @@ def export_elf(snapshot: Snapshot, sink: Sink) -> None:
 
 
 def vcpus(skeleton: Skeleton) -> list[X86CpuState]:
-    """The vCPUs' registers in the order of their numbers.
+    """Return the vCPUs' registers in the order of their numbers.
 
     Raises:
-        UsageError: there is none that is an x86-64 CPU.
+        UsageError: there is no x86-64 vCPU.
     """
     sections = [s for s in skeleton.devices if s.idstr == CPU_IDSTR]
     sections.sort(key=lambda section: section.instance_id)
@@ -77,7 +77,7 @@ def vcpus(skeleton: Skeleton) -> list[X86CpuState]:
 
 
 def _layout(parts: list[Extent], notes: bytes) -> tuple[bytes, list[Extent]]:
-    """Headers and notes, and the extents behind them.
+    """Return headers and notes, and the extents that follow them.
 
     Args:
         parts: extents whose file offset is their guest-physical address.

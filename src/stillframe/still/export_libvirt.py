@@ -1,4 +1,4 @@
-"""Exports a save image that ``virsh restore`` takes (libvirt ``src/qemu/qemu_saveimage.h``).
+"""Export as a save image for ``virsh restore`` (libvirt ``src/qemu/qemu_saveimage.h``).
 
 ::
 
@@ -33,11 +33,11 @@ _ROOM_BYTES: Final = 64 << 10
 _ALIGNMENT_BYTES: Final = 4096
 _PIECE_BYTES: Final = 1 << 20
 _DEPTH_LIMIT: Final = 64
-"""Who writes XML out goes down into each element."""
+"""ElementTree serialises elements recursively."""
 
 
 def save_image_head(xml: str, live_xml: str, *, running: bool, zstd: bool = False) -> bytes:
-    """All of a save image but the stream.
+    """Return a save image without its stream.
 
     Args:
         xml: of the domain to restore. live_xml: of the domain as it ran, for its ``<cpu>``.
@@ -68,10 +68,10 @@ def save_image_head(xml: str, live_xml: str, *, running: bool, zstd: bool = Fals
 
 
 def parse_domain(xml: str) -> ElementTree.Element:
-    """A recorded domain's XML.
+    """Parse a recorded domain's XML.
 
     Raises:
-        DataError: it is malformed, or nested deeper than a domain's.
+        DataError: it is malformed, or nested deeper than any domain's.
     """
     try:
         root = ElementTree.fromstring(xml)
@@ -87,10 +87,10 @@ def parse_domain(xml: str) -> ElementTree.Element:
 
 
 def domain_of_snapshot(snapshot: Snapshot) -> DomainRecord:
-    """What the snapshot recorded of its libvirt domain.
+    """Return what the snapshot recorded of its libvirt domain.
 
     Raises:
-        UsageError: it is not of one.
+        UsageError: it is not of a libvirt domain.
     """
     machine = snapshot.manifest.machine
     if machine is None or machine.domain is None:
@@ -105,8 +105,8 @@ def export_libvirt(snapshot: Snapshot, sink: Sink, *, zstd: bool = False) -> Non
     """Write a save image, and commit the sink.
 
     Args:
-        zstd: the snapshot file itself behind the head, as small as it is; for libvirt 10.4 on. Of
-            an increment and its parents, and of what is encrypted, the stream compressed anew.
+        zstd: append the snapshot file itself to the head, in its compressed size; needs libvirt
+            10.4. The stream of a chain or an encrypted snapshot is compressed anew.
 
     Raises:
         UsageError: the snapshot is not of a domain. DataError: it is damaged.
@@ -127,7 +127,7 @@ def export_libvirt(snapshot: Snapshot, sink: Sink, *, zstd: bool = False) -> Non
 
 
 def _compressed(snapshot: Snapshot) -> Iterator[BytesLike]:
-    """What ``zstd -dc`` makes the stream of."""
+    """Yield what ``zstd -dc`` turns into the stream."""
     if len(snapshot.files) > 1 or snapshot.secrets:
         for piece in snapshot.iter_stream():
             yield compress_frame(piece, LEVEL_DEFAULT).data

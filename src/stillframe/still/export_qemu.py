@@ -1,4 +1,4 @@
-"""Exports the plain migration stream, which any QEMU loads with ``-incoming``."""
+"""Export as the plain migration stream, which any QEMU loads with ``-incoming``."""
 
 from __future__ import annotations
 

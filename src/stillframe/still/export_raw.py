@@ -1,4 +1,4 @@
-"""Exports raw RAM: guest-physical memory from address 0, or one block."""
+"""Export as raw RAM: guest-physical memory from address 0, or one block."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from stillframe.still.snapshot import Snapshot
 
 
 def export_raw(snapshot: Snapshot, sink: Sink, *, block: str | None = None) -> None:
-    """Write RAM, and commit the sink. Zero pages and gaps are holes, where the sink has them.
+    """Write RAM, and commit the sink. Zero pages and gaps become holes if the sink supports them.
 
     Args:
-        block: only this block, from its start; else guest-physical memory, where the offset
-            in the file is the address.
+        block: write only this block, from its start; else guest-physical memory, with the address
+            as the file offset.
 
     Raises:
         UsageError: the snapshot does not record the guest-physical layout.

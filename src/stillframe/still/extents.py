@@ -1,4 +1,4 @@
-"""Writes RAM block ranges at file offsets, for raw and ELF exports."""
+"""RAM block ranges at file offsets, for raw and ELF exports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Extent(NamedTuple):
 
 
 def physical_extents(snapshot: Snapshot) -> list[Extent]:
-    """The validated memory map; file offsets are guest-physical addresses.
+    """Return the validated memory map; file offsets are guest-physical addresses.
 
     Raises:
         UsageError: the manifest has no memory map.
@@ -64,8 +64,8 @@ def write_extents(
 ) -> None:
     """Write a prefix and extents in file order, and commit the sink.
 
-    A sink that can be sparse gets no zero page, and each frame is read once. A pipe gets
-    everything in order. Pages that the snapshot does not hold are zeroes, as in a new VM.
+    A sparse sink gets no zero pages, and each frame is read once. A pipe gets everything in order.
+    Pages that the snapshot does not hold are zero, as in a new VM.
 
     Raises:
         DataError: the snapshot is damaged.
@@ -106,7 +106,7 @@ def _write_sparse(
 def _write_in_order(
     snapshot: Snapshot, sink: Sink, extents: Sequence[Extent], prefix: bytes
 ) -> None:
-    # Pages that were saved on a fault are in other frames than their neighbours.
+    # Pages saved on a fault are not in their neighbours' frames.
     snapshot.container.grow_cache(_PIPE_CACHE_BYTES)
     position = len(prefix)
     if prefix:
@@ -130,7 +130,7 @@ def _write_zeroes(sink: Sink, length_bytes: int) -> None:
 
 
 def _block_in_order(snapshot: Snapshot, extent: Extent) -> Iterator[tuple[int, memoryview]]:
-    """(offset in the extent, bytes) of its data pages in the order of the block."""
+    """Yield (offset in the extent, bytes) of its data pages in block order."""
     page_bytes = snapshot.index.target_page_bytes
     limit = extent.block_offset + extent.length_bytes
     for frame, run in snapshot.index.runs_of_block(snapshot.block_number(extent.idstr)):
@@ -143,7 +143,7 @@ def _block_in_order(snapshot: Snapshot, extent: Extent) -> Iterator[tuple[int, m
 
 
 def _join(content: memoryview, page_bytes: int) -> bytes:
-    """The pages of a run of data records, without the record headers."""
+    """Return the pages of a run of data records, without the record headers."""
     stride = record_bytes(KIND_DATA, page_bytes)
     return b"".join(
         [content[start : start + page_bytes] for start in range(0, len(content), stride)]

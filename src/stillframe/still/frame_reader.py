@@ -1,4 +1,5 @@
-"""Frames of a snapshot by number: read, kept, read ahead; of one file, or of a chain of them."""
+"""Access to a snapshot's frames by number, with cache and read-ahead; of one file, or of a
+chain."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ _READ_AHEAD = 4
 
 
 class FrameReader(ABC):
-    """What an open snapshot is read through. Safe to share between threads.
+    """Reader of an open snapshot. Safe to share between threads.
 
-    ``index``: of the frames that can be read. ``source``: the file that is read; of a chain, the
-    newest. ``place``: where the snapshot is; the file itself, unless that is a whole form of it.
-    ``id``: the snapshot's. ``content_id``: of what is read, frame by frame.
+    ``index``: of the readable frames. ``source``: the file that is read; of a chain, the newest.
+    ``place``: where the snapshot is: that file, unless it is a whole form. ``id``: the snapshot's
+    id. ``content_id``: id of the frames that are read.
     """
 
     source: Source
@@ -49,7 +50,7 @@ class FrameReader(ABC):
     @property
     @abstractmethod
     def may_lack_pages(self) -> bool:
-        """Whether pages may be in no frame, as in what was imported: they are zero then."""
+        """Whether pages may be in no frame, as in an imported stream; such pages are zero."""
 
     @abstractmethod
     def close(self) -> None:
@@ -57,11 +58,11 @@ class FrameReader(ABC):
 
     @abstractmethod
     def was_taken_here(self) -> bool:
-        """Whether its mark says that it was taken on this host by this user."""
+        """Return whether the mark says that this user took it on this host."""
 
     @abstractmethod
     def read_frame(self, number: int) -> bytes:
-        """A decompressed frame; digest and content checksum are verified.
+        """Return a decompressed frame, after verifying digest and content checksum.
 
         Raises:
             DataError: damaged.
@@ -69,7 +70,7 @@ class FrameReader(ABC):
 
     @abstractmethod
     def read_stored(self, number: int) -> bytes:
-        """A compressed frame; its digest is verified.
+        """Return a compressed frame, after verifying its digest.
 
         Raises:
             DataError: damaged.
@@ -77,7 +78,7 @@ class FrameReader(ABC):
 
     @abstractmethod
     def check_rest(self) -> None:
-        """Check what of the file, or files, no frame of the index covers.
+        """Check those parts of the file, or files, that no frame of the index covers.
 
         Raises:
             DataError: damaged.
@@ -85,10 +86,10 @@ class FrameReader(ABC):
 
     @abstractmethod
     def at_frame(self, number: int, error: DataError) -> DataError:
-        """The error with the file, the frame's number and its offset added."""
+        """Return the error with the file, the frame's number and its offset added."""
 
     def cached_frame(self, number: int) -> bytes:
-        """As :meth:`read_frame`, with the last ones used kept (``CACHE_BYTES``)."""
+        """Return a frame as :meth:`read_frame` does, from an LRU cache of ``CACHE_BYTES``."""
         with self._lock:
             raw = self._cache.get(number)
             if raw is not None:
@@ -109,7 +110,7 @@ class FrameReader(ABC):
             self._cache_limit_bytes = max(self._cache_limit_bytes, limit_bytes)
 
     def iter_frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        """Decompressed frames in the given order, read ahead by worker threads.
+        """Yield (number, decompressed frame) in the given order; worker threads read ahead.
 
         Raises:
             DataError: damaged.

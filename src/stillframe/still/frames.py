@@ -1,8 +1,8 @@
-"""One zstd frame: compress it, decompress it within bounds.
+"""A zstd frame: compression, and decompression within bounds.
 
-The one place that knows which zstd binding is used: ``compression.zstd`` of Python 3.14,
-or its backport. Both release the GIL while they work, so several threads may compress.
-Format: RFC 8878 and zstd's ``doc/zstd_compression_format.md``.
+The only module that knows the zstd binding: ``compression.zstd`` of Python 3.14, or its backport.
+Both release the GIL while they work, so several threads can compress. Format: RFC 8878 and zstd's
+``doc/zstd_compression_format.md``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FRAME_RAW_TARGET_BYTES: Final = 1 << 20
 FRAME_RAW_MAX_BYTES: Final = 64 << 20
 """Upper bound on a frame's decompressed size, against decompression bombs."""
 
-_WINDOW_LOG_MAX: Final = 26  # 2**26 = FRAME_RAW_MAX_BYTES: the window that such a frame can need
+_WINDOW_LOG_MAX: Final = 26  # 2**26 = FRAME_RAW_MAX_BYTES: the largest window a frame can need
 
 LEVEL_NONE: Final = zstd.CompressionParameter.compression_level.bounds()[0]
-"""zstd's lowest level (-131072): it looks for no matches and writes raw blocks with the
-content checksum, at the speed of the checksum. This is our "no compression"."""
+"""zstd's lowest level (-131072) finds no matches and writes raw blocks with the content checksum,
+at the speed of the checksum. This is our "no compression"."""
 
 LEVEL_MIN: Final = -50
 LEVEL_MAX: Final = 19
@@ -55,7 +55,7 @@ class EncodedFrame(NamedTuple):
 
 
 def check_level(level: int) -> int:
-    """Return the level if we offer it.
+    """Return the level if it is supported.
 
     Raises:
         UsageError: it is neither ``LEVEL_NONE`` nor within ``LEVEL_MIN`` to ``LEVEL_MAX``.
@@ -69,7 +69,7 @@ def check_level(level: int) -> int:
 
 
 def choose_level(compression: Compression, level: int | None) -> int:
-    """The level that a caller's words mean; without one, the default.
+    """Return the level for a caller's options; the default without one.
 
     Raises:
         UsageError: there is no such compression, or no such level of it.
@@ -85,7 +85,7 @@ def choose_level(compression: Compression, level: int | None) -> int:
 def compress_frame(raw: BytesLike, level: int) -> EncodedFrame:
     """Compress ``raw`` into one frame that records its content size and content checksum.
 
-    Pure, thread-safe, without the GIL for nearly all of its time.
+    Pure, thread-safe, and almost entirely without the GIL.
 
     Raises:
         UsageError: ``raw`` is larger than ``FRAME_RAW_MAX_BYTES``, or the level is unknown.
@@ -106,7 +106,7 @@ def compress_table(raw: BytesLike, level: int) -> bytes:
 
 
 def _compressor(level: int) -> zstd.ZstdCompressor:
-    """This thread's compressor for the level; its context (about 1 MiB) is reused."""
+    """Return this thread's compressor for the level; its context (about 1 MiB) is reused."""
     compressors: dict[int, zstd.ZstdCompressor] | None = getattr(_per_thread, "compressors", None)
     if compressors is None:
         compressors = _per_thread.compressors = {}
@@ -144,7 +144,7 @@ def _decompress_bounded(data: BytesLike, raw_bytes: int, window_log_max: int) ->
     options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: window_log_max}
     decompressor = zstd.ZstdDecompressor(options=options)
     try:
-        # One byte more than allowed, so that a frame with more content is seen, not expanded.
+        # One byte more than allowed detects a frame with more content without expanding it.
         raw = decompressor.decompress(data, max_length=raw_bytes + 1)
     except (zstd.ZstdError, MemoryError) as error:
         raise DataError("a compressed frame is damaged", why=str(error)) from error
@@ -157,7 +157,7 @@ def _decompress_bounded(data: BytesLike, raw_bytes: int, window_log_max: int) ->
 
 
 def digest_of(*parts: BytesLike) -> bytes:
-    """BLAKE3 (32 bytes) of the parts one after the other."""
+    """Return the BLAKE3 digest (32 bytes) of the concatenated parts."""
     hasher = blake3()
     for part in parts:
         hasher.update(part)
@@ -165,7 +165,7 @@ def digest_of(*parts: BytesLike) -> bytes:
 
 
 def skippable_frame(magic: int, content: BytesLike) -> bytes:
-    """A frame that zstd decoders skip (RFC 8878 section 3.1.2).
+    """Return a frame that zstd decoders skip (RFC 8878 section 3.1.2).
 
     Raises:
         UsageError: the content is 4 GiB or longer.

@@ -1,8 +1,8 @@
-"""The mark of a snapshot that was taken on this host, by this user.
+"""The mark of a snapshot that this user took on this host.
 
-It is a keyed BLAKE3 over the index's digest and the manifest, so it covers the machine's record,
-the blocks and every byte of the stream. The key never leaves the user's state directory. A mark
-that is missing or wrong says "from elsewhere", and nothing more.
+It is a keyed BLAKE3 of the index's digest and the manifest, so it covers the machine's record, the
+blocks and every byte of the stream. The key never leaves the user's state directory. A missing or
+wrong mark means "from elsewhere", and nothing more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEY_BYTES: Final = 32
 
 
 def state_directory() -> Path:
-    """The user's directory for what must last; it may have to be made.
+    """Return the user's directory for persistent state; it may not exist yet.
 
     Raises:
         HostError: there is no home directory.
@@ -42,7 +42,8 @@ def state_directory() -> Path:
 
 
 class HostKey:
-    """The key of this user on this host. A home that several hosts share gives each its own."""
+    """The key of this user on this host. In a home shared by several hosts, each host's key
+    differs."""
 
     def __init__(self, secret: bytes) -> None:
         machine = b""
@@ -52,7 +53,7 @@ class HostKey:
 
     @classmethod
     def load(cls) -> HostKey | None:
-        """The key, if there is one that nobody else could know."""
+        """Return the key, if it exists and is secret."""
         with contextlib.suppress(OSError, HostError):
             fd = os.open(state_directory() / "host.key", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(fd, "rb") as file:
@@ -69,10 +70,10 @@ class HostKey:
 
     @classmethod
     def load_or_make(cls) -> HostKey:
-        """The key, made with mode 0600 on first use.
+        """Return the key; make it with mode 0600 on first use.
 
         Raises:
-            HostError: it cannot be made, or what is there may be known to others.
+            HostError: it cannot be made, or others may know it.
         """
         if (found := cls.load()) is not None:
             return found
@@ -85,7 +86,7 @@ class HostKey:
                 file.write(secrets.token_bytes(_KEY_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
-            # A link, since a rename would replace the key that somebody else makes at this moment.
+            # Link it: a rename would replace a key that another process makes at this moment.
             with contextlib.suppress(FileExistsError):
                 os.link(new, path)
             new.unlink()
@@ -96,12 +97,12 @@ class HostKey:
         return made
 
     def marked(self, index_digest: bytes, manifest: bytes) -> bytes:
-        """A manifest that holds ``NO_MARK``, with its mark in that place."""
+        """Return a manifest that holds ``NO_MARK`` with its mark in that place."""
         mark = self._mark(index_digest, manifest)
         return manifest.replace(_FIELD % NO_MARK.encode(), _FIELD % mark, 1)
 
     def made(self, mark: str, index_digest: bytes, manifest: bytes) -> bool:
-        """Whether the mark in a manifest is this key's."""
+        """Return whether this key made the manifest's mark."""
         given = mark.encode()
         unmarked = manifest.replace(_FIELD % given, _FIELD % NO_MARK.encode(), 1)
         return hmac.compare_digest(given, self._mark(index_digest, unmarked))

@@ -1,4 +1,4 @@
-"""Builds an import's frames: whole RAM parts for pages, raw pieces for the rest."""
+"""The frames of an import: whole RAM parts for pages, raw pieces for the rest."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CONTINUE: Final = RamFlag.CONTINUE.value
 
 
 class FrameBuilder:
-    """Collects stream pieces in order and writes them as frames of about 1 MiB.
+    """Collector of stream pieces in order, which writes them as frames of about 1 MiB.
 
     Each run of pages starts with a record that names its block, as
-    ``SnapshotWriter(later_pages_win=True)`` wants it. Compression runs on other threads, a
-    few frames at a time. Use it as a context manager.
+    ``SnapshotWriter(later_pages_win=True)`` requires. A few frames at a time are compressed on
+    other threads. Use it as a context manager.
     """
 
     def __init__(self, snapshot_writer: SnapshotWriter, ram_section_id: int) -> None:
@@ -72,7 +72,7 @@ class FrameBuilder:
             self._end_plain()
 
     def add_pages(self, block: int, offset_bytes: int, data: bytes) -> None:
-        """Add pages that follow each other.
+        """Add consecutive pages.
 
         Raises:
             SinkError: the destination cannot take a frame.
@@ -89,7 +89,7 @@ class FrameBuilder:
             start += pages * page_bytes
 
     def add_zeroes(self, block: int, offset_bytes: int, pages: int) -> None:
-        """Add zero pages that follow each other.
+        """Add consecutive zero pages.
 
         Raises:
             SinkError: the destination cannot take a frame.
@@ -118,7 +118,8 @@ class FrameBuilder:
             self._append_next()
 
     def _room(self, record_bytes: int, wanted: int) -> int:
-        """How many records fit into the current frame (at least one); starts a new one if full."""
+        """Return how many records fit in the current frame (at least one); start a new frame if it
+        is full."""
         if len(self._ram) >= FRAME_RAW_TARGET_BYTES:
             self._end_ram()
         left = FRAME_RAW_TARGET_BYTES - len(self._ram)
@@ -142,7 +143,7 @@ class FrameBuilder:
             self._next_name = self._names[block]
 
     def _head(self, offset_bytes: int) -> bytes:
-        """A record's header; the first of a run names the block."""
+        """Return a record's header; the first one of a run names the block."""
         name, self._next_name = self._next_name, None
         if name is None:
             return _WORD.pack(offset_bytes | self._flag | _CONTINUE)

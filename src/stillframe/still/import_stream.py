@@ -1,7 +1,7 @@
-"""Converts a migration stream into a snapshot file.
+"""Conversion of a migration stream into a snapshot file.
 
-The pages are framed anew, everything else is kept. A live precopy stream sends pages several
-times: all records are kept, in order, and the index names the last one of each page.
+Pages are put in new frames, everything else is kept. A live precopy stream sends pages repeatedly:
+all records are kept, in order, and the index names the last one of each page.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from stillframe.vmstate.source import Source
 from stillframe.vmstate.wire import CommandCode, SectionType
 
 RAM_SECTION_ID: Final = 0x7FFFFFFF
-"""QEMU numbers sections from 0 in the order of registration, so no device has this one."""
+"""QEMU numbers sections from 0 in the order of registration, so no device has this id."""
 
 _ACPI_LIMIT_BYTES: Final = 16 << 20
 _IGNORE_SHARED = "x-ignore-shared"
@@ -58,8 +58,8 @@ _U32 = struct.Struct(">I")
 
 
 class Imported(msgspec.Struct, frozen=True, kw_only=True):
-    """What a whole stream was found to be: the machine's type, empty if it does not tell, and its
-    records of pages."""
+    """Facts about an imported stream: the machine type, empty if the stream lacks it, and the
+    number of page records."""
 
     machine_type: str
     data_pages: int
@@ -76,14 +76,14 @@ def import_stream(
     key: DataKey | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> str:
-    """Read a whole stream and write a snapshot file; returns its id.
+    """Read a whole stream and write a snapshot file; return its id.
 
     Args:
-        source: a binary file or pipe; a mapped-ram stream needs a seekable one.
-        sink: committed at the end, aborted if anything goes wrong.
+        source: a binary file or pipe; a mapped-ram stream must be seekable.
+        sink: committed at the end, aborted if anything fails.
         stillframe_version: for the manifest.
         level: compression level.
-        created: for the manifest, UTC; now, if not given.
+        created: for the manifest, UTC; default: now.
         key: encrypts the file.
         progress: called with the bytes of the stream read so far.
 
@@ -103,7 +103,7 @@ def import_stream(
 
 
 def import_writer(sink: Sink, *, level: int, key: DataKey | None) -> SnapshotWriter:
-    """A writer for :func:`import_into`."""
+    """Return a writer for :func:`import_into`."""
     return SnapshotWriter(sink, level=level, later_pages_win=True, key=key)
 
 
@@ -116,10 +116,11 @@ def import_into(
     run_state: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Manifest, Imported]:
-    """As :func:`import_stream`, up to the end of the stream: the manifest to finish with.
+    """Import as :func:`import_stream` does, up to the stream's end; return the manifest to finish
+    with.
 
     Args:
-        run_state: in the place of the stream's, which is of a VM that was stopped to be saved.
+        run_state: replaces the stream's run state, which is that of a VM stopped for saving.
     """
     reader = StreamReader(source)
     with FrameBuilder(snapshot_writer, RAM_SECTION_ID) as frames:
@@ -149,7 +150,7 @@ def import_into(
 
 
 class _Import:
-    """Writes the parser's events to frames, in order."""
+    """Writer of the parser's events to frames, in order."""
 
     def __init__(self, frames: FrameBuilder, run_state: str | None) -> None:
         self._run_state = run_state
@@ -166,18 +167,18 @@ class _Import:
         self._acpi = bytearray()
         self._acpi_number = -1
         self.notes: list[str] = []
-        """What a reader of the manifest should know."""
+        """Notes for readers of the manifest."""
 
     def take(self, event: Event, reader: StreamReader) -> None:
         """Take one event.
 
         Raises:
-            DataError: something that a snapshot file cannot hold.
+            DataError: the event cannot be part of a snapshot file.
             SinkError: the destination cannot take a frame.
         """
         frames, page_bytes = self._frames, reader.page_bytes
         if self.blocks and self._footers is None:
-            # The block list is told before the end of its section, which shows the footer.
+            # The parser reports the block list before the section's end, which shows the footer.
             self._footers = reader.footers is not False
             blocks = [(block.idstr, block.used_length_bytes) for block in self.blocks]
             frames.start_ram(blocks, page_bytes, footers=self._footers)
@@ -247,7 +248,7 @@ class _Import:
         ]
 
     def memory_map(self) -> tuple[GpaRange, ...]:
-        """Where RAM is; empty, and a note, if the stream does not tell."""
+        """Return where RAM is; empty, with a note, if the stream does not say."""
         try:
             return find_memory_map(
                 self.machine_type or "", self.blocks, self._devices, bytes(self._acpi)
@@ -286,8 +287,8 @@ class _Import:
 
 
 def _configuration(event: Configuration) -> bytes:
-    """The configuration section, less the capabilities: they say how RAM was sent, and here
-    it is sent plainly (QEMU ``migration/savevm.c``, ``vmstate_configuration``)."""
+    """Return the configuration section without the capabilities: they say how RAM was sent, and
+    here it is sent plainly (QEMU ``migration/savevm.c``, ``vmstate_configuration``)."""
     out = stream_writer.configuration_section(event.name)
     if event.target_page_bits is not None:
         out += _subsection("configuration/target-page-bits", _U32.pack(event.target_page_bits))

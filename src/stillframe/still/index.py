@@ -1,7 +1,7 @@
 """The index of a snapshot file: maps pages of blocks to frames and offsets.
 
-Runs of pages are kept as columns of plain integers, sorted by block and page: a guest of
-64 GiB may have millions of them.
+Runs of pages are columns of plain integers, sorted by block and page: a guest of 64 GiB can have
+millions of runs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ WORD_BYTES: Final = 8
 
 
 class PageRun(NamedTuple):
-    """Pages that follow each other in a block and in a frame, all of one kind.
+    """Consecutive pages of one kind, in a block and in a frame.
 
     ``block``: number of the block in the manifest. ``first_page``, ``pages``: in target pages.
-    ``kind``: ``KIND_DATA`` or ``KIND_ZERO``. ``raw_offset``: where in the decompressed frame
-    the first page's record starts (its 8-byte word). The first record may name its block; the
-    others follow at once and have the CONTINUE flag.
+    ``kind``: ``KIND_DATA`` or ``KIND_ZERO``. ``raw_offset``: where in the decompressed frame the
+    first page's record (its 8-byte word) starts. The first record may name its block; the others
+    follow directly, with the CONTINUE flag.
     """
 
     block: int
@@ -69,7 +69,7 @@ class PageLocation(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The runs as columns; row ``i`` of each belongs together."""
+    """The runs as columns; row ``i`` of all columns is run ``i``."""
 
     first_page: array[int]  # Q
     pages: array[int]  # I
@@ -126,7 +126,7 @@ class Index:
         return self._offsets[-1]
 
     def frame(self, number: int) -> FrameEntry:
-        """Entry of one frame; numbers count from 0 in the order of the file."""
+        """Return one frame's entry; numbers count from 0 in file order."""
         return FrameEntry(
             self._offsets[number],
             self._stored_bytes[number],
@@ -136,18 +136,18 @@ class Index:
         )
 
     def frame_sizes(self, *, sealed: bool = False) -> Iterator[tuple[int, int]]:
-        """(stored, decompressed) length of each frame in order, as the seek table tells them: for
-        zstd, a sealed frame holds nothing."""
+        """Return (stored, decompressed) length of each frame in order, as in the seek table: to
+        zstd, a sealed frame is empty."""
         raw_bytes = repeat(0, self.frame_count) if sealed else self._raw_bytes
         return zip(self._stored_bytes, raw_bytes, strict=True)
 
     def run(self, block: int, row: int) -> PageRun:
-        """The run in a row of the columns."""
+        """Return the run in a row of the columns."""
         c = self.columns
         return PageRun(block, c.first_page[row], c.pages[row], c.kind[row], c.raw_offset[row])
 
     def lookup(self, block: int, page: int) -> PageLocation | None:
-        """Where a page is, or None if this file does not hold it. O(log runs).
+        """Return where a page is, or None if this file does not hold it. O(log runs).
 
         Args:
             block: number of the block. page: number of the target page in the block.
@@ -160,13 +160,13 @@ class Index:
         return PageLocation(self.columns.frame[row], self.run(block, row), page - first_page[row])
 
     def runs_of_block(self, block: int) -> Iterator[tuple[int, PageRun]]:
-        """(frame number, run) of a block in the order of its pages."""
+        """Yield (frame number, run) of a block in page order."""
         entry = self.blocks[block]
         for row in range(entry.first_run, entry.end_run):
             yield self.columns.frame[row], self.run(block, row)
 
     def runs_of_frame(self, number: int) -> list[PageRun]:
-        """Runs of a frame in the order of its records."""
+        """Return a frame's runs in the order of its records."""
         order, frames = self._rows_by_position(), self.columns.frame
         start = bisect_right(order, number - 1, key=frames.__getitem__)
         end = bisect_right(order, number, lo=start, key=frames.__getitem__)
@@ -174,7 +174,7 @@ class Index:
         return [self.run(bisect_right(starts, row) - 1, row) for row in order[start:end]]
 
     def frames_without_runs(self) -> list[int]:
-        """Frames without indexed pages: head, devices, description."""
+        """Return the frames without indexed pages: head, devices, description."""
         with_runs = set(self.columns.frame)
         return [number for number in range(self.frame_count) if number not in with_runs]
 
@@ -186,7 +186,7 @@ class Index:
         return self._by_position
 
     def page_counts(self, block: int) -> tuple[int, int]:
-        """(data pages, zero pages) that this file holds of a block."""
+        """Return the (data pages, zero pages) of a block that this file holds."""
         entry = self.blocks[block]
         rows = slice(entry.first_run, entry.end_run)
         kinds, pages = self.columns.kind[rows], self.columns.pages[rows]
@@ -221,7 +221,7 @@ class Index:
                 raise DataError(f"the index has pages beyond the end of block {entry.idstr!r}")
 
     def _check_places(self) -> None:
-        """Each run's records, at their shortest, must fit in its frame."""
+        """Check that each run's records, at their shortest, fit in its frame."""
         c = self.columns
         sizes = (ZERO_RECORD_BYTES, WORD_BYTES + self.target_page_bytes)
         raw_of = self._raw_bytes.__getitem__

@@ -1,4 +1,4 @@
-"""Collects runs while frames are written and builds the index."""
+"""The building of an index from the runs of written frames."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from stillframe.still.index import (
 )
 
 PACKED_RUN: Final = struct.Struct("=IIQII")
-"""A run as the native core hands it over, in the host's byte order, 24 bytes:
-u32 block, u32 pages, u64 first_page, u32 kind, u32 raw_offset."""
+"""A run as the native core passes it, in the host's byte order, 24 bytes: u32 block, u32 pages, u64
+first_page, u32 kind, u32 raw_offset."""
 
 _PAGE_BITS = 48
 _WORDS_PER_RUN = PACKED_RUN.size // 4
 
 
 def pack_runs(runs: Iterable[PageRun]) -> bytes:
-    """Runs in the packed form."""
+    """Return the runs in packed form."""
     return b"".join(
         PACKED_RUN.pack(r.block, r.pages, r.first_page, r.kind, r.raw_offset) for r in runs
     )
 
 
 class IndexBuilder:
-    """Frames and their runs in the order of the file. Not thread-safe."""
+    """The frames and their runs in file order. Not thread-safe."""
 
     def __init__(self) -> None:
         self._raw_bytes = array("I")
@@ -54,7 +54,7 @@ class IndexBuilder:
         return len(self._raw_bytes)
 
     def add_frame(self, frame: EncodedFrame, packed_runs: BytesLike) -> int:
-        """Add a written frame; returns its number.
+        """Add a written frame; return its number.
 
         Raises:
             InternalError: ``packed_runs`` is not a whole number of packed runs.
@@ -73,11 +73,11 @@ class IndexBuilder:
     def build(
         self, blocks: Sequence[BlockRecord], *, target_page_bytes: int, later_pages_win: bool
     ) -> Index:
-        """The index of all frames so far.
+        """Build the index of all frames so far.
 
         Args:
-            later_pages_win: pages may be there several times, and the last record counts. Then
-                each run's first record must name its block.
+            later_pages_win: pages may occur repeatedly, and the last record counts. Each run's
+                first record must then name its block.
 
         Raises:
             InternalError: the runs do not make a correct index; the snapshot would be wrong.
@@ -99,7 +99,8 @@ class IndexBuilder:
             raise InternalError("the snapshot's pages do not add up", why=str(error)) from error
 
     def _sorted_columns(self) -> tuple[array[int], Columns]:
-        """(block number of each row, columns), sorted by block and page, then by position."""
+        """Return (block number of each row, columns), sorted by block and page, then by
+        position."""
         packed = bytes(self._packed)
         words, longs = memoryview(packed).cast("I"), memoryview(packed).cast("Q")
         block_of = array("I", words[0::_WORDS_PER_RUN])
@@ -173,13 +174,14 @@ def _visible_only(
 def visible_pieces(
     starts: Sequence[int], pages: Sequence[int], ranks: Sequence[int]
 ) -> list[tuple[int, int, int]]:
-    """Pieces of runs that no other run covers: (number of the run, pages skipped, pages).
+    """Return the pieces of runs that no other run covers: (number of the run, pages skipped,
+    pages).
 
-    A sweep over the block's pages; the heap holds the runs under the current page.
+    A sweep over the block's pages; the heap holds the runs that cover the current page.
 
     Args:
         starts: first page of each run, ascending.
-        ranks: where runs lie over each other, the one of the smallest rank is seen.
+        ranks: of overlapping runs, the one with the smallest rank is visible.
     """
     ends = array("Q", map(add, starts, pages))
     heap: list[tuple[int, int]] = []

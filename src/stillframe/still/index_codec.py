@@ -1,4 +1,4 @@
-"""The index as bytes: ``docs/reference/file-format.md``, "Index". All integers little-endian."""
+"""The index's encoding: ``docs/reference/file-format.md``, "Index". All integers little-endian."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _FRAME_BYTES = 4 + 4 + DIGEST_BYTES
 _RUN_BYTES = 8 + 4 + 4 + 4 + 1
 _TABLES_MAX_BYTES = 1 << 30
 _TABLES_MAX_RATIO = 256
-"""Tables compress by 5 to 40; a reader takes no more than this, against decompression bombs."""
+"""Tables compress by 5 to 40; readers refuse a higher ratio, against decompression bombs."""
 _BLOCKS_MAX = 1 << 16
 _FRAMES_MAX = (1 << 27) - 3  # zstd's seek table has room for 2**27 frames; three are ours
 
 
 def encode_index(index: Index) -> bytes:
-    """The index as the file holds it."""
+    """Encode the index for the file."""
     c = index.columns
     parts = [
         _BLOCK.pack(b.used_length_bytes, b.end_run - b.first_run, len(name)) + name
@@ -59,7 +59,7 @@ def decode_index(content: bytes) -> Index:
     """Decode and check an index.
 
     Raises:
-        DataError: damaged, hostile, or of a version that we do not know.
+        DataError: damaged, hostile, or of an unknown version.
     """
     if len(content) < _HEADER.size:
         raise DataError("the index is too short")
@@ -103,7 +103,7 @@ def decode_index(content: bytes) -> Index:
 
 
 def _decode_blocks(tables: bytes, blocks: int, runs: int) -> tuple[list[BlockEntry], int]:
-    """The block entries, and where the next table starts."""
+    """Return the block entries, and where the next table starts."""
     entries: list[BlockEntry] = []
     position = first_run = 0
     for _ in range(blocks):
@@ -127,7 +127,7 @@ def _decode_blocks(tables: bytes, blocks: int, runs: int) -> tuple[list[BlockEnt
 
 
 class _Cursor:
-    """Takes columns off a table, one after the other."""
+    """Reader of consecutive columns of a table."""
 
     def __init__(self, tables: bytes, position: int) -> None:
         self._tables = memoryview(tables)

@@ -1,4 +1,4 @@
-"""When a snapshot was taken, as it says itself."""
+"""A snapshot's recorded point in time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from stillframe.errors import DataError
 
 _FIRST_YEAR: Final = 1970
 _LAST_YEAR: Final = 9998
-"""So that it is a time in every zone."""
+"""The limits keep it representable in every time zone."""
 
 
 def instant_of(created: str) -> datetime.datetime:
-    """The instant that a ``created`` names, UTC; without a zone it is UTC.
+    """Return the point in time that ``created`` names, in UTC; without a zone, it is UTC.
 
     Raises:
-        DataError: it is no time.
+        DataError: not a time.
     """
     try:
         moment = datetime.datetime.fromisoformat(created)

@@ -1,4 +1,4 @@
-"""What each page of a block is, in one snapshot: a byte for each page."""
+"""The class of each page of a block in one snapshot: one byte per page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ DATA: Final = 2
 
 
 def page_count(snapshot: Snapshot, number: int) -> int:
-    """Pages of a block."""
+    """Return the number of pages of a block."""
     return -(-snapshot.blocks[number].used_length_bytes // snapshot.index.target_page_bytes)
 
 
 def page_classes(snapshot: Snapshot, number: int) -> bytearray:
-    """``MISSING``, ``ZERO`` or ``DATA`` for each page of a block."""
+    """Return ``MISSING``, ``ZERO`` or ``DATA`` for each page of a block."""
     found = bytearray(page_count(snapshot, number))
     for _, run in snapshot.index.runs_of_block(number):
         kind = DATA if run.kind == KIND_DATA else ZERO
@@ -28,8 +28,8 @@ def page_classes(snapshot: Snapshot, number: int) -> bytearray:
 
 
 def pages_of_ancestor(snapshot: Snapshot, number: int, ancestor_id: str) -> bytearray:
-    """1 for each page of a block that is as it was in an ancestor: it is in that one's file, or in
-    one that is older. All 0 if the ancestor is none."""
+    """Return 1 for each page of a block that is unchanged since an ancestor, that is, held by the
+    ancestor's file or an older one; all 0 if it is no ancestor."""
     found = bytearray(page_count(snapshot, number))
     chain = snapshot.container
     ids = [file.id for file in snapshot.files]

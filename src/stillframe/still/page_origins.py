@@ -1,6 +1,6 @@
-"""How pages came into a snapshot: which were never populated, and which a fault saved.
+"""The origin of a snapshot's pages: which were never populated, and which a fault saved.
 
-One byte for each page of all blocks, in their order; in the manifest as a zstd frame in base64.
+One byte per page of all blocks, in their order; in the manifest as a zstd frame in base64.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from stillframe.still.frames import BytesLike, compress_table, decompress_table
 from stillframe.still.index_builder import PACKED_RUN
 
 NEVER: Final = 1
-"""Never populated at the instant, or given back by then: it holds zeroes."""
+"""Not populated at the point in time (never, or discarded before): the page is zero."""
 FAULT: Final = 2
-"""Saved, with its neighbours, since the guest was about to write to it before it had its turn."""
+"""Saved out of turn, with its neighbours, because the guest was about to write to it."""
 _LEVEL: Final = 3
 _MOST_BYTES: Final = 4 << 20
 _MOST_PAGES: Final = 1 << 26
-"""256 GiB of RAM; of more nothing is recorded, since a byte for each page is held until the end."""
+"""256 GiB of RAM; beyond that nothing is recorded, as a byte per page is held until the end."""
 
 
 class PageOrigins:
-    """Collects them while a snapshot is taken. Of one page several threads tell nothing."""
+    """Collector of origins while a snapshot is taken. No two threads report the same page."""
 
     def __init__(self, page_counts: Sequence[int]) -> None:
         self._first = [sum(page_counts[:number]) for number in range(len(page_counts))]
@@ -34,7 +34,8 @@ class PageOrigins:
         self._pages = bytearray(total if total <= _MOST_PAGES else 0)
 
     def add(self, packed: BytesLike) -> None:
-        """Runs in packed form (``index_builder.PACKED_RUN``), their kind ``NEVER`` or ``FAULT``."""
+        """Add runs in packed form (``index_builder.PACKED_RUN``), of kind ``NEVER`` or
+        ``FAULT``."""
         if not self._pages:
             return
         for block, pages, first_page, kind, _ in PACKED_RUN.iter_unpack(packed):
@@ -42,7 +43,7 @@ class PageOrigins:
             self._pages[start : start + pages] = bytes((kind,)) * pages
 
     def encode(self) -> str:
-        """For the manifest; empty if there are none, or if they would take too much room there."""
+        """Encode for the manifest; empty if there are none, or if they would take too much room."""
         if self._pages.count(0) == len(self._pages):
             return ""
         packed = compress_table(self._pages, _LEVEL)
@@ -50,10 +51,10 @@ class PageOrigins:
 
 
 def decode_origins(text: str, blocks: Sequence[BlockRecord], page_bytes: int) -> list[bytes]:
-    """For each block a byte for each page; zeroes where nothing was recorded.
+    """Return one byte per page for each block; zeroes where nothing was recorded.
 
     Raises:
-        DataError: it does not fit the blocks.
+        DataError: the record does not fit the blocks.
     """
     counts = [-(-block.used_length_bytes // page_bytes) for block in blocks]
     if not text:

@@ -1,7 +1,7 @@
-"""Where RAM blocks are in guest-physical memory, for streams: they name blocks, not addresses.
+"""Where a stream's RAM blocks are in guest-physical memory: streams name blocks, not addresses.
 
 A PC's split around 4 GiB is in its CMOS, NUMA nodes are in its ACPI tables, and a virtio-mem's
-place is in its own state. Sources: QEMU ``hw/i386/pc.c`` (``pc_cmos_init``, ``pc_memory_init``),
+address is in its own state. Sources: QEMU ``hw/i386/pc.c`` (``pc_cmos_init``, ``pc_memory_init``),
 ``hw/i386/acpi-build.c`` (``build_srat``), ``hw/core/numa.c``, ``hw/virtio/virtio-mem.c``.
 """
 
@@ -19,11 +19,11 @@ from stillframe.vmstate.devices import DeviceSection, find_section
 
 ACPI_TABLES_BLOCK: Final = "/rom@etc/acpi/tables"
 NO_MAP: Final = "no memory map: "
-"""How the manifest's note begins that tells why it has no map."""
+"""Start of the manifest's note that says why there is no map."""
 
 _GIB_4: Final = 4 << 30
 _RAM_MAX_BYTES: Final = 512 << 30
-"""Above, the part from 4 GiB on may be elsewhere: AMD hosts keep a hole below 1 TiB."""
+"""Beyond this, RAM above 4 GiB may be elsewhere: AMD hosts keep a hole below 1 TiB."""
 _HOLE_BYTES: Final = 0x60000
 """From 640 KiB to 1 MiB: RAM that ACPI does not list."""
 _UNIT: Final = 1 << 16
@@ -42,7 +42,7 @@ _U64 = Struct(">Q")
 def find_memory_map(
     machine_type: str, blocks: Sequence[BlockRecord], devices: Sequence[DeviceSection], acpi: bytes
 ) -> tuple[GpaRange, ...]:
-    """All RAM of a PC, a microvm or a wing's machine.
+    """Return where all RAM of a PC, a microvm or a wing's machine is.
 
     Args:
         machine_type: the name in the stream's configuration section.
@@ -51,7 +51,7 @@ def find_memory_map(
         acpi: content of the block :data:`ACPI_TABLES_BLOCK`; empty if there is none.
 
     Raises:
-        UsageError: the stream does not tell; the message names the block.
+        UsageError: the stream does not say; the message names the block.
     """
     kind = saved_kind(machine_type)
     if kind is not None:
@@ -81,13 +81,13 @@ def _range(gpa: int, block: BlockRecord, offset_bytes: int, length_bytes: int) -
 
 
 def _split(devices: Sequence[DeviceSection]) -> tuple[int, int]:
-    """Bytes of RAM below and above 4 GiB, as the machine wrote them into the CMOS."""
+    """Return the bytes of RAM below and above 4 GiB, as the machine wrote them into the CMOS."""
     section = find_section(devices, "mc146818rtc")
     if section is None or len(section.payload) < 128:
         raise UsageError("the stream has no CMOS, which holds the size of RAM below 4 GiB")
     cmos = section.payload
     below = int.from_bytes(cmos[0x34:0x36], "little") * _UNIT + (16 << 20)
-    if below == 16 << 20:  # no more than that: KiB above the first MiB
+    if below == 16 << 20:  # at most 16 MiB: this field holds KiB above the first MiB
         below = (int.from_bytes(cmos[0x30:0x32], "little") << 10) + (1 << 20)
     return below, int.from_bytes(cmos[0x5B:0x5E], "little") * _UNIT
 
@@ -95,7 +95,7 @@ def _split(devices: Sequence[DeviceSection]) -> tuple[int, int]:
 def _in_order(
     blocks: Sequence[BlockRecord], nodes: Sequence[int], ram_bytes: int
 ) -> list[BlockRecord]:
-    """The blocks of the main RAM, in the order of their addresses."""
+    """Return the blocks of the main RAM in address order."""
     total = sum(b.used_length_bytes for b in blocks)
     names = ", ".join(f"{b.idstr} of {b.used_length_bytes >> 20} MiB" for b in blocks)
     if ram_bytes > _RAM_MAX_BYTES:
@@ -118,7 +118,7 @@ def _in_order(
 
 
 def _node_sizes(acpi: bytes) -> list[int]:
-    """RAM of each NUMA node in bytes, by the SRAT in the ACPI tables; none without one."""
+    """Return each NUMA node's RAM in bytes, by the SRAT in the ACPI tables; empty without one."""
     start = acpi.find(b"SRAT")
     if start < 0 or start + _SRAT_HEAD_BYTES > len(acpi):
         return []
@@ -143,7 +143,8 @@ def _srat_entries(table: bytes) -> Iterator[tuple[int, bytes]]:
 def _virtio_mem(
     blocks: Sequence[BlockRecord], devices: Sequence[DeviceSection]
 ) -> tuple[list[BlockRecord], list[GpaRange]]:
-    """The blocks of virtio-mem devices, and their places: a block is named by its device's path."""
+    """Return the blocks of virtio-mem devices and their ranges; a block's name is its device's
+    path."""
     found: list[BlockRecord] = []
     placed: list[GpaRange] = []
     for block in blocks:

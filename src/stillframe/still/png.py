@@ -1,4 +1,4 @@
-"""Writes a picture as PNG (RFC 2083), with nothing but zlib."""
+"""PNG encoding of a picture (RFC 2083), with only zlib."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _COLOUR_RGB: Final = 2
 
 
 def png(width: int, height: int, rgb: bytes, *, level: int = 6) -> bytes:
-    """A PNG file of ``width * height`` pixels, three bytes each, row by row."""
+    """Return a PNG file of ``width * height`` pixels, three bytes each, row by row."""
     row_bytes = 3 * width
-    # Each row has a filter type in front: none.
+    # Each row starts with its filter type: none.
     rows = b"".join(
         b"\0" + rgb[start : start + row_bytes] for start in range(0, len(rgb), row_bytes)
     )

@@ -1,4 +1,4 @@
-"""Draws a snapshot's RAM: by guest-physical address, a colour for what each page is."""
+"""A picture of a snapshot's RAM: by guest-physical address, a colour for each page's class."""
 
 from __future__ import annotations
 
@@ -44,11 +44,10 @@ _MOST_ROWS: Final = 2048
 
 
 class RamMap(msgspec.Struct, frozen=True, kw_only=True):
-    """``png``: the file. ``pages``: how many are of each class of ``CLASSES``.
-    ``pages_per_pixel``: the first class of them gives the pixel its colour, in the order
+    """A drawn map. ``png``: the file. ``pages``: how many are of each class in ``CLASSES``.
+    ``pages_per_pixel``: a pixel has the colour of the first class among its pages, in the order
     saved by fault, data, unchanged, missing, zero, never populated. ``parts``: (first row, the
-    range that is drawn from there on).
-    """
+    range drawn from there on)."""
 
     png: bytes
     width: int
@@ -59,12 +58,12 @@ class RamMap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def draw_ram(snapshot: Snapshot) -> RamMap:
-    """Draw it. What is unchanged since the parent is known of an increment only; what was never
-    populated, and what a fault saved, of what ``take`` and ``watch`` took. A white line is a gap in
-    guest-physical memory; without a memory map, it parts the blocks.
+    """Draw the map. Only increments have pages that are unchanged since the parent; only snapshots
+    of ``take`` and ``watch`` tell never-populated pages and pages saved by a fault. A white line is
+    a gap in guest-physical memory; without a memory map, it separates blocks.
 
     Raises:
-        NotFoundError: the memory map names a block that is none.
+        NotFoundError: the memory map names an unknown block.
         DataError: the manifest's record of page origins does not fit.
     """
     page_bytes = snapshot.index.target_page_bytes
@@ -121,7 +120,7 @@ def _classes(snapshot: Snapshot, number: int, origins: bytes) -> bytearray:
 
 
 def _drawn(pages: bytearray, scale: int) -> bytes:
-    """Whole rows; what is left of the last one is white."""
+    """Return whole rows; the rest of the last one is white."""
     order = (BY_FAULT, DATA, UNCHANGED, MISSING, ZERO, UNPOPULATED)
     colours = {kind: bytes(colour) for kind, colour in COLOURS.items()}
     if scale == 1:

@@ -1,4 +1,4 @@
-"""Builds one RAM part, a frame's content, from runs of page records that lie elsewhere."""
+"""The building of a RAM part, a frame's content, from runs of page records of other frames."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stillframe.vmstate.writer import ram_part_prefix, ram_part_suffix
 
 
 class RamSection:
-    """A RAM part in the making. ``runs``: what is in it so far."""
+    """A RAM part being built. ``runs``: its runs so far."""
 
     def __init__(self, section_id: int, *, footer: bool, page_bytes: int) -> None:
         self._parts: list[bytes | memoryview] = [ram_part_prefix(section_id)]
@@ -25,8 +25,8 @@ class RamSection:
         """Add a run.
 
         Args:
-            content: None for zero pages; else it begins with the first page's content, and the
-                other pages' records (``records.record_bytes``), which name no block, follow it.
+            content: None for zero pages; else the first page's content, followed by the other
+                pages' records (``records.record_bytes``), which name no block.
         """
         name = None if block == self._block else idstr
         page_bytes, offset = self._page_bytes, first_page * self._page_bytes
@@ -48,5 +48,5 @@ class RamSection:
         self._block = block
 
     def finish(self) -> bytes:
-        """The whole section."""
+        """Return the whole section."""
         return b"".join((*self._parts, self._end))

@@ -34,14 +34,14 @@ class Record(NamedTuple):
 
 
 def record_bytes(kind: int, page_bytes: int) -> int:
-    """Length of a record that names no block."""
+    """Return the length of a record that names no block."""
     return WORD_BYTES + (page_bytes if kind == KIND_DATA else 1)
 
 
 def payload_start(raw: BytesLike, run: PageRun, idstr: str, page_bytes: int) -> int:
-    """Where in a frame the content of the run's first page starts.
+    """Return where in a frame the content of the run's first page starts.
 
-    The others follow at a distance of :func:`record_bytes`.
+    The other pages follow at intervals of :func:`record_bytes`.
 
     Raises:
         DataError: the frame does not hold this run there.
@@ -63,7 +63,7 @@ def payload_start(raw: BytesLike, run: PageRun, idstr: str, page_bytes: int) -> 
 def read_page(
     raw: BytesLike, run: PageRun, position: int, idstr: str, page_bytes: int
 ) -> bytes | None:
-    """Content of page number ``position`` of a run; None for a zero page.
+    """Return the content of page number ``position`` of a run; None for a zero page.
 
     Raises:
         DataError: the frame does not hold this page there.
@@ -88,7 +88,7 @@ def read_page(
 
 
 def check_run(raw: BytesLike, run: PageRun, idstr: str, page_bytes: int) -> int:
-    """Check every record of a run against the index; returns where the run ends.
+    """Check every record of a run against the index; return where the run ends.
 
     Raises:
         DataError: they do not agree.
@@ -121,7 +121,7 @@ def check_run(raw: BytesLike, run: PageRun, idstr: str, page_bytes: int) -> int:
 
 
 def read_record(raw: BytesLike, start: int, page_bytes: int) -> Record | None:
-    """The page record at ``start``; None if an EOS record is there.
+    """Return the page record at ``start``; None if it is an EOS record.
 
     Raises:
         DataError: truncated, or a record that our frames do not have.
@@ -150,7 +150,7 @@ def read_record(raw: BytesLike, start: int, page_bytes: int) -> Record | None:
 
 
 def read_section_id(raw: BytesLike) -> int:
-    """Section id of the RAM part that a frame starts with.
+    """Return the section id of the RAM part that a frame starts with.
 
     Raises:
         DataError: the frame does not start with a PART section.
@@ -162,10 +162,10 @@ def read_section_id(raw: BytesLike) -> int:
 
 
 def check_section_end(raw: BytesLike, start: int, section_id: int) -> None:
-    """Check that EOS, and the footer of the section if it has one, are left of the frame.
+    """Check that the rest of the frame is EOS and, if the section has one, its footer.
 
     Raises:
-        DataError: something else is.
+        DataError: it is something else.
     """
     eos = _WORD.pack(_EOS)
     if bytes(raw[start:]) not in (eos, eos + _TYPE_ID.pack(SectionType.FOOTER, section_id)):
@@ -173,7 +173,7 @@ def check_section_end(raw: BytesLike, start: int, section_id: int) -> None:
 
 
 def is_ram_section(raw: BytesLike, page_bytes: int) -> bool:
-    """Whether a frame is exactly one whole RAM part."""
+    """Return whether a frame is exactly one whole RAM part."""
     try:
         section_id = read_section_id(raw)
         position = PREFIX_BYTES

@@ -1,9 +1,10 @@
-"""Seals the parts of an encrypted snapshot file, so that nobody reads or changes them unnoticed.
+"""The sealing of an encrypted snapshot file's parts: nobody can read them, or change them
+unnoticed.
 
 AES-256-GCM (NIST SP 800-38D) under a key of the file's own: HKDF-SHA256 (RFC 5869) of a data key,
-with a salt that is drawn anew for each file. So a nonce, which is a part's kind and number, comes
-once under a key. A second output of HKDF commits the file to its data key. Keys come and go as
-bytes; who has them, and how they are wrapped, is no business of this room.
+with a fresh random salt per file. So a nonce, which is a part's kind and number, occurs once per
+key. A second output of HKDF commits the file to its data key. Keys are plain bytes here; their
+owners and wrapping are outside this room.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ _HEAD_BYTES: Final = SKIPPABLE_HEADER.size + _NUMBER.size
 
 
 class DataKey(NamedTuple):
-    """``secret``: 32 random bytes. ``id``: 16 random bytes that name it. ``slots``: the secret as
-    wrapped for those who may read a file, empty if that is told elsewhere."""
+    """A data key. ``secret``: 32 random bytes. ``id``: 16 random bytes that name it. ``slots``: the
+    secret wrapped for a file's readers; empty if the slots are elsewhere."""
 
     id: bytes
     secret: bytes
@@ -53,7 +54,7 @@ class DataKey(NamedTuple):
 
 
 class SealHeader(NamedTuple):
-    """What an encrypted file tells without a key. ``where``: the file, for messages."""
+    """What an encrypted file reveals without a key. ``where``: the file, for messages."""
 
     key_id: bytes
     salt: bytes
@@ -64,11 +65,11 @@ class SealHeader(NamedTuple):
 
 
 Unlock = Callable[[SealHeader], bytes]
-"""Gives the data key of a file; raises LockedError."""
+"""Returns a file's data key; raises LockedError."""
 
 
 def unlock_with(secrets: Mapping[bytes, bytes]) -> Unlock:
-    """Opens files whose keys are known, by the keys' ids."""
+    """Return an unlock for files whose keys are known, by the keys' ids."""
 
     def unlock(header: SealHeader) -> bytes:
         try:
@@ -80,22 +81,22 @@ def unlock_with(secrets: Mapping[bytes, bytes]) -> Unlock:
 
 
 def new_data_key() -> DataKey:
-    """A random key, not wrapped for anybody yet."""
+    """Return a random key that is not wrapped yet."""
     return DataKey(secrets.token_bytes(KEY_ID_BYTES), secrets.token_bytes(KEY_BYTES))
 
 
 class Seal:
-    """Seals and opens the parts of one file. Safe to share between threads."""
+    """The seal of one file, which seals and opens its parts. Safe to share between threads."""
 
     def __init__(self, aead: AESGCM, content: bytes = b"") -> None:
         self._aead = aead
         self._numbers = count()
         self.content = content
-        """Of the file's seal frame."""
+        """Content of the file's seal frame."""
 
     @classmethod
     def new(cls, key: DataKey) -> Seal:
-        """For a new file.
+        """Make the seal of a new file.
 
         Raises:
             HostError: the package ``cryptography`` is missing.
@@ -108,10 +109,10 @@ class Seal:
 
     @classmethod
     def of(cls, header: SealHeader, secret: bytes) -> Seal:
-        """For a file that exists.
+        """Return the seal of an existing file.
 
         Raises:
-            LockedError: its key is another one.
+            LockedError: the file has another key.
         """
         info = b"stillframe file\0" + digest_of(header.body)
         aead, commitment = _derive(secret, header.salt, info)
@@ -122,10 +123,10 @@ class Seal:
         return cls(aead)
 
     def seal_frame(self, data: BytesLike) -> bytearray:
-        """A frame as the file holds it, under a number that no other has."""
+        """Return a frame as the file holds it, sealed under a unique number."""
         number = next(self._numbers)
         nonce = _NONCE.pack(KIND_FRAME, number)
-        # In place: a copy of a large frame would cost ten times as much as its sealing.
+        # In place: copying a large frame would cost ten times as much as sealing it.
         frame = bytearray(_HEAD_BYTES + len(data) + _TAG_BYTES)
         SKIPPABLE_HEADER.pack_into(frame, 0, SEALED_FRAME_MAGIC, len(frame) - SKIPPABLE_HEADER.size)
         _NUMBER.pack_into(frame, SKIPPABLE_HEADER.size, number)
@@ -133,7 +134,7 @@ class Seal:
         return frame
 
     def open_frame(self, stored: bytes) -> bytes:
-        """What :meth:`seal_frame` got.
+        """Return what :meth:`seal_frame` was given.
 
         Raises:
             DataError: it is not authentic.
@@ -146,12 +147,12 @@ class Seal:
         return self.open(KIND_FRAME, number, memoryview(stored)[_HEAD_BYTES:])
 
     def seal(self, kind: int, number: int, content: BytesLike) -> bytes:
-        """Seal a part; its length grows by 16 bytes. No (kind, number) may come twice."""
+        """Seal a part; it grows by 16 bytes. No (kind, number) may occur twice."""
         nonce = _NONCE.pack(kind, number)
         return self._aead.encrypt(nonce, content, nonce)
 
     def open(self, kind: int, number: int, sealed: BytesLike) -> bytes:
-        """What :meth:`seal` got.
+        """Return what :meth:`seal` was given.
 
         Raises:
             DataError: it is not authentic.
@@ -168,7 +169,7 @@ class Seal:
 
 
 def encode_seal(seal: Seal) -> bytes:
-    """The file's seal frame."""
+    """Return the file's seal frame."""
     return skippable_frame(SEAL_FRAME_MAGIC, seal.content)
 
 
@@ -176,7 +177,7 @@ def decode_seal(frame: bytes, where: str) -> SealHeader:
     """Decode a seal frame.
 
     Raises:
-        DataError: malformed, or of a version that we do not know.
+        DataError: malformed, or of an unknown version.
     """
     content = frame[SKIPPABLE_HEADER.size :]
     if len(content) < _HEADER.size + KEY_BYTES or frame[
@@ -208,7 +209,7 @@ def seal_object(secret: bytes, name: str, content: bytes) -> bytes:
 
 
 def open_object(secret: bytes, name: str, sealed: bytes) -> bytes:
-    """What :func:`seal_object` got.
+    """Return what :func:`seal_object` was given.
 
     Raises:
         DataError: it is not authentic, or has another name or key.
@@ -224,12 +225,12 @@ def open_object(secret: bytes, name: str, sealed: bytes) -> bytes:
 
 
 def hidden_name(secret: bytes, name: str) -> str:
-    """What stands for a name where others can read it; the same each time (HKDF as a PRF)."""
+    """Return a stand-in for a name that others can see; deterministic (HKDF as a PRF)."""
     return _derived(secret, b"", b"stillframe name\0" + name.encode()).hex()[:KEY_BYTES]
 
 
 def _derive(secret: bytes, salt: bytes, info: bytes) -> tuple[AESGCM, bytes]:
-    """The cipher under a key of its own, and the commitment to ``secret``."""
+    """Return the cipher under a key of its own, and the commitment to ``secret``."""
     derived = _derived(secret, salt, info)
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 

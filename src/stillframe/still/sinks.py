@@ -1,4 +1,4 @@
-"""Where a snapshot goes, and what it is read from: whatever moves the bytes."""
+"""Where a snapshot goes, and what it is read from: the interfaces of whatever moves the bytes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from stillframe.still.frames import BytesLike
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where a snapshot goes: bytes in order, and a name only at the end.
+    """The destination of a snapshot: takes bytes in order, and gets its name only at the end.
 
-    One thread at a time. After :meth:`commit` or :meth:`abort` nothing more may be written;
-    :meth:`abort` may be called at any time and more than once, and does nothing after a commit.
+    For one thread at a time. After :meth:`commit` or :meth:`abort` nothing more may be written;
+    :meth:`abort` may be called at any time and repeatedly, and does nothing after a commit.
     """
 
     @property
     def description(self) -> str:
-        """What error messages call it, such as its path."""
+        """Its name in error messages, such as its path."""
 
     def write(self, data: BytesLike) -> None:
         """Take all of ``data``.
@@ -29,7 +29,7 @@ class Sink(Protocol):
         """
 
     def commit(self) -> None:
-        """Make what was written durable and give it its name.
+        """Make the written bytes durable and give them their name.
 
         Raises:
             SinkError: it failed, and nothing was left behind.
@@ -50,17 +50,17 @@ def aborting(sink: Sink) -> Iterator[None]:
 
 @runtime_checkable
 class SparseSink(Sink, Protocol):
-    """A sink that takes bytes at any place; what is never written reads as zeroes."""
+    """A sink that takes bytes at any offset; unwritten ranges read as zeroes."""
 
     def write_at(self, offset_bytes: int, data: BytesLike) -> None:
-        """Put all of ``data`` at a place. Not to be mixed with :meth:`write`.
+        """Write all of ``data`` at an offset. Do not mix with :meth:`write`.
 
         Raises:
             SinkError: full, not permitted.
         """
 
     def set_length(self, length_bytes: int) -> None:
-        """Set the whole length, also beyond the last byte written.
+        """Set the total length, which may exceed the last byte written.
 
         Raises:
             SinkError: full, too large for the file system.
@@ -69,26 +69,26 @@ class SparseSink(Sink, Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a snapshot is read from. Safe to read from several threads."""
+    """The origin of a snapshot's bytes. Safe to read from several threads."""
 
     @property
     def description(self) -> str:
-        """What error messages call it, such as its path."""
+        """Its name in error messages, such as its path."""
 
     @property
     def size_bytes(self) -> int:
-        """Length when it was opened."""
+        """Length at the time of opening."""
 
     @property
     def owner_uid(self) -> int | None:
-        """User id of its owner, or None where there is none."""
+        """User id of its owner; None if it has none."""
 
     @property
     def others_may_write(self) -> bool:
         """Whether users other than the owner may change it."""
 
     def read_at(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """Exactly so many bytes.
+        """Return exactly ``length_bytes`` bytes.
 
         Raises:
             DataError: there are fewer (the file was truncated meanwhile, for instance), or the
@@ -96,4 +96,4 @@ class Source(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of it. Never raises; may be called more than once."""
+        """Close it. Never raises; may be called repeatedly."""

@@ -26,40 +26,40 @@ class Skeleton(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def machine_type_of(skeleton: Skeleton) -> str:
-    """The machine type that a stream names; empty if it names none."""
+    """Return the machine type that a stream names; empty if it names none."""
     return skeleton.configuration.name if skeleton.configuration is not None else ""
 
 
 class SavedKind(Protocol):
-    """What a wing knows of the saved state of its machines (``stillframe.wings``).
+    """A wing's knowledge of its machines' saved state (``stillframe.wings``).
 
-    ``machine_prefix``: what their machine types begin with.
+    ``machine_prefix``: start of their machine types.
     """
 
     machine_prefix: str
 
     def parse_cpu(self, payload: bytes, version_id: int) -> X86CpuState:
-        """The registers in a section named ``cpu``. Raises DataError."""
+        """Return the registers in a section named ``cpu``. Raises DataError."""
 
     def memory_map(self, blocks: Sequence[BlockRecord]) -> tuple[GpaRange, ...]:
-        """Where the guest sees these blocks, when nobody recorded it."""
+        """Return where the guest sees these blocks, if no map was recorded."""
 
 
 def saved_kind(machine_type: str) -> SavedKind | None:
-    """What is known of a wing's machine; None for a QEMU's."""
+    """Return the wing's knowledge of a machine; None for a QEMU machine."""
     kinds: list[SavedKind] = hooks("still")
     return next((kind for kind in kinds if machine_type.startswith(kind.machine_prefix)), None)
 
 
 class Pieces:
-    """File-like reader over stream pieces, for the parser."""
+    """A file-like reader over stream pieces, for the parser."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._rest = b""
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; none at the end."""
+        """Return up to ``size`` bytes; none at the end."""
         while not self._rest:
             piece = next(self._pieces, None)
             if piece is None:
@@ -70,7 +70,7 @@ class Pieces:
 
 
 def read_skeleton(container: FrameReader) -> Skeleton:
-    """Parse the frames without pages; whole RAM sections may be left out.
+    """Parse the frames without pages; whole RAM sections are skipped.
 
     Raises:
         DataError: the file is damaged.
@@ -79,7 +79,7 @@ def read_skeleton(container: FrameReader) -> Skeleton:
     devices: list[DeviceSection] = []
     description: bytes | None = None
     index = container.index
-    # A frame whose pages all come again later has no runs either.
+    # A frame whose pages are all superseded has no runs either.
     pieces = (
         raw
         for _, raw in container.iter_frames(index.frames_without_runs())

@@ -21,10 +21,10 @@ from stillframe.still.verify import VerifyReport, verify_container
 class Snapshot:
     """A snapshot file, open for reading. Safe to share between threads.
 
-    Of an increment, with its parents: pages, stream and index are those of a whole snapshot.
+    An increment is read with its parents: its pages, stream and index are those of a full snapshot.
 
-    Pages are target pages (``manifest.target_page_bytes``). Use it as a context manager, or
-    call :meth:`close`.
+    Pages are target pages (``manifest.target_page_bytes``). Use it as a context manager, or call
+    :meth:`close`.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class Snapshot:
         resolve: Resolve = no_parents,
         like: Snapshot | None = None,
     ) -> None:
-        """Open a snapshot from a source, or an opened file, which it owns from here on.
+        """Open a snapshot from a source, or an opened file, and own it from here on.
 
         Args:
-            unlock: gives the data keys of encrypted ones.
+            unlock: gives the data keys of encrypted files.
             resolve: finds the parents of an increment.
-            like: the same snapshot, open already: then a chain costs less.
+            like: the same snapshot, already open: its chain's index is reused.
 
         Raises:
-            DataError: not a snapshot, damaged, or of a version that we do not know.
+            DataError: not a snapshot, damaged, or of an unknown version.
             NotFoundError: a parent is missing.
             LockedError: it or a parent is encrypted, and there is no key, or another one.
         """
@@ -61,7 +61,7 @@ class Snapshot:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and its parents'."""
         self.container.close()
 
     @property
@@ -71,7 +71,7 @@ class Snapshot:
 
     @property
     def content_id(self) -> str:
-        """Of the very frames that are read: another one than the id where a whole form is read."""
+        """Id of the frames that are read; it differs from the id if a whole form is read."""
         return self.container.content_id
 
     @property
@@ -80,7 +80,7 @@ class Snapshot:
 
     @property
     def files(self) -> tuple[Container, ...]:
-        """Its files: one, or an increment's and all its parents', the newest first."""
+        """Its files: one, or those of the increment and all its parents, newest first."""
         one = self.container
         if isinstance(one, Chain):
             return tuple(one.parts)
@@ -93,17 +93,17 @@ class Snapshot:
 
     @property
     def blocks(self) -> tuple[BlockRecord, ...]:
-        """The RAM blocks; their order is the index's order."""
+        """The RAM blocks, in the index's order."""
         return self.manifest.blocks
 
     @property
     def file_bytes(self) -> int:
-        """Length of the file; without its parents'."""
+        """Length of the file, without its parents'."""
         return self.container.source.size_bytes
 
     @property
     def is_encrypted(self) -> bool:
-        """Whether it is, with its parents."""
+        """Whether it and all its parents are encrypted."""
         return all(file.secret is not None for file in self.files)
 
     @property
@@ -113,13 +113,13 @@ class Snapshot:
 
     @property
     def data_key(self) -> DataKey | None:
-        """That of the file itself, with the slots in it; for a copy that is to be opened alike."""
+        """The file's own data key, with the file's slots, for a copy that opens the same way."""
         file = self.files[0]
         return None if file.secret is None else DataKey(file.key_id, file.secret, file.slots)
 
     @property
     def description(self) -> str:
-        """What people call it: its path."""
+        """Its name in messages: its path."""
         return self.container.place
 
     @property
@@ -138,7 +138,7 @@ class Snapshot:
         return self.container.was_taken_here()
 
     def block_number(self, block: str) -> int:
-        """Number of a block in :attr:`blocks`.
+        """Return the number of a block in :attr:`blocks`.
 
         Raises:
             NotFoundError: there is no block of this name.
@@ -152,7 +152,7 @@ class Snapshot:
             ) from None
 
     def read_page(self, block: str, page: int) -> bytes:
-        """Content of one page.
+        """Return the content of one page.
 
         Raises:
             NotFoundError: no such block, or the file does not hold this page.
@@ -173,7 +173,7 @@ class Snapshot:
         return bytes(page_bytes) if content is None else content
 
     def read_range(self, block: str, offset_bytes: int, length_bytes: int) -> bytes:
-        """Bytes of a block, from any offset.
+        """Return bytes of a block, from any offset.
 
         Raises:
             UsageError: the range leaves the block.
@@ -195,13 +195,13 @@ class Snapshot:
     def iter_runs(
         self, block: str, *, wanted: Callable[[PageRun], bool] = lambda run: True
     ) -> Iterator[tuple[PageRun, memoryview | None]]:
-        """All pages of a block, run by run in the order of the file: each frame is read once.
+        """Yield all pages of a block, run by run in file order; each frame is read once.
 
-        Yields the run, and its content: None for zero pages, else page records of
-        ``records.record_bytes`` each, of which the first ``target_page_bytes`` are a page.
+        Yields (run, content); the content is None for zero pages, else page records of
+        ``records.record_bytes`` each, whose first ``target_page_bytes`` are the page.
 
         Args:
-            wanted: tells of each run whether it is to be read.
+            wanted: returns whether to read a run.
 
         Raises:
             NotFoundError: no such block.
@@ -221,10 +221,10 @@ class Snapshot:
                 yield run, self._content(frame, raw, run, block)
 
     def run_content(self, frame: int, run: PageRun, block: str) -> memoryview:
-        """Content of one run of data pages, as :meth:`iter_runs` gives it.
+        """Return the content of one run of data pages, as :meth:`iter_runs` yields it.
 
         Args:
-            frame: number of its frame, as the index has it.
+            frame: number of its frame in the index.
 
         Raises:
             DataError: the file is damaged.
@@ -241,9 +241,9 @@ class Snapshot:
         return memoryview(raw)[start:end]
 
     def iter_pages(self, block: str) -> Iterator[tuple[int, bytes | None]]:
-        """(page number, content) of all pages of a block; the content of a zero page is None.
+        """Yield (page number, content) of all pages of a block; a zero page's content is None.
 
-        In the order of the file, zero pages first; each frame is read once.
+        In file order, zero pages first; each frame is read once.
 
         Raises:
             NotFoundError: no such block.
@@ -258,16 +258,16 @@ class Snapshot:
                 yield run.first_page + position, page
 
     def iter_stream(self) -> Iterator[bytes]:
-        """QEMU's migration stream, piece by piece; digests and checksums are checked.
+        """Yield QEMU's migration stream piece by piece; digests and checksums are checked.
 
         Raises:
-            DataError: the file is damaged; what was yielded before is sound.
+            DataError: the file is damaged; the pieces yielded before are sound.
         """
         for _, raw in self.container.iter_frames(range(self.index.frame_count)):
             yield raw
 
     def check_restorable(self) -> None:
-        """Raise RefusedError if it holds RAM only."""
+        """Raise RefusedError if the snapshot holds RAM only."""
         if self.manifest.for_analysis:
             raise RefusedError(
                 "the snapshot is no whole VM",
@@ -277,7 +277,7 @@ class Snapshot:
             )
 
     def skeleton(self) -> Skeleton:
-        """Configuration, device sections and description: the stream without its pages.
+        """Return configuration, device sections and description: the stream without its pages.
 
         Raises:
             DataError: the file is damaged.

@@ -24,19 +24,20 @@ TRAILER_MAGIC: Final = b"STILLTRL"
 TRAILER_VERSION: Final = 1
 
 OWN_FRAMES: Final = 3
-"""Index, manifest and trailer: skippable frames between the payload and the seek table."""
+"""Index, manifest and trailer: skippable frames between payload and seek table. An encrypted file
+has its seal frame, too."""
 
 SEEK_FOOTER: Final = struct.Struct("<IBI")
 _SEEK_ENTRY_BYTES = 8
 _TRAILER = struct.Struct("<8sHHIQQQQ32s32s")
 _CHECK_BYTES = 16
 _SEALED = 1
-"""The trailer's flag of a file whose parts are encrypted."""
+"""The trailer's flag for a file with encrypted parts."""
 TRAILER_FRAME_BYTES: Final = SKIPPABLE_HEADER.size + _TRAILER.size + _CHECK_BYTES
 
 
 class Trailer(NamedTuple):
-    """Where index and manifest are in the file (their contents, without the frame headers).
+    """Where index and manifest (their contents, without frame headers) are in the file.
 
     ``seal_bytes``: length of the seal frame before the index's frame; 0 if nothing is encrypted.
     """
@@ -51,12 +52,12 @@ class Trailer(NamedTuple):
 
     @property
     def snapshot_id(self) -> str:
-        """BLAKE3 of the two digests, 64 hexadecimal digits: it names the whole content."""
+        """BLAKE3 of the two digests, 64 hexadecimal digits; identifies the whole content."""
         return digest_of(self.index_digest, self.manifest_digest).hex()
 
 
 def encode_trailer(trailer: Trailer) -> bytes:
-    """The trailer as a skippable frame of ``TRAILER_FRAME_BYTES``."""
+    """Return the trailer as a skippable frame of ``TRAILER_FRAME_BYTES``."""
     *fields, seal_bytes = trailer
     flags = _SEALED if seal_bytes else 0
     content = _TRAILER.pack(TRAILER_MAGIC, TRAILER_VERSION, flags, seal_bytes, *fields)
@@ -67,7 +68,7 @@ def decode_trailer(frame: bytes, offset_bytes: int) -> Trailer:
     """Decode a trailer that was read at ``offset_bytes`` of the file.
 
     Raises:
-        DataError: damaged, or of a version that we do not know, or it points outside.
+        DataError: damaged, of an unknown version, or it points outside.
     """
     if len(frame) != TRAILER_FRAME_BYTES or SKIPPABLE_HEADER.unpack_from(frame) != (
         TRAILER_FRAME_MAGIC,
@@ -106,17 +107,17 @@ def decode_trailer(frame: bytes, offset_bytes: int) -> Trailer:
 
 
 def encode_seek_table(sizes: Iterable[tuple[int, int]]) -> bytes:
-    """The seek table frame for frames of (compressed, decompressed) sizes."""
+    """Return the seek table frame for frames of (compressed, decompressed) sizes."""
     entries = b"".join(struct.pack("<II", stored, raw) for stored, raw in sizes)
     footer = SEEK_FOOTER.pack(len(entries) // _SEEK_ENTRY_BYTES, 0, SEEKABLE_MAGIC)
     return skippable_frame(SEEK_TABLE_FRAME_MAGIC, entries + footer)
 
 
 def read_trailer(source: Source) -> tuple[Trailer, int]:
-    """The trailer of a snapshot file, and where its seek table starts. Cheap: two short reads.
+    """Return a snapshot file's trailer, and where its seek table starts. Cheap: two short reads.
 
     Raises:
-        DataError: not a snapshot, damaged, or of a version that we do not know.
+        DataError: not a snapshot, damaged, or of an unknown version.
     """
     size = source.size_bytes
     footer_offset = max(0, size - SEEK_FOOTER.size)
@@ -127,7 +128,7 @@ def read_trailer(source: Source) -> tuple[Trailer, int]:
 
 
 def seek_table_bytes(footer: bytes, file_bytes: int) -> int:
-    """Length of the seek table frame, from the last 9 bytes of a file.
+    """Return the length of the seek table frame, from the last 9 bytes of a file.
 
     Raises:
         DataError: there is none, or it does not fit in the file.
@@ -150,14 +151,14 @@ def seek_table_bytes(footer: bytes, file_bytes: int) -> int:
 
 
 def seek_table_matches(frame: bytes, sizes: Iterable[tuple[int, int]]) -> bool:
-    """Whether a file's seek table frame lists exactly these frames."""
+    """Return whether a file's seek table frame lists exactly these frames."""
     return frame == encode_seek_table(sizes)
 
 
 def trailer_of(
     index: bytes, manifest: bytes, index_frame_offset: int, *, seal_bytes: int = 0
 ) -> Trailer:
-    """The trailer for index and manifest frames that follow each other from an offset."""
+    """Return the trailer for consecutive index and manifest frames at an offset."""
     index_offset = index_frame_offset + SKIPPABLE_HEADER.size
     return Trailer(
         index_offset=index_offset,

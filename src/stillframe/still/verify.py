@@ -1,4 +1,4 @@
-"""Verifies a snapshot file: digests, checksums, stream, and index against stream."""
+"""Verification of a snapshot file: digests, checksums, stream, and index against stream."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from stillframe.vmstate.reader import StreamReader
 from stillframe.vmstate.records import Description, Device, Pages, RamBlocks, ZeroRun
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes of the stream done, bytes of the stream in all)."""
+"""Called with (bytes of the stream done, bytes of the stream in total)."""
 
 
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     """Result of a verification; a damaged file raises instead.
 
     ``deep``: whether frames were decompressed and the stream was parsed. ``data_pages``,
-    ``zero_pages``, ``missing_pages``: target pages over all blocks; missing ones are in no
-    frame (an imported stream may lack pages, a snapshot of ours never does).
-    ``superseded_pages``: records that a later one overwrites. ``devices``: names of device
-    sections, empty if not deep. ``for_analysis``: it is sound, but cannot be restored.
+    ``zero_pages``, ``missing_pages``: target pages of all blocks; missing pages are in no frame (an
+    imported stream may lack pages, our own snapshots never do). ``superseded_pages``: records that
+    a later one overwrites. ``devices``: names of device sections, empty if not deep.
+    ``for_analysis``: it is sound, but cannot be restored.
     """
 
     id: str
@@ -52,10 +52,10 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
 def verify_container(
     container: FrameReader, *, deep: bool, progress: Progress | None
 ) -> VerifyReport:
-    """Check every digest; if ``deep`` also decompress everything and parse the stream to its end.
+    """Check every digest; if ``deep``, also decompress everything and parse the stream to its end.
 
     Raises:
-        DataError: anything is wrong; it names the frame and the place.
+        DataError: anything is wrong; it names the frame and the offset.
     """
     index = container.index
     container.check_rest()
@@ -100,9 +100,8 @@ def _tell(progress: Progress | None, index: Index, number: int) -> None:
 
 
 class _Walk:
-    """Reads every frame once. Frames with pages are compared with the index; what is left of
-    the stream, in which whole RAM sections are missing only, goes through the stream parser.
-    """
+    """A walk that reads every frame once. Frames with pages are compared with the index; the rest
+    of the stream, which only lacks whole RAM sections, goes through the stream parser."""
 
     def __init__(self, container: FrameReader, progress: Progress | None) -> None:
         self._container = container
@@ -137,13 +136,13 @@ class _Walk:
     def _stream_without_pages(self) -> Iterator[bytes]:
         index = self._index
         for number, raw in self._container.iter_frames(range(index.frame_count)):
-            # The parser still sees a section there, without its records.
+            # The parser still sees a section, without its page records.
             pages_end = self._pages_end(number, raw)
             yield raw if pages_end is None else raw[:PREFIX_BYTES] + raw[pages_end:]
             _tell(self._progress, index, number)
 
     def _pages_end(self, number: int, raw: bytes) -> int | None:
-        """Where the page records of the frame end, which were checked; None if it is not a RAM
+        """Check the frame's page records and return where they end; None if it is not a RAM
         section."""
         runs = self._index.runs_of_frame(number)
         superseded_before = self.superseded_pages
@@ -152,7 +151,8 @@ class _Walk:
         except DataError as error:
             if runs:
                 raise self._container.at_frame(number, error) from error
-            # Without runs it may be a section whose pages all come again, or no section at all.
+            # Without runs, it may be a section whose pages are all superseded, or no section at
+            # all.
             self.superseded_pages = superseded_before
             return None
 
@@ -168,7 +168,8 @@ class _Walk:
             raise DataError("the stream's RAM blocks are not those of the index")
 
     def _check_pages(self, number: int, raw: bytes, runs: list[PageRun]) -> int:
-        """The frame is one RAM section, and every record in it is in the index or superseded."""
+        """Check that the frame is one RAM section whose records are all in the index or superseded;
+        return where the records end."""
         section_id = read_section_id(raw)
         page_bytes = self._index.target_page_bytes
         position, block = PREFIX_BYTES, -1

@@ -1,8 +1,8 @@
-"""Finds the Linux guest's VMCOREINFO note, by which drgn and crash know the kernel.
+"""The search for a Linux guest's VMCOREINFO note, by which drgn and crash identify the kernel.
 
 Linux ``kernel/vmcore_info.c`` keeps it as a complete ELF note at the start of a page. A guest with
-``-device vmcoreinfo`` tells where (QEMU ``hw/misc/vmcoreinfo.c``, Linux
-``drivers/firmware/qemu_fw_cfg.c``), else RAM is searched for it.
+``-device vmcoreinfo`` announces its address (QEMU ``hw/misc/vmcoreinfo.c``, Linux
+``drivers/firmware/qemu_fw_cfg.c``); otherwise RAM is searched.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def find_vmcoreinfo(
     cpus: Sequence[X86CpuState],
     extents: Sequence[Extent],
 ) -> bytes | None:
-    """The note, header and all; None if the guest has none.
+    """Return the note including its header; None if the guest has none.
 
     Args:
         extents: where RAM is; the file offset is the guest-physical address.
@@ -63,7 +63,7 @@ def find_vmcoreinfo(
 
 
 def _notes_in(snapshot: Snapshot, idstr: str) -> Iterator[bytes]:
-    """What looks like the note, at the start of any page of a block."""
+    """Yield what looks like the note, at the start of any page of a block."""
     page_bytes = snapshot.index.target_page_bytes
     stride = record_bytes(KIND_DATA, page_bytes)
     for run, content in snapshot.iter_runs(idstr):
@@ -71,7 +71,7 @@ def _notes_in(snapshot: Snapshot, idstr: str) -> Iterator[bytes]:
             continue
         for match in _START.finditer(content):
             if match.start() % stride == 0:
-                # It has hardly ever more than a page; Linux allows one (VMCOREINFO_BYTES).
+                # The note hardly exceeds a page: Linux allows one (VMCOREINFO_BYTES).
                 start = (run.first_page + match.start() // stride) * page_bytes
                 size = snapshot.blocks[run.block].used_length_bytes - start
                 note = _whole_note(_read(snapshot, idstr, start, min(size, 2 * page_bytes)))
@@ -80,8 +80,8 @@ def _notes_in(snapshot: Snapshot, idstr: str) -> Iterator[bytes]:
 
 
 def _is_of_kernel(note: bytes, syscall_entries: Iterable[int]) -> bool:
-    """Whether the running kernel wrote it, and not one from before a reboot: its text holds the
-    entry of system calls (MSR_LSTAR)."""
+    """Return whether the running kernel wrote it, not one before a reboot: the kernel's text holds
+    the system call entry (MSR_LSTAR)."""
     match = _TEXT.search(note)
     if match is None:
         return False
@@ -90,7 +90,7 @@ def _is_of_kernel(note: bytes, syscall_entries: Iterable[int]) -> bool:
 
 
 def _whole_note(data: bytes | None) -> bytes | None:
-    """The note that ``data`` starts with."""
+    """Return the note at the start of ``data``; None if there is none."""
     if data is None or len(data) < _HEAD.size:
         return None
     name_bytes, content_bytes, kind = _HEAD.unpack_from(data)
@@ -111,7 +111,7 @@ def _read_physical(
 
 
 def _read(snapshot: Snapshot, idstr: str, offset_bytes: int, size: int) -> bytes | None:
-    """Bytes of a block; None if the snapshot does not hold them."""
+    """Return bytes of a block; None if the snapshot does not hold them."""
     try:
         return snapshot.read_range(idstr, offset_bytes, size)
     except NotFoundError:

@@ -1,4 +1,4 @@
-"""Writes a snapshot file into a sink: payload frames, then index, manifest, trailer, seek table."""
+"""The writer of a snapshot file: payload frames, then index, manifest, trailer, seek table."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ from stillframe.still.trailer import (
 )
 
 INCREMENT_PREAMBLE: Final = b"Stillframe increment: not a whole stream, its parent has the rest\n"
-"""Frame 0 of an increment: what zstd unpacks of it is nothing that a VMM would load."""
+"""Frame 0 of an increment: what zstd unpacks is thus nothing that a VMM would load."""
 
 
 class SnapshotWriter:
-    """Takes the stream frame by frame; the decompressed frames in order are the stream.
+    """Writer of the stream, frame by frame; the decompressed frames in order are the stream.
 
-    The first frames hold everything up to RAM's START section and early device sections, then
-    come RAM frames (each exactly one whole PART section, in any order), then the rest. Several
-    threads may call :meth:`encode`, which has no lock and gives up the GIL, and :meth:`append`,
-    which takes turns.
+    The first frames hold everything up to RAM's START section and early device sections; then come
+    RAM frames (each exactly one whole PART section, in any order), then the rest. Several threads
+    may call :meth:`encode`, which takes no lock and releases the GIL, and :meth:`append`, which is
+    serialised.
 
-    As a context manager it aborts the sink unless :meth:`finish` was reached.
+    As a context manager, it aborts the sink unless :meth:`finish` was reached.
 
     Args:
         sink: where the bytes go; the writer commits or aborts it.
         level: compression level, or ``frames.LEVEL_NONE``.
-        later_pages_win: a page may be written several times, and the last record counts; each
-            run's first record must then name its block.
+        later_pages_win: a page may be written repeatedly, and the last record counts; each run's
+            first record must then name its block.
         key: encrypts the file.
-        increment: pages that are not written are the parent's, whom the manifest names.
+        increment: unwritten pages are those of the parent that the manifest names.
 
     Raises:
-        HostError: what encryption needs is missing.
+        HostError: the package for encryption is missing.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class SnapshotWriter:
 
     @property
     def description(self) -> str:
-        """What error messages call the sink."""
+        """The sink's name in error messages."""
         return self._sink.description
 
     @property
@@ -103,8 +103,8 @@ class SnapshotWriter:
         return self._file_bytes
 
     def encode(self, raw: BytesLike, level: int | None = None) -> EncodedFrame:
-        """Compress one frame, at the writer's level if none is given, and seal it if the file is
-        to be encrypted. Thread-safe.
+        """Compress one frame, by default at the writer's level, and seal it if the file is
+        encrypted. Thread-safe.
 
         Raises:
             UsageError: longer than ``frames.FRAME_RAW_MAX_BYTES``.
@@ -116,11 +116,11 @@ class SnapshotWriter:
         return EncodedFrame(sealed, frame.raw_bytes, digest_of(sealed))
 
     def append(self, frame: EncodedFrame, runs: Sequence[PageRun] | BytesLike = b"") -> int:
-        """Write a frame; returns its number.
+        """Write a frame; return its number.
 
         Args:
-            runs: the pages in it, as :class:`PageRun` or packed (``index_builder.PACKED_RUN``);
-                a buffer may be reused as soon as the call returns.
+            runs: the pages in it, as :class:`PageRun` or packed (``index_builder.PACKED_RUN``); a
+                buffer may be reused once the call returns.
 
         Raises:
             SinkError: the sink cannot take it.
@@ -133,8 +133,8 @@ class SnapshotWriter:
             return self._builder.add_frame(frame, packed)
 
     def append_stream(self, raw: BytesLike) -> None:
-        """Compress and write a piece of the stream without pages, in as many frames as it needs;
-        an increment's head, the first such piece, is one frame.
+        """Compress and write a piece of the stream without pages, in as many frames as needed; an
+        increment's head, its first such piece, is one frame.
 
         Raises:
             SinkError: the sink cannot take it.
@@ -151,8 +151,8 @@ class SnapshotWriter:
         """Write index, manifest, trailer and seek table, commit the sink, return the id.
 
         Args:
-            manifest: its ``stream_bytes`` is set to what was written.
-            key: marks it as taken on this host by this user.
+            manifest: its ``stream_bytes`` is set to the written length.
+            key: marks the snapshot as taken on this host by this user.
 
         Raises:
             SinkError: the sink cannot take it; it is aborted.
@@ -223,5 +223,5 @@ class SnapshotWriter:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The manifest as the file holds it: JSON, indented, with a final newline."""
+    """Encode the manifest for the file: JSON, indented, with a final newline."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"

@@ -223,8 +223,7 @@ def _noted(backend: Backend, about: str) -> Iterator[None]:
 def _clear(backend: Backend) -> list[str]:
     """Remove what dead processes left and nothing can use."""
     done: list[str] = []
-    # The order matters: a writer leaves its note before its data, and the entry follows before the
-    # note goes.
+    # In this order: a writer leaves its note, then data, then the entry, then drops the note.
     data = backend.listing(SNAPSHOTS)
     pending, removing = (read_notes(backend, prefix) for prefix in (PENDING, REMOVING))
     catalog = read_catalog(backend)
