@@ -1,8 +1,8 @@
-"""Complete images on disk, each by the id of its snapshot: VMs map them, and nothing is filled.
+"""Complete images on disk, by the ids of their snapshots: VMs map them, and nothing is filled.
 
-An image is a directory with a sparse file per RAM block and ``image.json``. It gets its name when
-all of it is on the disk; from then on nothing in it changes. Whoever uses it, and each VM on it,
-holds a shared lock on ``image.json`` (flock(2)); who removes it needs the lock alone.
+An image is a directory with a sparse file per RAM block and ``image.json``. It gets its name once
+all of it is on disk, and never changes after that. Each process that uses it, and each VM on it,
+holds a shared lock on ``image.json`` (flock(2)); removal needs an exclusive one.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class ImageCache:
     """The images of one user, in one directory. Any number of processes may use it at once.
 
     Raises:
-        HostError: others may write there, so what is there could be anybody's; or it cannot be told
-            who may.
+        HostError: other users may write to the directory, so its images cannot be trusted; or its
+            permissions cannot be read.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -55,12 +55,12 @@ class ImageCache:
         self._check_trust()
 
     def _check_trust(self) -> None:
-        """HostError as for the class."""
+        """Raise HostError as the class does."""
         try:
             status = self.directory.stat()
         except (FileNotFoundError, NotADirectoryError):
             return
-        except OSError as error:  # of another user's home, or on a server that does not answer
+        except OSError as error:  # another user's home, or a server that does not answer
             raise HostError(
                 f"cannot look at {self.directory}",
                 why=error.strerror,
@@ -79,26 +79,26 @@ class ImageCache:
                     remedy=f"set {ENVIRONMENT} to a directory that only you may write to",
                 )
 
-    # What is there
+    # Existing images
 
     def images(self) -> list[StoredImage]:
-        """All images, the last used one first.
+        """Return all images, the most recently used one first.
 
         Raises:
             HostError: not permitted.
         """
         found = []
-        with self._turn():  # whoever looks at one holds its lock, and would look like a user
+        with self._turn():  # a concurrent listing holds locks, and would look like a user
             for name in self._names():
                 with contextlib.suppress(NotFoundError, OSError), self._open(name) as image:
                     found.append(self._describe(image))
         return sorted(found, key=lambda image: image.used, reverse=True)
 
     def find(self, name: str) -> StoredImage:
-        """The image of that snapshot id, or of the id that begins so.
+        """Return the image of that snapshot id, or of the id that starts so.
 
         Raises:
-            NotFoundError: there is none. UsageError: there are several.
+            NotFoundError: there is none. UsageError: ambiguous, or too short.
         """
         found = [one for one in self.images() if one.id.startswith(name)]
         if len(found) > 1 or len(name) < _SHORTEST_ID:
@@ -111,12 +111,12 @@ class ImageCache:
         return found[0]
 
     def open(self, snapshot_id: str, content_id: str = "") -> OpenImage | None:
-        """The image of a snapshot, for VMs to run on; None if there is none that is sound.
+        """Open the image of a snapshot for VMs to run on; None if there is no sound one.
 
         Args:
-            content_id: of the frames that are read, where these are a whole form's. What a whole
-                form says of its snapshot is its writer's word: an image that was made of one is
-                another one's than what the id promises.
+            content_id: id of the frames that are read, if they are a whole form's. A whole form's
+                relation to its snapshot is only its writer's word, so an image made of one does not
+                count for the id alone.
         """
         try:
             image = self._open(snapshot_id)
@@ -131,7 +131,7 @@ class ImageCache:
         return image
 
     def has(self, snapshot_id: str, content_id: str = "") -> bool:
-        """Whether ``open`` finds one."""
+        """Return whether :meth:`open` finds an image."""
         image = self.open(snapshot_id, content_id)
         if image is not None:
             image.close()
@@ -139,7 +139,7 @@ class ImageCache:
 
     @property
     def limit_bytes(self) -> int:
-        """What all images together may take on the disk."""
+        """Limit on the disk space of all images together."""
         try:
             content = (self.directory / _LIMIT).read_bytes()
             return max(0, msgspec.json.decode(content, type=int))
@@ -147,10 +147,10 @@ class ImageCache:
             return DEFAULT_LIMIT_BYTES
 
     def set_limit(self, limit_bytes: int) -> None:
-        """Choose the limit, for all who use the cache, and keep to it.
+        """Set the limit for all users of the cache, and enforce it.
 
         Raises:
-            UsageError: it makes no sense. SinkError: not permitted, or the disk is full.
+            UsageError: it is negative. SinkError: not permitted, or the disk is full.
         """
         if limit_bytes < 0:
             raise UsageError(f"a limit of {limit_bytes} bytes makes no sense")
@@ -173,7 +173,8 @@ class ImageCache:
             raise HostError(f"cannot list {self.directory}", why=error.strerror) from error
 
     def _open(self, name: str) -> OpenImage:
-        """Raises NotFoundError: it is no image. OSError: it is gone, or not permitted."""
+        """Open and lock an image. Raises NotFoundError: not an image. OSError: gone, or not
+        permitted."""
         directory = self.directory / name
         while True:
             lock = os.open(directory / RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -184,7 +185,7 @@ class ImageCache:
             except BaseException:
                 os.close(lock)
                 raise
-            os.close(lock)  # it was removed meanwhile; there may be another one now
+            os.close(lock)  # removed meanwhile; there may be a new one now
 
     def _describe(self, image: OpenImage) -> StoredImage:
         record, used_s = image.record, os.fstat(image.lock).st_mtime
@@ -201,7 +202,7 @@ class ImageCache:
             is_sound=image.is_sound,
         )
 
-    # What comes and goes
+    # Making and removing
 
     def remove(self, snapshot_id: str) -> None:
         """Remove an image.
@@ -218,13 +219,13 @@ class ImageCache:
             )
 
     def forget(self, snapshot_ids: Sequence[str]) -> None:
-        """Remove the images of snapshots that are gone, but for those in use. Never raises."""
+        """Remove the images of removed snapshots, except those in use. Never raises."""
         for snapshot_id in snapshot_ids:
             with contextlib.suppress(NotFoundError, HostError):
                 self._remove(snapshot_id)
 
     def _remove(self, name: str) -> bool:
-        """Whether it is gone; not if somebody uses it."""
+        """Remove an image; return whether it is gone. It is not if it is in use."""
         directory = self.directory / name
         try:
             lock = os.open(directory / RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -236,12 +237,12 @@ class ImageCache:
             with self._turn():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not _is_still_there(lock, directory):
-                    return True  # somebody else was faster; what has the name now is another one
+                    return True  # another process was faster; the name now belongs to a new image
                 gone = self.directory / f"{_GONE}{secrets.token_hex(4)}"
                 directory.rename(gone)
             shutil.rmtree(gone)
         except BlockingIOError:
-            return not _is_still_there(lock, directory)  # who holds it may be removing it
+            return not _is_still_there(lock, directory)  # the holder may be removing it
         except FileNotFoundError:
             pass  # a sweeper was faster
         except OSError as error:
@@ -251,18 +252,19 @@ class ImageCache:
         return True
 
     def _is_rid_of(self, name: str) -> bool:
-        """As ``_remove``; also if somebody else has removed it meanwhile."""
+        """Remove an image as :meth:`_remove`; return True also if another process removed it
+        meanwhile."""
         try:
             return self._remove(name)
         except NotFoundError:
             return True
 
     def make_room(self, needed_bytes: int, *, keep: str = "") -> None:
-        """Evict what was not used for longest, until so much more fits into the limit; never what
-        is in use.
+        """Evict the least recently used images until ``needed_bytes`` more fit in the limit; never
+        those in use.
 
         Args:
-            keep: the id of an image that stays.
+            keep: id of an image that stays.
 
         Raises:
             RefusedError: it does not fit. HostError: not permitted.
@@ -270,12 +272,12 @@ class ImageCache:
         self.sweep()
         limit_bytes, images = self.limit_bytes, self.images()
         taken_bytes = sum(image.size_bytes for image in images)
-        for image in reversed(images):  # those that are damaged are of no use to anybody
+        for image in reversed(images):  # damaged images go first
             if not image.is_sound and image.id != keep and self._is_rid_of(image.id):
                 taken_bytes -= image.size_bytes
         if needed_bytes:
             stay_bytes = sum(i.size_bytes for i in images if i.is_sound and i.in_use)
-            if stay_bytes + needed_bytes > limit_bytes:  # nothing goes in vain
+            if stay_bytes + needed_bytes > limit_bytes:  # evict nothing in vain
                 raise does_not_fit(needed_bytes, limit_bytes, stay_bytes)
         for image in reversed(images):
             if taken_bytes + needed_bytes <= limit_bytes:
@@ -291,8 +293,8 @@ class ImageCache:
             raise does_not_fit(needed_bytes, limit_bytes, taken_bytes)
 
     def sweep(self) -> None:
-        """Remove what processes left that died while they made or removed an image, and what can
-        be no image any more."""
+        """Remove what dead processes left while making or removing images, and what can no longer
+        be an image."""
         for name in self._no_images():
             with contextlib.suppress(HostError):
                 self._is_rid_of(name)
@@ -305,7 +307,7 @@ class ImageCache:
                         path.unlink()
 
     def _no_images(self) -> list[str]:
-        """What has the name of one."""
+        """Return the names that look like an image's but are not one."""
         found = []
         with self._turn():
             for name in self._names():
@@ -319,7 +321,7 @@ class ImageCache:
 
     @staticmethod
     def _sweep_directory(path: Path) -> None:
-        """Raises OSError: somebody works in it, or it cannot be removed."""
+        """Remove a hidden directory. Raises OSError: in use, or it cannot be removed."""
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(path / RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -330,8 +332,8 @@ class ImageCache:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """For what is short: between a directory's making and the lock in it nobody sweeps, and
-        nobody looks at images while another one removes them.
+        """Hold the cache's lock, briefly: so no sweep comes between making a directory and locking
+        it, and no listing during a removal.
 
         Raises:
             HostError: the file system has no locks.
@@ -361,11 +363,11 @@ class ImageCache:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise sink_error("make", str(self.directory), error) from error
-        self._check_trust()  # somebody else may have made it since we looked
+        self._check_trust()  # another user may have made it since the last check
 
     def new_directory(self) -> tuple[Path, int]:
-        """A directory for an image that is being made, with ``image.json``, empty, and the lock on
-        it. ``publish`` gives it its name.
+        """Make a directory for a new image, with an empty ``image.json``; return it and the lock on
+        that. ``publish`` names it.
 
         Raises:
             SinkError: not permitted, or the disk is full. HostError: as for the class.
@@ -387,7 +389,7 @@ class ImageCache:
         return path, lock
 
     def _is_named(self, path: Path, name: Path, lock: int) -> bool:
-        """As ``_renamed``; from then on it is nobody's any more."""
+        """Rename as :func:`_renamed`; release the lock on success."""
         with self._turn():
             done = _renamed(path, name)
             if done:
@@ -395,14 +397,14 @@ class ImageCache:
         return done
 
     def publish(self, path: Path, lock: int, record: ImageRecord) -> bool:
-        """Give an image its name, and let go of the lock. Its files are on the disk already.
+        """Name an image and release its lock. Its files are on disk already.
 
         Returns:
-            False if somebody else has made the same one meanwhile: that one stays.
+            False if another process has made the same image meanwhile: that one stays.
 
         Raises:
-            SinkError: not possible. HostError: something else has that name. BusyError: one that
-                is damaged, and VMs run on it.
+            SinkError: the disk fails or is full. HostError: something else has that name.
+                BusyError: a damaged image has it, and VMs run on that.
         """
         name = self.directory / record.snapshot_id
         try:
@@ -431,7 +433,8 @@ class ImageCache:
 
 
 def does_not_fit(needed_bytes: int, limit_bytes: int, taken_bytes: int = 0) -> RefusedError:
-    """The error for an image that is too large. ``taken_bytes``: by those that are in use."""
+    """Return the error for an image that is too large. ``taken_bytes``: size of the images in
+    use."""
     used = f"; {taken_bytes >> 20} MiB are in use" if taken_bytes else ""
     return RefusedError(
         "the image does not fit into the cache",
@@ -442,7 +445,7 @@ def does_not_fit(needed_bytes: int, limit_bytes: int, taken_bytes: int = 0) -> R
 
 
 def _renamed(path: Path, name: Path) -> bool:
-    """Whether it has that name now; not if there is one already."""
+    """Rename a directory; return False if the name is taken."""
     try:
         path.rename(name)
     except OSError as error:
@@ -453,7 +456,7 @@ def _renamed(path: Path, name: Path) -> bool:
 
 
 def _is_still_there(lock: int, directory: Path) -> bool:
-    """Whether the record that was locked is that of the image which has its name now."""
+    """Return whether the locked record belongs to the image that has the name now."""
     try:
         return os.path.samestat(os.fstat(lock), (directory / RECORD).stat())
     except FileNotFoundError:
@@ -461,11 +464,11 @@ def _is_still_there(lock: int, directory: Path) -> bool:
 
 
 def _alone(lock: int) -> bool:
-    """Whether nobody else holds the lock; it is shared again afterwards."""
+    """Return whether no other process holds the lock; it is shared again afterwards."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        # The kernel lets go of what was held before it tries (flock(2)).
+        # The kernel drops the shared lock before it tries (flock(2)).
         fcntl.flock(lock, fcntl.LOCK_SH)
         return False
     fcntl.flock(lock, fcntl.LOCK_SH)

@@ -1,4 +1,4 @@
-"""A VM that maps an image, watched for pages that are not there yet."""
+"""A VM that maps an image, watched for missing pages."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
 
 
 class Clone:
-    """One VM of an image, until all of it is there.
+    """One VM of an image, until the image is complete.
 
     Args:
-        uffd: of the VM, in our hands; owned from here on, as ``pidfd`` is.
-        number: its descriptor in the VM.
-        addresses: of the image's blocks in the VM.
+        uffd: the VM's userfaultfd, as our descriptor; owned from here on, as is ``pidfd``.
+        number: the userfaultfd's descriptor in the VM.
+        addresses: addresses of the image's blocks in the VM.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Clone:
 
     @property
     def place(self) -> ClonePlace:
-        """What somebody else finds it by."""
+        """What another process needs to find the clone."""
         return ClonePlace(
             pid=self.pid,
             started=start_ticks(self.pid),
@@ -57,10 +57,10 @@ class Clone:
         )
 
     def release(self) -> None:
-        """Watch it no more: what is not there now are zeroes. Never raises.
+        """Stop watching it: pages still missing read as zeroes. Never raises.
 
-        The VM's own descriptor is closed, too; where that is not permitted it stays, and means
-        nothing any more.
+        This also closes the VM's own descriptor; if that is not permitted, the descriptor stays but
+        has no effect.
         """
         for address, length_bytes in zip(self.addresses, self._lengths, strict=True):
             self.uffd.unregister(address, length_bytes)
@@ -70,7 +70,7 @@ class Clone:
         self.close()
 
     def close(self) -> None:
-        """Let go of it; the VM's own descriptor keeps its RAM watched."""
+        """Close our descriptors; the VM's own descriptor keeps its RAM watched."""
         self.uffd.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
@@ -81,10 +81,10 @@ def watch(image: ImageFiles, pid: int, gadgets: tuple[int, int] | None = None) -
     """Watch a VM that maps an image and whose guest has not run yet.
 
     Args:
-        gadgets: as ``watch_missing`` takes them.
+        gadgets: as for ``watch_missing``.
 
     Raises:
-        RefusedError: it does not map the whole image; or a seccomp filter forbids it.
+        RefusedError: it does not map the whole image, or a seccomp filter forbids it.
         HostError: a kernel feature or a permission is missing. BusyError: it is watched already.
         MachineError: the process is gone.
     """
@@ -124,7 +124,8 @@ def _addresses(image: ImageFiles, pid: int) -> list[int]:
 
 
 def is_userfaultfd(pid: int, number: int) -> bool:
-    """Whether the descriptor of that process is a userfaultfd."""
+    """Return whether that process's descriptor is a userfaultfd. Raises HostError: not
+    permitted."""
     try:
         return os.readlink(f"/proc/{pid}/fd/{number}") == _USERFAULTFD_LINK  # noqa: PTH115
     except PermissionError as error:

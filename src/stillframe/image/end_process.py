@@ -1,10 +1,10 @@
-"""See ``end_together``. A plain script with nothing but the standard library, so it starts in
-milliseconds::
+"""The process of ``end_together``: a plain script that imports only the standard library, so that
+it starts in milliseconds::
 
     end_process.py PIPE READY PIDFD...
 
-A byte on the pipe: the VMs live on. Its end without one, which the kernel brings about however its
-writer died: they end.
+A byte on the pipe: the VMs live on. End of file without one, which the kernel delivers however the
+writer died: it kills the VMs.
 """
 
 import contextlib

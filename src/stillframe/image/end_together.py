@@ -1,4 +1,4 @@
-"""Ends VMs that nobody could complete the image of, if this process dies before it has."""
+"""The common end of clones: they are killed if this process dies before their image is complete."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _READY_MS = 10_000
 
 
 class EndTogether:
-    """A process that ends VMs as soon as we have died, however, until ``part``.
+    """A process that kills VMs as soon as this one has died, however it died, until :meth:`part`.
 
     Args:
-        pidfds: of the VMs; they stay the caller's.
+        pidfds: of the VMs; the caller keeps owning them.
 
     Raises:
         HostError: it does not start.
@@ -44,10 +44,10 @@ class EndTogether:
             os.close(ready_there)
 
     def await_ready(self) -> None:
-        """Until it watches over us.
+        """Wait until the process watches this one.
 
         Raises:
-            HostError: it does not.
+            HostError: it does not start.
         """
         poll = select.poll()
         poll.register(self._ready_fd, select.POLLIN)
@@ -55,7 +55,7 @@ class EndTogether:
             raise HostError("what ends the clones with us does not start")
 
     def part(self) -> None:
-        """The VMs live on without us. Does nothing the second time; never raises."""
+        """Let the VMs live on without this process. Idempotent; never raises."""
         if self._held_fd < 0:
             return
         with contextlib.suppress(BrokenPipeError):

@@ -1,5 +1,5 @@
-"""What somebody else needs to go on filling: which image, of which VMs. A file of the VMs' owner,
-which is locked by whoever fills."""
+"""The record for another process to go on filling: which image, of which VMs. The file belongs to
+the VMs' owner; the filler holds a lock on it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MOST_DIGITS = 64
 
 
 class ClonePlace(msgspec.Struct, frozen=True, kw_only=True):
-    """``started``: ticks since boot, as ``/proc/PID/stat`` has it: a number may come again.
-    ``uffd``: its own descriptor. ``addresses``: of the image's blocks."""
+    """Where a clone is. ``started``: start in ticks since boot (``/proc/PID/stat``), since pids are
+    reused. ``uffd``: its own descriptor. ``addresses``: of the image's blocks."""
 
     pid: int
     started: int
@@ -28,9 +28,10 @@ class ClonePlace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FillRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """``snapshot``: absolute path; empty while a running VM is forked, where nobody else can go
-    on. ``parents``: of an increment. ``blocks``: numbers of the image's blocks. ``files``: (device,
-    inode) of their files. ``data_bytes``: what a complete image holds besides zeroes."""
+    """A filling. ``snapshot``: absolute path; empty while a running VM is forked, when no other
+    process can go on. ``parents``: files of an increment's parents. ``blocks``: numbers of the
+    image's blocks. ``files``: (device, inode) of their files. ``data_bytes``: size of a complete
+    image's data pages."""
 
     format: int = 1
     snapshot: str
@@ -43,10 +44,11 @@ class FillRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_record(path: Path, record: FillRecord) -> int:
-    """Write it under its name, complete and locked; returns the descriptor that holds the lock.
+    """Write a record under its name, complete and locked; return the descriptor that holds the
+    lock.
 
     Raises:
-        HostError: not possible.
+        HostError: it cannot be written.
     """
     new = path.with_name(f".{path.name}.new")
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -65,10 +67,10 @@ def write_record(path: Path, record: FillRecord) -> int:
 
 
 def lock_record(path: Path) -> int:
-    """Lock it; returns the descriptor that holds the lock.
+    """Lock a record; return the descriptor that holds the lock.
 
     Raises:
-        NotFoundError: nothing is to be filled there. BusyError: somebody fills.
+        NotFoundError: nothing is being filled there. BusyError: another process is filling.
         HostError: not permitted.
     """
     try:
@@ -89,7 +91,7 @@ def lock_record(path: Path) -> int:
 
 
 def read_record(fd: int) -> FillRecord:
-    """Read a locked one.
+    """Read a locked record.
 
     Raises:
         DataError: malformed.
@@ -104,7 +106,7 @@ def read_record(fd: int) -> FillRecord:
 
 
 def note_complete(path: Path) -> None:
-    """Say beside a record that its image is complete now. Never raises: nothing needs it."""
+    """Note beside a record that its image is complete. Never raises: the note is optional."""
     place = _complete(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with contextlib.suppress(OSError):
@@ -114,10 +116,11 @@ def note_complete(path: Path) -> None:
 
 
 def complete_s(path: Path) -> float | None:
-    """When the image of a record was complete (monotonic clock); None if it is not, or nobody said.
+    """Return when a record's image was complete (monotonic clock); None if it is not, or was not
+    noted.
 
     Args:
-        path: the record's, which is gone by then.
+        path: the record's path; the record itself is gone by then.
     """
     try:
         fd = os.open(_complete(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

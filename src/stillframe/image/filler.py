@@ -1,7 +1,8 @@
-"""Fills an image while VMs run from it: what they wait for first, then the working set, then all.
+"""The filling of an image while VMs run from it: faults first, then the working set, then the rest.
 
-A frame is the unit: read, its digest checked, decompressed, its pages placed in the files; then who
-waits for one of them is woken. Whoever asks for a page that is there already is woken at once.
+The unit is a frame: it is read, its digest checked, it is decompressed, its pages are placed in the
+files, and then the faults waiting for them are woken. A fault on a page that is there already is
+woken at once.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from stillframe.image.ram_image import RamImage, no_memory
 from stillframe.still.index import KIND_DATA
 
 RECORDED_S = 10.0
-"""How long after its start a filler notes what is asked for."""
+"""How long after its start a filler records requested frames."""
 _TODO, _TAKEN, _DONE, _DAMAGED = range(4)
 _RETRY_S = 0.05
 _MOST_AHEAD = 64
 _MOST_WORKERS = 4
 _ALONE_S = 1.0
-"""So long the guests have all processors but one: what they do first should not stall."""
+"""For this long, the guests have all processors but one, so that their first work does not
+stall."""
 
 Fault = tuple[int, int, int, float]
-"""Number of the clone, position of the block, page, when it was read."""
+"""Number of the clone, position of the block, page, time when the fault was read."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a filler stands.
+    """The state of a filling.
 
-    ``waiting``: faults that wait now. ``waited_ms``: the longest that one which needed a frame
-    waited, from when it was read. ``trouble``: why it does not go on now.
+    ``waiting``: faults waiting now. ``waited_ms``: the longest wait of a fault that needed a frame,
+    from when it was read. ``trouble``: what holds it up now.
     """
 
     frames: int
@@ -49,13 +51,14 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Filler:
-    """Fills one image for its clones, in threads of this process.
+    """The filler of one image for its clones, in threads of this process.
 
-    ``start`` comes once they are watched, ``sweep`` once they have loaded their state. Then either
-    ``wait`` for the end, or ``stop`` and let somebody else go on (``Filling.hand_over``).
+    Call :meth:`start` once they are watched, and :meth:`sweep` once they have loaded their state.
+    Then either :meth:`wait` for the end, or :meth:`stop` and let another process go on
+    (``Filling.hand_over``).
 
     Args:
-        working_set: frames to have first, in this order.
+        working_set: frames to load first, in this order.
     """
 
     def __init__(self, image: RamImage, *, working_set: Sequence[int] = ()) -> None:
@@ -86,8 +89,8 @@ class Filler:
     # For the owner
 
     def prefetch(self) -> None:
-        """Decompress the working set already. All threads start now, while QEMU does: each start
-        waits for the GIL."""
+        """Decompress the working set ahead. All threads start now, while QEMU does: each thread
+        start waits for the GIL."""
         if self._threads:
             return
         self._run(self._serve, "faults")
@@ -101,11 +104,11 @@ class Filler:
         """Serve the clones' faults, and place the working set.
 
         Args:
-            taken_over: somebody else filled before: ask the kernel what is there, and have all
-                faults told again that the other may have read.
+            taken_over: another process filled before: ask the kernel which pages are there, and
+                have it repeat all faults, which that process may have read.
 
         Raises:
-            HostError: the kernel does not tell.
+            HostError: the kernel does not tell which pages are there.
         """
         self.prefetch()
         self._clones = list(clones)
@@ -126,21 +129,24 @@ class Filler:
                 clone.waiting.wake_all()
 
     def sweep(self) -> None:
-        """Fill the rest, too: not before the guests run, for want of processors."""
+        """Fill the rest, too. Call it only once the guests run, because they need the
+        processors."""
         with self._condition:
             self._sweeping = True
             self._condition.notify_all()
 
     def check(self) -> None:
-        """Raise what keeps pages from those who wait for them; as :meth:`wait`."""
+        """Raise the error that keeps pages from the guests; see :meth:`wait`."""
         if self._failure is not None:
             raise self._failure
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until all is there, then let go of the clones; False if that takes longer.
+        """Wait until the image is complete, then release the clones; return False on timeout or
+        stop.
 
         Raises:
-            DataError: the snapshot is damaged or truncated; who waits for a page of it still does.
+            DataError: the snapshot is damaged or truncated; guests go on waiting for its damaged
+                pages.
             MachineError: all clones have ended.
         """
         with self._condition:
@@ -155,10 +161,10 @@ class Filler:
         return True
 
     def stop(self, *, release: bool = False) -> None:
-        """End all threads, and let go of the clones, which wait from then on for somebody else.
+        """End all threads and let go of the clones, which then wait for another filler.
 
         Args:
-            release: all is there, so they need nobody.
+            release: the image is complete, so the clones need no filler.
         """
         with self._condition:
             self._stopping = True
@@ -179,7 +185,7 @@ class Filler:
 
     @property
     def asked(self) -> list[int]:
-        """Frames that faults asked for in the first seconds, in their order."""
+        """Frames that faults requested in the first seconds, in their order."""
         with self._condition:
             return list(self._asked)
 
@@ -230,13 +236,13 @@ class Filler:
                 return
 
     def _retry_zero(self, clone: _fill.Waiting, block: int, page: int) -> None:
-        time.sleep(_RETRY_S)  # no memory now: the fault comes again
+        time.sleep(_RETRY_S)  # no memory now: the fault repeats
         clone.wake(block, page)
 
     def _ask(self, fault: Fault) -> None:
         clone, block, page, now_s = fault
         location = self._index.lookup(self._image.numbers[block], page)
-        assert location is not None  # its page is marked as one with data
+        assert location is not None  # only data pages are reported
         frame = location.frame
         with self._condition:
             if self._state[frame] != _DONE:
@@ -270,7 +276,7 @@ class Filler:
         self._work(False)
 
     def _take(self, only_asked: bool) -> int | None:
-        """The next frame; None at the end."""
+        """Return the next frame; None at the end."""
         with self._condition:
             while not self._stopping:
                 frame = self._choose(only_asked)
@@ -300,7 +306,7 @@ class Filler:
         return self._next
 
     def _may_place(self, frame: int, raw: bytes) -> bool:
-        """False if it is too early: kept for ``start`` then."""
+        """Return whether the frame may be placed; if it is too early, keep it for :meth:`start`."""
         with self._condition:
             if not self._placing:
                 self._ahead[frame] = raw
@@ -314,7 +320,7 @@ class Filler:
                 if self._stopping:
                     return
                 self._trouble = no_memory(-rc)
-                time.sleep(_RETRY_S)  # who waits for it waits; it goes on when there is memory
+                time.sleep(_RETRY_S)  # its faults wait until there is memory
         now_s = time.monotonic()
         with self._condition:
             self._trouble = None

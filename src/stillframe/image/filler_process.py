@@ -1,4 +1,4 @@
-"""A process of its own that fills an image: ``Filling.hand_over`` starts it."""
+"""A separate process that fills an image, started by ``Filling.hand_over``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from stillframe.image.hand_over import Handles, read_keys
 from stillframe.still.sealing import Unlock, unlock_with
 
 _SWITCH_S = 0.0005
-"""So that a fault's thread need not wait long for those that decompress."""
+"""Short, so that the thread of a fault need not wait long for the decompressing threads."""
 
 
 def main(record_path: str, handles_text: str) -> int:
-    """Get ready, say so, wait for the word (or for the other's death), fill; the exit code."""
+    """Get ready, say so, wait for the go (or the other process's death), fill; return the exit
+    code."""
     handles = msgspec.json.decode(handles_text, type=Handles)
     fds = (handles.lock, *handles.files, *handles.uffds.values(), handles.ready, handles.go)
     unlock = unlock_with(read_keys(handles.keys))
@@ -48,7 +49,8 @@ def main(record_path: str, handles_text: str) -> int:
 
 
 def inherit(record_path: Path, unlock: Unlock | None = None) -> int:
-    """Wait until whoever fills is through or dead, then go on if there is something left to do."""
+    """Wait until the filler is done or dead, then go on if anything is left to do; return the exit
+    code."""
     while True:
         try:
             fd = os.open(record_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

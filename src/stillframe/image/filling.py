@@ -1,4 +1,4 @@
-"""An image that is being filled, whoever does it: this process, a process of its own, an heir."""
+"""The filling of an image, by whichever process: this one, a separate one, an heir."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from stillframe.store.processes import start_ticks
 class Filling:
     """The filling of one image by this process, in threads.
 
-    Made by :meth:`make`, then ``begin`` and ``sweep``; or by :meth:`adopt`. It ends with ``wait``
-    (all is there), ``hand_over``, or ``close``: the clones then wait for an heir.
+    Made by :meth:`make`, followed by ``begin`` and ``sweep``; or by :meth:`adopt`. It ends with
+    ``wait`` (the image is complete), ``hand_over``, or ``close``: then the clones wait for an heir.
     """
 
     def __init__(
         self, snapshot: Snapshot, image: RamImage, path: str, record_path: Path, *, prefetch: bool
     ) -> None:
-        """Owns ``snapshot`` and ``image`` from here on."""
+        """Own ``snapshot`` and ``image`` from here on."""
         self.snapshot = snapshot
         self.image = image
         self._path = path
@@ -72,18 +72,18 @@ class Filling:
         parents: Sequence[str] = (),
         like: Snapshot | None = None,
     ) -> Self:
-        """An empty image of a snapshot's blocks, before its clones are started.
+        """Make an empty image of a snapshot's blocks, before its clones are started.
 
         Args:
             unlock: gives the key of an encrypted snapshot.
-            record_path: where it says how somebody else can go on.
-            working_set: have the recorded one first.
-            make_file: as ``RamImage.make`` takes it.
+            record_path: where to record how another process can go on.
+            working_set: load the recorded working set first.
+            make_file: as for ``RamImage.make``.
             parents: files of an increment's parents.
-            like: the snapshot, open already.
+            like: the snapshot, already open.
 
         Raises:
-            NotFoundError, DataError: as ``Snapshot.open``.
+            NotFoundError, DataError: as ``open_snapshot``.
             RefusedError, HostError: as ``RamImage``.
         """
         path = absolute(path)
@@ -97,7 +97,7 @@ class Filling:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of the image's blocks in the snapshot."""
+        """Numbers of the image's blocks in the snapshot."""
         return self.image.numbers
 
     @property
@@ -106,14 +106,15 @@ class Filling:
         return self.image.inherited
 
     def prefetch(self) -> None:
-        """Get the threads and the working set ready before somebody needs them."""
+        """Start the threads and load the working set ahead of the first fault."""
         self._filler.prefetch()
 
     def begin(self, vms: Mapping[int, tuple[int, int] | None]) -> None:
-        """Watch the started VMs, whose guests have not run and which have loaded nothing, and fill.
+        """Watch the started VMs, whose guests have not run and which have loaded nothing, and start
+        to fill.
 
         Args:
-            vms: process ids, and their gadgets as ``clone.watch`` takes them.
+            vms: process ids, and their gadgets as for ``clone.watch``.
 
         Raises:
             RefusedError, HostError, BusyError, MachineError: as ``clone.watch``; nothing is filled.
@@ -132,11 +133,11 @@ class Filling:
         self._filler.start(clones)
 
     def sweep(self) -> None:
-        """Fill what nobody asks for, too, now that the guests run."""
+        """Also fill pages that no guest asks for, now that the guests run."""
         self._filler.sweep()
 
     def check(self) -> None:
-        """Raise what keeps pages from the clones; as :meth:`wait`."""
+        """Raise the error that keeps pages from the clones; see :meth:`wait`."""
         self._filler.check()
 
     def _make_record(self, clones: Sequence[Clone]) -> FillRecord:
@@ -155,12 +156,13 @@ class Filling:
 
     @classmethod
     def adopt(cls, record_path: Path, unlock: Unlock | None = None) -> Self:
-        """Go on where somebody died: the clones that still run get what they wait for.
+        """Go on after another filler's death: the clones that still run get their pages.
 
         Raises:
-            NotFoundError: nothing is to be filled there, or the snapshot is gone.
-            BusyError: somebody fills it. DataError: the snapshot is another or a damaged one.
-            MachineError: none of the clones runs any more. HostError: not permitted.
+            NotFoundError: nothing is left to fill there, or the snapshot is gone.
+            BusyError: another process is filling. DataError: the snapshot is another or a damaged
+                one.
+            MachineError: no clone runs any more. HostError: not permitted.
             LockedError: the snapshot is encrypted.
         """
         lock_fd = lock_record(record_path)
@@ -184,8 +186,8 @@ class Filling:
         handles: Handles | None = None,
         unlock: Unlock | None = None,
     ) -> Self:
-        """Get ready to go on; ``go_on`` does. Errors as :meth:`adopt`; the lock stays the caller's
-        if it raises."""
+        """Prepare to go on; ``go_on`` starts it. Raises as :meth:`adopt`; the caller keeps the lock
+        if this raises."""
         record = read_record(lock_fd)
         if not record.snapshot:
             raise MachineError(
@@ -205,7 +207,7 @@ class Filling:
                 record_path.unlink(missing_ok=True)
                 raise MachineError("the VMs of the image have ended", guest_state="none")
             files = handles.files if handles else _open_files(alive[0].pid, record.files)
-            if any(map(is_sealed, files)):  # the dead one was through, but for the record
+            if any(map(is_sealed, files)):  # the dead filler was done, except for the record
                 for fd in files:
                     os.close(fd)
                 record_path.unlink(missing_ok=True)
@@ -230,10 +232,10 @@ class Filling:
         return filling
 
     def go_on(self) -> None:
-        """Fill from now on what the other has not.
+        """Start to fill what the other process has not.
 
         Raises:
-            HostError: the kernel does not tell what is there.
+            HostError: the kernel does not tell which pages are there.
         """
         self._filler.start(self._clones, taken_over=True)
         self._filler.sweep()
@@ -242,10 +244,10 @@ class Filling:
         return self._filler.progress()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until all is there; then this is closed, and the clones need nobody any more.
+        """Wait until the image is complete; then this is closed, and the clones need no filler.
 
         Returns:
-            Whether that is so; False after ``timeout_s``.
+            Whether it is complete; False after ``timeout_s``.
 
         Raises:
             DataError, MachineError: as ``Filler.wait``.
@@ -255,20 +257,20 @@ class Filling:
         self.image.seal()
         note_complete(self._record_path)
         self._record_path.unlink(missing_ok=True)
-        if Path(self._path).parent == self._record_path.parent:  # a fork's own, of no more use
+        if Path(self._path).parent == self._record_path.parent:  # a fork's own, now useless
             Path(self._path).unlink(missing_ok=True)
         self.close()
         return True
 
     def hand_over(self, *, log_path: Path | None = None, heir: bool = False) -> int:
-        """Let a process of its own go on, and close this; its process id.
+        """Let a separate process go on, and close this; return its process id.
 
         Args:
-            log_path: gets what it has to say.
-            heir: a second process waits, to go on if that one is killed.
+            log_path: file for that process's messages.
+            heir: start a second process that goes on if that one is killed.
 
         Raises:
-            HostError: it does not start; this one fills on.
+            HostError: it does not start; this process goes on filling.
         """
         ready, ready_there = os.pipe()
         go_there, go = os.pipe()
@@ -295,7 +297,7 @@ class Filling:
                 )
             self.close()
             os.write(go, b"1")
-            # Its end is awaited, so that no zombie stays while we live.
+            # Reap it, so that it does not stay a zombie while we live.
             threading.Thread(target=process.wait, name="filler's end", daemon=True).start()
             return process.pid
         finally:
@@ -304,7 +306,7 @@ class Filling:
                     os.close(fd)
 
     def close(self, *, keeps_working_set: bool = True) -> None:
-        """Fill no more. Clones of an image that is not complete wait for an heir."""
+        """Stop filling. The clones of an incomplete image wait for an heir."""
         self._filler.stop()
         asked = self._filler.asked
         if asked and keeps_working_set:
@@ -320,7 +322,8 @@ class Filling:
 
 
 def _still_watched(image: RamImage, places: Sequence[ClonePlace]) -> list[ClonePlace]:
-    """Without the clones that were let go of: the dead one was through, but for the record."""
+    """Return the clones that were not released: the dead filler may have been done, except for the
+    record."""
     watched = [place for place in places if is_userfaultfd(place.pid, place.uffd)]
     if len(watched) < len(places):
         image.scan()
@@ -345,7 +348,7 @@ def _take_over(image: RamImage, place: ClonePlace, uffd: int | None) -> Clone:
 
 
 def _open_files(pid: int, files: Sequence[tuple[int, int]]) -> list[int]:
-    """The image's files, which each clone holds open."""
+    """Open the image's files, which each clone holds open."""
     found: dict[tuple[int, int], Path] = {}
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():

@@ -1,4 +1,4 @@
-"""The process that an image's filling is handed over to: what it inherits, its start."""
+"""The hand-over of a filling to another process: what that process inherits, and its start."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ READY_TIMEOUT_S = 30.0
 
 
 class Handles(msgspec.Struct, frozen=True, kw_only=True):
-    """Descriptors that a filler process inherits. ``uffds``: by the clones' process ids.
-    ``keys``: where it reads the data keys of encrypted snapshots, since its command line is for
-    all to see. ``heir``: it is to have one, which goes on if it dies."""
+    """Descriptors that a filler process inherits. ``uffds``: by the clones' process ids. ``keys``:
+    the data keys of encrypted snapshots, as a command line is public. ``heir``: whether it gets an
+    heir, which goes on if it dies."""
 
     lock: int
     files: tuple[int, ...]
@@ -31,7 +31,7 @@ class Handles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_keys(secrets: Mapping[bytes, bytes]) -> int:
-    """Where the process reads the keys: a file without a name, in memory."""
+    """Write the keys to a nameless file in memory; return its descriptor."""
     fd = os.memfd_create("keys", os.MFD_CLOEXEC)
     text = {key_id.hex(): secret.hex() for key_id, secret in secrets.items()}
     with open(fd, "wb", closefd=False) as file:
@@ -41,23 +41,23 @@ def write_keys(secrets: Mapping[bytes, bytes]) -> int:
 
 
 def read_keys(fd: int) -> dict[bytes, bytes]:
-    """What :func:`write_keys` was given; closes it."""
+    """Return what :func:`write_keys` was given; close the descriptor."""
     with os.fdopen(fd, "rb") as file:
         text = msgspec.json.decode(file.read(), type=dict[str, str])
     return {bytes.fromhex(key_id): bytes.fromhex(secret) for key_id, secret in text.items()}
 
 
 def says_ready(fd: int) -> bool:
-    """Whether the process at the other end gets ready in time."""
+    """Return whether the process at the other end gets ready in time."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(READY_TIMEOUT_S * 1000)) and os.read(fd, 1) == b"1"  # its end: b""
+    return bool(poll.poll(READY_TIMEOUT_S * 1000)) and os.read(fd, 1) == b"1"  # b"": it died
 
 
 def start_process(
     record_path: Path, handles: Handles, log_path: Path | None
 ) -> subprocess.Popen[bytes]:
-    """Start it, with the handles' descriptors.
+    """Start the process, with the handles' descriptors.
 
     Raises:
         HostError: it does not start.

@@ -1,5 +1,5 @@
 """A take that also keeps the complete image of what it saves: in the same pass over RAM while the
-guest runs; where it stands still, only afterwards, from the snapshot."""
+guest runs; with ``stop``, only afterwards, from the snapshot."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from stillframe.store import open_snapshot
 from stillframe.store.locations import absolute, is_there
 
 _SLOW_S = 0.05
-"""For a batch, of about 1 MiB: into the page cache it takes a millisecond."""
+"""For a batch of about 1 MiB, which takes a millisecond into the page cache."""
 
 
 class _Place(NamedTuple):
-    """Where a snapshot is. ``parents``: its own, the newest first."""
+    """Where a snapshot is. ``parents``: its parents' files, newest first."""
 
     id: str
     path: str
@@ -53,9 +53,9 @@ class _Place(NamedTuple):
 
 
 class ImageKeeping(NoReader):
-    """An ``EarlyReader`` that never asks, and what comes before and after it; for one take.
+    """An ``EarlyReader`` that never asks, with the steps before and after it; for one take.
 
-    A failure of the image is none of the snapshot's: it is noted there.
+    A failure of the image does not fail the snapshot: it becomes a note there.
     """
 
     def __init__(self, cache: ImageCache) -> None:
@@ -72,10 +72,10 @@ class ImageKeeping(NoReader):
     def save(
         self, control: JobControl, machine: Machine, sink: Sink, options: SnapshotOptions
     ) -> TakenSnapshot:
-        """As ``take_snapshot``.
+        """Take a snapshot as ``take_snapshot`` does.
 
         Raises:
-            UsageError: there can be no image of such a snapshot.
+            UsageError: such a snapshot cannot have an image.
         """
         why = why_no_image(
             vmm=machine.describe().vmm,
@@ -97,13 +97,13 @@ class ImageKeeping(NoReader):
         return take_snapshot(control, machine, sink, options, self)
 
     def prepare(self, describe: Callable[[], Manifest]) -> None:
-        """Make the files."""
+        """Make the image's files."""
         if self._is_afterwards:
             return
         self._manifest = describe()
         try:
             self._new = NewImage(self._cache, self._manifest.blocks)
-        except StillframeError as error:  # the cache may not be written to, or is full
+        except StillframeError as error:  # the cache is not writable, or full
             self._failure = error
             return
         if self._parent is not None:
@@ -116,7 +116,7 @@ class ImageKeeping(NoReader):
     def begin(
         self, parts: StreamFraming, ram: RamCapture, new_asking: Callable[[], Asking]
     ) -> None:
-        """Nothing to ask for: whatever comes is written."""
+        """Remember the capture; there is nothing to ask for."""
         self._ram = ram
 
     def pages(self, raw: BytesLike, runs: bytes) -> None:
@@ -136,13 +136,14 @@ class ImageKeeping(NoReader):
         except StillframeError as error:
             with self._lock:
                 self._failure = self._failure or error
-            new.give_up()  # at once: the snapshot may need the room
+            new.give_up()  # at once: the snapshot may need the space
 
     def _check_waiting(self) -> None:
-        """The image's disk is slow. The guest is not to wait for room in the spill because of it.
+        """Check the spill, as the image's disk is slow: the guest must not wait for spill room
+        because of it.
 
         Raises:
-            SinkError: it is about to.
+            SinkError: the guest is about to wait.
         """
         ram = self._ram
         if ram is not None and ram.statistics()["spill_used_bytes"] * 2 > ram.spill_bytes:
@@ -153,8 +154,8 @@ class ImageKeeping(NoReader):
             )
 
     def _copy_rest(self, new: NewImage, blocks: Sequence[BlockRecord], place: _Place) -> None:
-        """What an increment leaves to its parents. That may take long, and the snapshot has its
-        name already."""
+        """Copy what an increment leaves to its parents. This may take long; the snapshot already
+        has its name."""
         numbers = {block.idstr: number for number, block in enumerate(blocks)}
         with place.open() as parent:
             of_parent = [n for n, b in enumerate(parent.blocks) if numbers.get(b.idstr) in new.fds]
@@ -180,7 +181,7 @@ class ImageKeeping(NoReader):
             first = came.find(0, after, end)
 
     def finish_take(self, taken: TakenSnapshot) -> TakenSnapshot:
-        """The snapshot has its name: give the image its own, and note how that went."""
+        """Name the image, now that the snapshot has its name, and note the result."""
         note = "its complete image is kept: 'stillframe image ls'"
         try:
             if self._failure is not None:
@@ -207,7 +208,7 @@ class ImageKeeping(NoReader):
         new.commit(taken.id, place, manifest)
 
     def close(self) -> None:
-        """Remove what was not finished."""
+        """Remove an unfinished image."""
         if self._new is not None:
             self._new.close()
             self._new = None

@@ -1,11 +1,11 @@
-"""The RAM of a running VM at one instant, in an image that its clones map while it is saved.
+"""A running VM's RAM at one point in time, as an image that its clones map while it is saved.
 
-What the pipeline copies is placed in the image first. What a clone waits for is claimed on the
-VM's own RAM, out of turn. A page that the VM itself was about to write lies in the spill, and is
-asked for there.
+Pages that the pipeline copies are placed in the image first. A page that a clone waits for is
+claimed in the VM's own RAM, out of turn. A page that the VM was about to write is in the spill, and
+is requested from there.
 
-Nobody else can go on if this process dies: what is not copied then, the VM overwrites. So the
-clones end with us until their image is complete (``end_together``).
+No other process can go on if this one dies: the VM overwrites what is not copied by then. So the
+clones end with this process until their image is complete (``end_together``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stillframe.still.index import KIND_DATA, PageRun
 from stillframe.still.index_builder import PACKED_RUN
 
 _ASKED_PAGES = 64
-"""Copied at once for one fault: what lies beside it is wanted soon."""
+"""Copied together for one fault, as the neighbours are soon wanted, too."""
 _SMALL_STEP_PAGES = 128
 _AGAIN_MS = 2
 _RETRY_S = 0.05
@@ -41,11 +41,12 @@ _NO_MEMORY_S = 30.0
 class LiveImage:
     """An image of some blocks of a VM that is about to be captured.
 
-    ``begin`` once the clones' VMMs run; ``start`` at the instant; ``pages`` gets all of RAM;
-    then ``stop_asking`` and ``finish``, or ``close`` at any time, with the clones ended before.
+    Call :meth:`begin` once the clones' VMMs run, and :meth:`start` at the point in time;
+    :meth:`pages` gets all of RAM. Then :meth:`stop_asking` and :meth:`finish`; or :meth:`close` at
+    any time, after the clones have been ended.
 
     Args:
-        blocks: all of the VM's. numbers: of those that get a file.
+        blocks: all blocks of the VM. numbers: of those that get a file.
 
     Raises:
         HostError: no userfaultfd, or no memory.
@@ -81,7 +82,7 @@ class LiveImage:
         """Watch the VMs, whose guests have not run and which have loaded nothing.
 
         Args:
-            vms: process ids, and their gadgets as ``clone.watch`` takes them.
+            vms: process ids, and their gadgets as for ``clone.watch``.
 
         Raises:
             RefusedError, HostError, BusyError, MachineError: as ``clone.watch``.
@@ -92,18 +93,19 @@ class LiveImage:
         self._waiting = [clone.waiting for clone in self._clones]
 
     def sweep(self) -> None:
-        """The clones have loaded their state. The pipeline sweeps anyway."""
+        """Note that the clones have loaded their state. The pipeline sweeps anyway."""
         self._are_loaded = True
 
     def check(self) -> None:
-        """Raise what keeps pages from the clones.
+        """Raise the error that keeps pages from the clones.
 
         Raises:
-            MachineError: they have ended. Else as ``RamCapture.check``, or as the output.
+            MachineError: the clones have ended. Otherwise as ``RamCapture.check``, or as the
+                output.
         """
         if self._failure is not None:
             raise self._failure
-        if self._are_loaded and self._all_ended():  # before, each says why itself
+        if self._are_loaded and self._all_ended():  # before, each start reports its own end
             raise MachineError("all clones have ended", guest_state="running")
 
     def _all_ended(self) -> bool:
@@ -112,7 +114,8 @@ class LiveImage:
     def start(
         self, parts: StreamFraming, ram: RamCapture, new_asking: Callable[[], Asking]
     ) -> None:
-        """The instant is fixed: serve the clones' faults, fetch the small blocks."""
+        """Serve the clones' faults and fetch the small blocks, now that the point in time is
+        fixed."""
         self._ram, self._section_id = ram, parts.section_id
         self._asking = new_asking()
         for number, runs in enumerate(ram.populated_runs()):
@@ -128,7 +131,7 @@ class LiveImage:
         self._thread.start()
 
     def record(self) -> FillRecord:
-        """For others to see how far it is."""
+        """Return the record by which others see the progress."""
         return FillRecord(
             snapshot="",
             snapshot_id="",
@@ -138,14 +141,14 @@ class LiveImage:
             clones=tuple(clone.place for clone in self._clones),
         )
 
-    # Pages that come, from any thread
+    # Incoming pages, from any thread
 
     def pages(self, raw: BytesLike, packed: bytes) -> None:
-        """Place a section's pages, and wake who waits for them; see ``EarlyReader.pages``.
+        """Place a section's pages, and wake the faults on them; see ``EarlyReader.pages``.
 
         Raises:
             SnapshotFailed, MachineError: as ``RamCapture.check_copied``: nothing was placed.
-            HostError: no memory came within half a minute.
+            HostError: no memory became free within half a minute.
         """
         assert self._ram is not None
         self._ram.check_copied()
@@ -183,7 +186,7 @@ class LiveImage:
             time.sleep(_RETRY_S)
 
     def small_stream(self, parts: StreamFraming) -> bytes:
-        """The stream for the clones, once the small blocks are there.
+        """Return the clones' stream, once the small blocks are there.
 
         Raises:
             StillframeError: as :meth:`check`.
@@ -193,17 +196,17 @@ class LiveImage:
             self.check()
             return b"".join((parts.head(), *self._small_parts, parts.tail()))
 
-    # Pages that are asked for
+    # Requested pages
 
     def _run(self) -> None:
         try:
             self._fetch_small()
             self._serve()
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - raised by ``check``
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """What ``check`` raises from now on."""
+        """Make ``check`` raise this error from now on, unless there is an earlier one."""
         with self._small_changed:
             self._failure = self._failure or error
             self._small_changed.notify_all()
@@ -235,7 +238,7 @@ class LiveImage:
                 return
             for clone, position, page, failure in faults:
                 if failure:
-                    time.sleep(_RETRY_S)  # no memory for a zero page: the fault comes again
+                    time.sleep(_RETRY_S)  # no memory for a zero page: the fault repeats
                     self._waiting[clone].wake(position, page)
                 else:
                     lacking.add((position, page))
@@ -244,7 +247,7 @@ class LiveImage:
                 first = page & -_ASKED_PAGES
                 pages = min(_ASKED_PAGES, self.files.pages[position].count - first)
                 self._take(self.files.numbers[position], first, pages)
-            # Whoever has claimed the rest places it soon, but for what faults have claimed.
+            # Pages claimed by the sweep are placed soon; those claimed by faults are in the spill.
             if self._small_left or any(self._lacks(*wanted) for wanted in lacking):
                 self._take_spilled()
             if self._all_ended():
@@ -256,12 +259,12 @@ class LiveImage:
     # The end
 
     def stop_asking(self) -> None:
-        """All is claimed: claim no more; what comes is still served."""
+        """Claim no more pages, as all are claimed; incoming pages are still served."""
         with self._asking_lock:
             self._asking = None
 
     def finish(self) -> None:
-        """All is there, and the clones have loaded their state: they need nobody any more."""
+        """Release the clones: the image is complete, and they have loaded their state."""
         self._stop()
         self.check()
         for clone in self._clones:
@@ -271,7 +274,7 @@ class LiveImage:
         self.files.close()
 
     def close(self) -> None:
-        """Give up; the clones have been ended. Does nothing after :meth:`finish`."""
+        """Give up; the clones must have been ended. Does nothing after :meth:`finish`."""
         self.fail(HostError("the fork was given up", guest_state="running"))
         self.stop_asking()
         self._stop()

@@ -1,4 +1,5 @@
-"""Makes a complete image on disk: pages come in any order, from any thread; the rest are holes."""
+"""A complete image being made on disk: pages come in any order, from any thread; the rest are
+holes."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from stillframe.store.backends.oserrors import sink_error
 
 _STRIDE = record_bytes(KIND_DATA, PAGE_BYTES)
 _FREE_BYTES = 64 << 20
-"""What an image leaves free: the snapshot may be on the same disk, and others write there."""
+"""Space that an image leaves free for the snapshot, if on the same disk, and other programs."""
 
 
 def why_no_image(*, vmm: str, encrypted: bool, for_analysis: bool) -> str | None:
-    """Why there is no complete image of a snapshot; None if there can be one."""
+    """Return why a snapshot cannot have a complete image; None if it can."""
     if encrypted:
         return "its RAM would lie on the disk in the clear"
     if for_analysis:
@@ -40,7 +41,8 @@ def why_no_image(*, vmm: str, encrypted: bool, for_analysis: bool) -> str | None
 
 
 def cached_blocks(blocks: Sequence[BlockRecord]) -> list[int]:
-    """Numbers of those that an image on disk holds: all that one in memory may hold."""
+    """Return the numbers of the blocks that an image on disk holds: the same as one in memory may
+    hold."""
     return [
         number
         for number, block in enumerate(blocks)
@@ -51,10 +53,10 @@ def cached_blocks(blocks: Sequence[BlockRecord]) -> list[int]:
 
 
 class NewImage:
-    """One that is being made. ``commit`` gives it its name; ``close`` without it removes it.
+    """An image being made. ``commit`` names it; ``close`` without that removes it.
 
     Args:
-        blocks: all of the VM's.
+        blocks: all blocks of the VM.
 
     Raises:
         RefusedError: an image can hold none of them.
@@ -70,7 +72,7 @@ class NewImage:
                 why=f"it is on huge pages, or each block is below {SMALLEST_BYTES >> 20} MiB",
                 guest_state="none",
             )
-        cache.sweep()  # what was left takes room, and this one may never come to its commit
+        cache.sweep()  # leftovers take space, and this image may never get to its commit
         self._limit_bytes = cache.limit_bytes
         self._written_bytes = 0
         self._counting = threading.Lock()
@@ -98,11 +100,11 @@ class NewImage:
 
         Args:
             block: number of the block, one of ``fds``.
-            part: first page and number of those to write; None: all of the run.
+            part: (first page, pages) to write; None: the whole run.
 
         Raises:
             DataError: the frame does not hold the run. SinkError: the disk is full, or fails.
-            RefusedError: it takes more than all images may.
+            RefusedError: it exceeds the limit of all images.
         """
         first, pages = part or (run.first_page, run.pages)
         self._check_room(block, pages * PAGE_BYTES)
@@ -127,7 +129,7 @@ class NewImage:
             raise sink_error("write an image to", str(self._cache.directory), error) from error
 
     def give_up(self) -> None:
-        """It failed: leave its place on the disk to others. Any thread may still write."""
+        """Free its disk space, as it has failed. Any thread may still write."""
         for fd in self.fds.values():
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, 0)
@@ -135,16 +137,17 @@ class NewImage:
     def commit(
         self, snapshot_id: str, snapshot: str, manifest: Manifest, *, content_id: str = ""
     ) -> bool:
-        """All is written: put it on the disk, make room, and give it its name.
+        """Sync all files, make room, and name the image.
 
         Args:
-            snapshot: where the snapshot is. content_id: of the frames, if not its id.
+            snapshot: where the snapshot is. content_id: id of the frames, if not the snapshot's.
 
         Returns:
-            False if there is one of that snapshot already.
+            False if that snapshot has an image already.
 
         Raises:
-            RefusedError: it does not fit into the cache's limit. SinkError, HostError: the disk.
+            RefusedError: it does not fit in the cache's limit. SinkError, HostError: the disk
+                fails.
         """
         size_bytes, blocks = 0, []
         try:
@@ -179,7 +182,7 @@ class NewImage:
         return made
 
     def close(self) -> None:
-        """Remove what has no name yet."""
+        """Remove the image if it has no name yet."""
         for fd in self.fds.values():
             os.close(fd)
         self.fds = {}

@@ -1,9 +1,9 @@
-"""What a clone has written since its image: the kernel knows, for nothing.
+"""The pages that a clone has written since its image: the kernel tracks them at no cost.
 
-A clone maps the image privately, so what it wrote are pages of its own; all others are the file's,
-that is the snapshot's. That is true as long as nobody changes the file: so only a sealed one counts
-(``RamImage.seal``), or one on a disk whose inode has not changed since it was complete. A VM that
-has the image for its RAM writes into the file, and nobody can tell.
+A clone maps the image privately, so the pages it wrote are its own; all others are the file's, and
+so the snapshot's. That holds only while the file does not change: it must be sealed
+(``RamImage.seal``), or be on disk with its inode unchanged since it was complete. A VM whose RAM is
+the image itself writes into the file, and its changes cannot be detected.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from stillframe.model import RamBlock
 
 
 class OwnPages:
-    """A ``snapshot.parent.ChangedPages`` of one clone, for the image's snapshot as parent.
+    """A ``snapshot.parent.ChangedPages`` of one clone, with the image's snapshot as parent.
 
     Args:
-        files: by block: (device, inode, change time) of the image's file, of which the block is
-            all; the time in ns, 0 for a file in memory.
+        files: by block: (device, inode, change time) of the image's file, which holds exactly that
+            block; the time in ns, 0 for a file in memory.
     """
 
     def __init__(self, pid: int, files: Mapping[str, tuple[int, int, int]]) -> None:
@@ -29,7 +29,8 @@ class OwnPages:
         self._files = dict(files)
 
     def changed_pages(self, block: RamBlock) -> list[tuple[int, int]] | None:
-        """Its own pages; None if the block is no private mapping of a sealed image.
+        """Return the clone's own pages; None if the block is not a private mapping of a sealed
+        image.
 
         Raises:
             HostError: not permitted, or the VM has exited.
@@ -42,7 +43,7 @@ class OwnPages:
         return private_pages(self._pid, block)
 
     def _is_on(self, block: RamBlock, file: tuple[int, int, int]) -> bool:
-        """Whether a block maps that file, and nobody has changed it."""
+        """Return whether a block maps that file, and the file is unchanged."""
         device, inode, changed_ns = file
         try:
             fd = os.open(file_behind(block, self._pid), os.O_RDONLY | os.O_CLOEXEC)

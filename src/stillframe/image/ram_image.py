@@ -1,7 +1,8 @@
 """The files of an image: one per RAM block, in nameless shared memory, and their pages.
 
-A page gets into a file by UFFDIO_COPY into our own mapping of it: whole, or not at all, never huge.
-So which pages are there is known to the kernel alone, and whoever takes over asks it (``scan``).
+UFFDIO_COPY into our own mapping places a page in a file: whole or not at all, and never a huge
+page. So the kernel alone knows which pages are there, and a filler that takes over asks it
+(``scan``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from stillframe.still.snapshot import Snapshot
 
 PAGE_BYTES = 4096
 SMALLEST_BYTES = 4 << 20
-"""A smaller block goes through the stream as fast."""
+"""A smaller block is as fast through the stream."""
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _NAME = "stillframe-image"
 _DEVICE = "/dev/userfaultfd"
@@ -36,16 +37,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def memory_file(_number: int) -> int:
-    """A file for a block: nameless shared memory."""
+    """Make a block's file in nameless shared memory."""
     return os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
 class ImageFiles:
-    """A file for each of a VM's RAM blocks that are worth one.
+    """A file for each of a VM's larger RAM blocks.
 
     Args:
-        blocks: all of the VM's. numbers: which of them, in their order.
-        fds: their files, which this owns from here on.
+        blocks: all blocks of the VM. numbers: of those in the image, in their order.
+        fds: their files, owned from here on.
 
     Raises:
         HostError: no userfaultfd, or no memory.
@@ -63,7 +64,7 @@ class ImageFiles:
         self.device_fd: int | None = None
         self._position = {number: position for position, number in enumerate(self.numbers)}
         try:
-            # Only our own writes into the mapping are served, so anybody may have it.
+            # It serves only our own writes to the mapping, so the unprivileged kind will do.
             self._uffd = Userfaultfd.for_this_process(user_mode_only=True)
             self._uffd.handshake(IMAGE_PAGES)
             for number, fd in zip(self.numbers, self.fds, strict=True):
@@ -74,7 +75,7 @@ class ImageFiles:
 
     @classmethod
     def make_files(cls, blocks: Sequence[BlockRecord], numbers: Sequence[int]) -> ImageFiles:
-        """New ones, with nothing in them; HostError as for the class."""
+        """Make new, empty files. Raises HostError as the class does."""
         return ImageFiles(blocks, numbers, _new_files(blocks, numbers))._with_device()
 
     def _with_device(self) -> Self:
@@ -84,7 +85,8 @@ class ImageFiles:
 
     @property
     def inherited(self) -> tuple[int, ...]:
-        """Descriptors that the VMs inherit: the files, and /dev/userfaultfd where there is one."""
+        """Descriptors that the VMs inherit: the files, and /dev/userfaultfd if it could be
+        opened."""
         return self.fds if self.device_fd is None else (*self.fds, self.device_fd)
 
     def _open(self, number: int, fd: int, uffd: Userfaultfd) -> _fill.Pages:
@@ -109,14 +111,15 @@ class ImageFiles:
         return tuple(self.all_blocks[number] for number in self.numbers)
 
     def position(self, number: int) -> int | None:
-        """Where in this image the VM's block ``number`` is; None if it is not in it."""
+        """Return the position in this image of the VM's block ``number``; None if it is not in
+        it."""
         return self._position.get(number)
 
     def place(self, raw: BytesLike, run: PageRun) -> int:
-        """Put a run of data pages of a decompressed frame into its block's file; wakes nobody.
+        """Place a run of data pages of a decompressed frame in its block's file; wakes nobody.
 
         Returns:
-            How many were not there yet, or -errno: those placed so far are there.
+            How many were not there yet, or -errno; pages placed before the error stay.
 
         Raises:
             DataError: the frame does not hold the run.
@@ -128,10 +131,10 @@ class ImageFiles:
         return pages.place(run.first_page, run.pages, raw, start, _STRIDE)
 
     def empty(self) -> None:
-        """Drop all pages: those that a VM populated before it was watched hold nothing of ours.
+        """Drop all pages: those that a VM populated before it was watched are not the snapshot's.
 
         Raises:
-            HostError: not possible.
+            HostError: the kernel refuses.
         """
         for fd, (_, length_bytes) in zip(self.fds, self._mappings, strict=True):
             mode = ctypes.c_int(_PUNCH_HOLE_KEEP_SIZE)
@@ -141,7 +144,7 @@ class ImageFiles:
                 raise HostError("an image cannot be emptied", why=os.strerror(number))
 
     def scan(self) -> int:
-        """Ask the kernel which pages are there, as after somebody else filled; how many they are.
+        """Ask the kernel which pages are there, as after another filler; return their number.
 
         Raises:
             HostError: it does not tell.
@@ -155,9 +158,9 @@ class ImageFiles:
         return found
 
     def seal(self) -> bool:
-        """Once all is there: let nobody change the files any more, not even by a hole, so that a
-        page which a VM does not own is the snapshot's for good. Whether that worked: not where a
-        VM has the image for its RAM. The image cannot be filled afterwards."""
+        """Forbid all changes to the complete files, even holes, so that a page that a VM does not
+        own is the snapshot's for good. Return whether that worked: not if a VM's RAM is the image
+        itself. The image cannot be filled afterwards."""
         self._unmap()
         try:
             for fd in self.fds:
@@ -167,7 +170,7 @@ class ImageFiles:
         return True
 
     def close(self) -> None:
-        """Let go of files and mappings; who maps the files keeps them."""
+        """Close files and mappings; VMs that map the files keep them."""
         self._unmap()
         fds, self.fds, self.device_fd = self.inherited, (), None
         for fd in fds:
@@ -183,10 +186,10 @@ class ImageFiles:
 
 
 class RamImage(ImageFiles):
-    """The image of a snapshot, which stays the caller's; see :class:`ImageFiles`.
+    """The image of a snapshot, which the caller keeps owning; see :class:`ImageFiles`.
 
     Raises:
-        RefusedError: pages are not of 4096 bytes.
+        RefusedError: the pages do not have 4096 bytes.
     """
 
     def __init__(self, snapshot: Snapshot, numbers: Sequence[int], fds: Sequence[int]) -> None:
@@ -213,10 +216,10 @@ class RamImage(ImageFiles):
         numbers: Sequence[int],
         make_file: Callable[[int], int] = memory_file,
     ) -> Self:
-        """A new one, with nothing in it.
+        """Make a new, empty image.
 
         Args:
-            make_file: an empty file in shared memory for a block, opened.
+            make_file: opens a new, empty file in shared memory for a block.
 
         Raises:
             RefusedError, HostError: as for the class.
@@ -225,11 +228,11 @@ class RamImage(ImageFiles):
         return cls(snapshot, numbers, files)._with_device()
 
     def frames(self) -> set[int]:
-        """Frames that hold data of the image's blocks."""
+        """Return the frames that hold data of the image's blocks."""
         return frames_with_data(self.snapshot.index, self.numbers)
 
     def incomplete_frames(self) -> set[int]:
-        """Those of :meth:`frames` of which a page is not there, as far as is known (``scan``)."""
+        """Return those of :meth:`frames` with missing pages, as far as known (``scan``)."""
         return {
             frame
             for number, pages in zip(self.numbers, self.pages, strict=True)
@@ -238,7 +241,7 @@ class RamImage(ImageFiles):
         }
 
     def seal(self) -> bool:
-        """As ``ImageFiles.seal``, if all is there."""
+        """Seal as ``ImageFiles.seal``, if the image is complete."""
         try:
             self.scan()
             if self.incomplete_frames():
@@ -249,7 +252,7 @@ class RamImage(ImageFiles):
 
 
 def frames_with_data(index: Index, numbers: Iterable[int]) -> set[int]:
-    """Those that hold data pages of the blocks of these numbers."""
+    """Return the frames that hold data pages of these blocks."""
     found: set[int] = set()
     for number in numbers:
         entry = index.blocks[number]
@@ -277,15 +280,15 @@ def _new_files(
 
 
 def is_sealed(fd: int) -> bool:
-    """Whether nobody can change the file any more (``RamImage.seal``); it is complete then."""
+    """Return whether the file is sealed (``RamImage.seal``) and thus complete."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
-    except OSError:  # none that can be sealed
+    except OSError:  # not a sealable file
         return False
 
 
 def no_memory(number: int) -> HostError:
-    """The error for a page that could not be placed (an errno)."""
+    """Return the error for a page that could not be placed, by its errno."""
     return HostError(
         "an image's page has no room in memory",
         why=os.strerror(number),

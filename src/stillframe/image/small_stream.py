@@ -1,7 +1,7 @@
-"""The stream for a VM that maps an image: all of the snapshot's but the pages of its blocks.
+"""The stream for a VM that maps an image: the snapshot's, without the pages of the image's blocks.
 
-Head, block list, devices and description go as they are: the list names every block, and QEMU's
-loader does not mind pages that do not come (``migration/ram.c``, ``ram_load_precopy``).
+Head, block list, devices and description stay as they are: the list names every block, and QEMU's
+loader accepts missing pages (``migration/ram.c``, ``ram_load_precopy``).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from stillframe.vmstate.page_records import page_records, zero_records
 from stillframe.vmstate.writer import ram_part_prefix, ram_part_suffix
 
 _OUTSIDE_LIMIT_BYTES = 256 << 20
-"""Device sections and description of an honest stream have 128 MiB at the most
-(``vmstate/reader.py``); a frame of zeroes is small, however much it holds."""
+"""An honest stream's device sections and description have at most 128 MiB (``vmstate/reader.py``);
+but a frame of zeroes is small, however much it holds."""
 
 
 def small_stream(
@@ -28,7 +28,7 @@ def small_stream(
     *,
     edit: Callable[[bytes], bytes] = lambda piece: piece,
 ) -> Iterator[bytes]:
-    """The stream piece by piece; only frames that it needs are read, their digests checked.
+    """Yield the stream piece by piece; only the frames that it needs are read and verified.
 
     Args:
         mapped: numbers of the blocks whose pages are left out.
@@ -60,7 +60,7 @@ def small_stream(
 def part_of_runs(
     blocks: Sequence[BlockRecord], section_id: int, raw: BytesLike, runs: Sequence[PageRun]
 ) -> Iterator[bytes]:
-    """A ``ram`` section with some runs of another one.
+    """Yield a ``ram`` section with some of another section's runs.
 
     Raises:
         DataError: they are not in ``raw``.
@@ -76,6 +76,6 @@ def part_of_runs(
         start = payload_start(raw, run, idstr, TARGET_PAGE_BYTES)
         first = raw[start : start + TARGET_PAGE_BYTES]
         yield page_records(offset, bytes(first), block=idstr)
-        # These name no block, as the run's others never do.
+        # A run's later records never name the block.
         yield bytes(raw[start + TARGET_PAGE_BYTES : end])
     yield ram_part_suffix(section_id)

@@ -1,4 +1,4 @@
-"""Starts VMs from a snapshot: QEMU up, RAM watched, the state loaded, the guest running."""
+"""The start of VMs from a snapshot: QEMU up, RAM watched, the state loaded, the guest running."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _PIPE_BYTES = 1 << 20
 
 
 class Vmm(Protocol):
-    """A VMM that was started and waits for its stream. ``began_s``: when (monotonic clock).
-    ``sent_bytes``: of its stream, already."""
+    """A started VMM that waits for its stream. ``began_s``: when it started (monotonic clock).
+    ``sent_bytes``: bytes of its stream that it already has."""
 
     began_s: float
     stream_fd: int
@@ -40,35 +40,39 @@ class Vmm(Protocol):
     def has_ended(self) -> bool: ...
 
     def wait_end(self, timeout_s: float) -> bool:
-        """Whether it ends within that time."""
+        """Return whether it ends within that time."""
 
     def failure(self, doing: str, why: str | None = None) -> MachineError:
-        """What to say when it ended or failed."""
+        """Return the error for a VMM that ended or failed."""
 
     def close_stream(self) -> None:
-        """End the stream; does nothing the second time."""
+        """End the stream. Idempotent."""
 
     def kill(self) -> None:
-        """End it at once, and wait until it is gone."""
+        """Kill it, and wait until it is gone."""
 
 
 class Runnable(Protocol):
-    """What VMs can be started on: an image of a snapshot, or of a VM that is being captured."""
+    """What VMs can be started on: the image of a snapshot, or of a VM that is being captured."""
 
     def begin(self, vms: Mapping[int, tuple[int, int] | None]) -> None:
-        """The VMs' main loops run, and nothing is loaded yet: process ids and gadgets."""
+        """Start to serve the VMs: their main loops run, and nothing is loaded yet.
+
+        Args:
+            vms: process ids and gadgets.
+        """
 
     def sweep(self) -> None:
-        """The guests run."""
+        """Note that the guests run."""
 
     def check(self) -> None:
-        """Raise what keeps pages from those who wait for them."""
+        """Raise the error that keeps pages from the guests."""
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM that has loaded its state. Times in milliseconds since its VMM was started:
-    ``ready_ms``: its main loop runs. ``watched_ms``: its RAM waits for pages.
-    ``running_ms``: its vCPUs run their first instruction (event RESUME); None if it is paused."""
+    """A VM that has loaded its state. Times in milliseconds since the start of its VMM:
+    ``ready_ms``: its main loop runs. ``watched_ms``: its RAM waits for pages. ``running_ms``: its
+    vCPUs run their first instruction (event RESUME); None if it is paused."""
 
     pid: int
     state: str
@@ -78,7 +82,7 @@ class Started(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Start:
-    """The start of one VM, step by step; ``close`` lets go of its monitor."""
+    """The start of one VM, step by step; ``close`` closes its monitor."""
 
     def __init__(self, vmm: Vmm, *, looks_for_gadgets: bool = False) -> None:
         self.vmm = vmm
@@ -97,7 +101,7 @@ class Start:
         return self._qmp
 
     def connect(self) -> None:
-        """Until its main loop answers: then nothing of its start touches RAM any more.
+        """Wait until its main loop answers: from then on its start no longer touches RAM.
 
         Raises:
             MachineError: it ended, or does not answer.
@@ -116,7 +120,7 @@ class Start:
                 if time.monotonic() > deadline_s:
                     raise self.vmm.failure("starting", f"no monitor: {error}") from error
                 time.sleep(_POLL_S)
-        if self._looked_in != self._program():  # a wrapper, which has become the VMM since
+        if self._looked_in != self._program():  # a wrapper that has since exec'ed the VMM
             self.gadgets = None
         self._qmp.subscribe(self._note)
         self._qmp.execute("query-status")
@@ -133,7 +137,7 @@ class Start:
             self._resumed_s = event.received_s
 
     def send(self, stream: bytes) -> None:
-        """Send a short stream; what the pipe does not hold comes later, from a thread."""
+        """Send a short stream; a thread sends what the pipe cannot hold."""
         fd, stream = self.vmm.stream_fd, stream[self.vmm.sent_bytes :]
         with contextlib.suppress(OSError):  # beyond the user's limit: the usual size will do
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -143,7 +147,7 @@ class Start:
         except BlockingIOError:
             sent = 0
         except BrokenPipeError:
-            sent = len(stream)  # it says why itself
+            sent = len(stream)  # the VMM reports why
         if sent == len(stream):
             self.vmm.close_stream()
         else:
@@ -154,19 +158,19 @@ class Start:
     @staticmethod
     def _send_rest(fd: int, rest: memoryview) -> None:
         os.set_blocking(fd, True)
-        with contextlib.suppress(OSError):  # it says why itself
+        with contextlib.suppress(OSError):  # the VMM reports why
             while rest:
                 rest = rest[os.write(fd, rest) :]
         os.close(fd)
 
     def wait_loaded(self, check: Callable[[], None] = lambda: None) -> None:
-        """Until it has left its incoming state.
+        """Wait until it has left its incoming state.
 
         Args:
-            check: called meanwhile; what it raises ends the wait.
+            check: called meanwhile; an exception from it ends the wait.
 
         Raises:
-            MachineError: it ended, or could not load its state; its own words.
+            MachineError: it ended, or could not load its state; the error quotes it.
         """
         doing, deadline_s = "loading the snapshot", time.monotonic() + _LOAD_TIMEOUT_S
         while self._state == "inmigrate":
@@ -191,7 +195,7 @@ class Start:
                 time.sleep(_POLL_S)
 
     def result(self) -> Started:
-        """How it went."""
+        """Return the outcome."""
 
         def since(moment_s: float) -> float:
             return (moment_s - self.vmm.began_s) * 1000
@@ -219,17 +223,17 @@ def start_clones(
     *,
     inspect: Callable[[Start], None] = lambda start: None,
 ) -> list[Started]:
-    """Let VMs run on an image that they map; one that is empty is filled from now on.
+    """Start VMs on an image that they map; an empty image is filled from now on.
 
-    A clone runs if the snapshot's VM ran and its command line does not say ``-S``.
+    A clone runs if the snapshot's VM ran, unless its command line says ``-S``.
 
     Args:
         stream: see ``small_stream``.
         inspect: called when a VM's main loop runs; may raise.
 
     Raises:
-        HostError, MachineError, RefusedError, DataError: the clones are ended then; the image is
-            the caller's to close.
+        HostError, MachineError, RefusedError, DataError: the clones have been ended; the caller
+            closes the image.
     """
     starts = ready_clones(image, vmms, inspect)
     return load_clones(image, starts, stream)
@@ -238,7 +242,8 @@ def start_clones(
 def ready_clones(
     image: Runnable, vmms: Sequence[Vmm], inspect: Callable[[Start], None] = lambda start: None
 ) -> list[Start]:
-    """The first half of :func:`start_clones`: they wait for their stream, and their RAM for pages.
+    """Do the first half of :func:`start_clones`: the VMs wait for their stream, and their RAM for
+    pages.
 
     Raises:
         HostError, MachineError, RefusedError: as :func:`start_clones`.
@@ -258,7 +263,7 @@ def ready_clones(
 
 
 def load_clones(image: Runnable, starts: Sequence[Start], stream: bytes) -> list[Started]:
-    """The second half: they get their stream, and run.
+    """Do the second half: the VMs get their stream, and run.
 
     Raises:
         HostError, MachineError, DataError: as :func:`start_clones`.

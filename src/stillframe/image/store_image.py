@@ -1,4 +1,4 @@
-"""Makes the complete image of a snapshot that there is: decompressed once, mapped many times."""
+"""The complete image of an existing snapshot: decompressed once, mapped many times."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def store_image(
 
     Args:
         place: where the snapshot is.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in total).
 
     Returns:
         Whether it was made.
 
     Raises:
-        RefusedError: there can be none (it is encrypted, for instance), or it does not fit into the
+        RefusedError: it cannot have one (it is encrypted, for instance), or the image exceeds the
             limit.
-        DataError: the snapshot is damaged. SinkError, HostError: the cache's disk.
+        DataError: the snapshot is damaged. SinkError, HostError: the cache's disk fails.
     """
     _refuse_uncacheable(snapshot)
     if cache.has(snapshot.id, snapshot.content_id):

@@ -1,4 +1,4 @@
-"""A complete image on disk as its files are: ``image.json``, and a sparse file per RAM block."""
+"""A complete image's files on disk: ``image.json``, and a sparse file per RAM block."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MOST_BYTES = 1 << 20
 
 
 class StoredBlock(msgspec.Struct, frozen=True, kw_only=True):
-    """A RAM block's file. ``number``: of the block in the snapshot. ``changed_ns``: the inode's
-    change time; another one says that somebody has written to the file since."""
+    """A RAM block's file. ``number``: number of the block in the snapshot. ``changed_ns``: the
+    inode's change time; another one means that the file was written to since."""
 
     number: int
     idstr: str
@@ -28,9 +28,9 @@ class StoredBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``image.json`` holds. ``snapshot``: where it was; ``created``: the image, not the
-    snapshot. ``size_bytes``: what the files take on the disk. ``content_id``: of the frames that it
-    was made of (``Snapshot.content_id``)."""
+    """The content of ``image.json``. ``snapshot``: where the snapshot was; ``created``: when the
+    image was made. ``size_bytes``: disk space of the files. ``content_id``: of the frames that it
+    was made from (``Snapshot.content_id``)."""
 
     format: int = 1
     snapshot_id: str
@@ -44,7 +44,7 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 class StoredImage(msgspec.Struct, frozen=True, kw_only=True):
     """An image of the cache. ``used``: when it was made or last started from. ``in_use``: VMs run
-    on it, or are being started. ``is_sound``: its files are as they were made."""
+    on it or are being started. ``is_sound``: its files are unchanged."""
 
     id: str
     vm: str
@@ -57,11 +57,11 @@ class StoredImage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OpenImage:
-    """An image of the cache that nobody removes until :meth:`close`, nor while a VM runs that has
-    inherited ``lock``."""
+    """An image of the cache that cannot be removed until :meth:`close`, nor while a VM runs that
+    has inherited ``lock``."""
 
     def __init__(self, record: ImageRecord, lock: int, directory: Path) -> None:
-        """Raises OSError: not permitted. Owns ``lock`` from here on, unless it raises."""
+        """Own ``lock`` from here on, unless this raises. Raises OSError: not permitted."""
         self.record = record
         self.lock = lock
         self.directory = directory
@@ -78,7 +78,7 @@ class OpenImage:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the files are as they were made."""
+        """Whether the files are unchanged since the image was made."""
         for block in self.record.blocks:
             if block.number not in self.fds:
                 return False
@@ -93,7 +93,7 @@ class OpenImage:
         self.fds = {}
 
     def close(self) -> None:
-        """Let go; VMs that have inherited the lock still hold it."""
+        """Close it; VMs that have inherited the lock still hold it."""
         self._close_files()
         if self.lock >= 0:
             os.close(self.lock)
@@ -107,12 +107,16 @@ class OpenImage:
 
 
 def block_name(number: int) -> str:
-    """The file of a RAM block."""
+    """Return the file name of a RAM block."""
     return f"{number}.ram"
 
 
 def images_directory() -> Path:
-    """Where the user's images are; it may have to be made."""
+    """Return the directory of the user's images; it may not exist yet.
+
+    Raises:
+        HostError: there is no home directory.
+    """
     given = os.environ.get(ENVIRONMENT)
     if given:
         return Path(given).absolute()
@@ -128,10 +132,10 @@ def images_directory() -> Path:
 
 
 def read_record(fd: int, name: str) -> ImageRecord:
-    """``image.json`` of the image of that snapshot.
+    """Read ``image.json`` of the image of that snapshot.
 
     Raises:
-        NotFoundError: it is none. OSError: it cannot be read.
+        NotFoundError: it is not such an image. OSError: it cannot be read.
     """
     try:
         status = os.fstat(fd)

@@ -1,7 +1,7 @@
-"""The working set of a snapshot: the frames that the guest asked for after a restore.
+"""The working set of a snapshot: the frames that the guest requested after a restore.
 
-Kept beside the snapshot as ``FILE.still.working-set``, so that the next restore has them there
-first. It only saves time: one that is damaged, or of another snapshot, is as good as none.
+Kept beside the snapshot as ``FILE.still.working-set``, so that the next restore loads them first.
+It only saves time: a damaged one, or another snapshot's, is ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class _WorkingSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def working_set_path(snapshot_path: str | os.PathLike[str]) -> Path:
-    """Where it is; for a snapshot in a bucket, in the user's state directory."""
+    """Return the file of the working set; for a snapshot in a bucket, it is in the user's state
+    directory."""
     if is_bucket_url(os.fspath(snapshot_path)):
         name = digest_of(os.fsencode(snapshot_path)).hex()[:32]
         return state_directory() / "working-sets" / name
@@ -41,8 +42,8 @@ def working_set_path(snapshot_path: str | os.PathLike[str]) -> Path:
 def load_working_set(
     snapshot_path: str | os.PathLike[str], content_id: str, frame_count: int
 ) -> list[int]:
-    """The frames, in the order of the first wish; empty if there is none for what is
-    read there: a whole form's frames are others."""
+    """Return the frames in the order of their first request; empty if there is no working set for
+    the content that is read: a whole form has frames of its own."""
     try:
         with working_set_path(snapshot_path).open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
@@ -58,7 +59,7 @@ def load_working_set(
 def save_working_set(
     snapshot_path: str | os.PathLike[str], content_id: str, frames: Iterable[int]
 ) -> bool:
-    """Write it, whole or not at all; whether that worked. Never raises."""
+    """Write the working set, whole or not at all; return whether that worked. Never raises."""
     kept = list(dict.fromkeys(frames))[:MOST_FRAMES]
     try:
         path = working_set_path(snapshot_path)
