@@ -1,1 +1,1 @@
-"""What Linux offers to a process that looks into another. Knows no guest and no VM."""
+"""Linux interfaces for inspecting and changing another process. Knows no guest and no VM."""

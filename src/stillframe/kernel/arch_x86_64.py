@@ -1,11 +1,10 @@
 """x86-64: register layout, system call numbers, and the frame that makes injection safe.
 
-The frame is a signal frame below the thread's red zone. If the tracer dies at any moment
-after the registers were set, the thread itself returns through ``__restore_rt`` and
-rt_sigreturn(2) to exactly where it was; until the registers are set, nothing has changed.
-Source: Linux ``arch/x86/include/asm/sigframe.h``, ``arch/x86/kernel/signal_64.c``,
-``arch/x86/kernel/fpu/signal.c``; System V ABI (red zone).
-Another architecture is another module with the same names.
+The frame is a signal frame below the thread's red zone. If the tracer dies after the registers were
+set, the thread itself returns through ``__restore_rt`` and rt_sigreturn(2) to exactly where it was;
+until the registers are set, nothing has changed. Source: Linux ``arch/x86/include/asm/sigframe.h``,
+``arch/x86/kernel/signal_64.c``, ``arch/x86/kernel/fpu/signal.c``; System V ABI (red zone). Another
+architecture is another module with the same names.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _FP_XSTATE_MAGIC1, _FP_XSTATE_MAGIC2 = 0x46505853, 0x46505845
 _FX_SOFTWARE_OFFSET = 464
 _XSTATE_BV_OFFSET = 512
 _AMX_FEATURES, _PKRU_FEATURE = 3 << 17, 1 << 9
-# Where the features before AMX end; all processors with AMX lay them out like this.
+# End of the features before AMX; all processors with AMX have this layout.
 _END_OF_AVX512, _END_OF_PKRU = 2688, 2696
 _UC_FLAGS = 0x1 | 0x2 | 0x4  # FP_XSTATE, SIGCONTEXT_SS, STRICT_RESTORE_SS
 _SS_FLAGS_INVALID = 0x7FFFFFFF  # makes rt_sigreturn leave the alternate stack as it is
@@ -54,7 +53,7 @@ Registers = dict[str, int]
 
 
 def unpack_registers(content: bytes) -> Registers:
-    """NT_PRSTATUS of a 64-bit thread, by name."""
+    """Return the registers of a 64-bit thread's NT_PRSTATUS, by name."""
     return dict(zip(_NAMES, _REGISTERS.unpack(content[: _REGISTERS.size]), strict=True))
 
 
@@ -67,11 +66,10 @@ def is_64_bit(content: bytes) -> bool:
 
 
 def resumed_by_sigreturn(registers: Registers) -> Registers:
-    """The registers with which an interrupted thread goes on through rt_sigreturn.
+    """Return the registers with which an interrupted thread resumes through rt_sigreturn.
 
-    An interrupted system call is restarted as the kernel would do it
-    (``arch_do_signal_or_restart``); but the restart block is lost, so a call that needs it
-    returns EINTR, as after any signal.
+    An interrupted system call is restarted as the kernel would (``arch_do_signal_or_restart``). But
+    the restart block is lost, so a call that needs it returns EINTR, as after any signal.
     """
     result = dict(registers)
     result["orig_rax"] = _U64
@@ -89,7 +87,8 @@ def resumed_by_sigreturn(registers: Registers) -> Registers:
 def call_registers(
     registers: Registers, gadget: int, stack: int, number: int, arguments: tuple[int, ...]
 ) -> Registers:
-    """Registers that run one system call at ``gadget`` with the safety frame at ``stack``."""
+    """Return the registers that run one system call at ``gadget`` with the safety frame at
+    ``stack``."""
     result = dict(registers)
     result["orig_rax"] = _U64
     result["rip"] = gadget
@@ -103,16 +102,16 @@ def call_registers(
 
 
 def result_of(registers: Registers) -> int:
-    """A system call's result: a value, or -errno."""
+    """Return a system call's result: a value, or -errno."""
     value = registers["rax"]
     return value - (1 << 64) if value >> 63 else value
 
 
 def _without_unused_tiles(xstate: bytes) -> tuple[bytes, int]:
-    """The state that a signal frame of this thread would hold, and its feature bits.
+    """Return the state that a signal frame of this thread would hold, and its feature bits.
 
-    ptrace gives room for AMX tiles, but rt_sigreturn takes a frame with them for damaged (and
-    forgets the AVX state) unless the thread has asked for tiles (``check_xstate_in_sigframe``).
+    ptrace includes AMX tiles, but for rt_sigreturn a frame with tiles is damaged (and the AVX state
+    is lost) unless the thread has requested tiles (``check_xstate_in_sigframe``).
     """
     features, in_use = (
         int(struct.unpack_from("=Q", xstate, at)[0])
@@ -127,10 +126,10 @@ def _without_unused_tiles(xstate: bytes) -> tuple[bytes, int]:
 def safety_frame(
     registers: Registers, xstate: bytes, signal_mask: int, restorer: int
 ) -> tuple[int, bytes]:
-    """The frame and where it goes: (address, which is the stack pointer to use; content).
+    """Return the frame's address, which is the stack pointer to use, and its content.
 
-    Layout: [address of the restorer][ucontext][padding][xsave area][magic2], the xsave area
-    aligned to 64 bytes, the whole below the red zone.
+    Layout: [address of the restorer][ucontext][padding][xsave area][magic2], the xsave area aligned
+    to 64 bytes, the whole below the red zone.
     """
     back = resumed_by_sigreturn(registers)
     xstate, features = _without_unused_tiles(xstate)

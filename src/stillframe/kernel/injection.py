@@ -1,6 +1,6 @@
-"""Run single system calls inside another process, safe against our own death.
+"""Injection of single system calls into another process, safe against our own death.
 
-See ``arch_x86_64`` for why. The calls run on one thread that is stopped for about two
+``arch_x86_64`` explains how. The calls run on one thread, which is stopped for about two
 milliseconds; signals that arrive meanwhile stay pending and are delivered afterwards.
 """
 
@@ -20,19 +20,19 @@ _ELFCLASS32 = b"\x01"
 _MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ (\d+)\s*(.*)")
 _MOST_TEXT_BYTES = 64 << 20
 ROOM_BYTES = 512
-"""What :attr:`RemoteSyscalls.room` has."""
+"""Size of :attr:`RemoteSyscalls.room`."""
 
 
 class RemoteSyscalls:
     """System calls in another process, as a context manager.
 
-    Inside the context one thread of the process is stopped; on leaving it goes on exactly
-    where it was. The guest runs meanwhile (its vCPU threads are not touched), but a guest
-    that needs the stopped thread waits: keep it short.
+    Inside the context, one thread of the process is stopped; on exit it resumes exactly where it
+    was. The guest runs meanwhile (the vCPU threads are not touched), but waits if it needs the
+    stopped thread: keep it short.
     """
 
     def __init__(self, pid: int, gadgets: tuple[int, int] | None = None) -> None:
-        """``gadgets``: what :func:`find_gadgets` said, if the process was asked before."""
+        """``gadgets``: the result of :func:`find_gadgets`, if it was called before."""
         self._pid = pid
         self._gadget, self._restorer = gadgets or find_gadgets(pid)
         self._thread: TracedThread | None = None
@@ -67,7 +67,7 @@ class RemoteSyscalls:
         """Evaluate the process's seccomp filters for the calls, by name.
 
         Raises:
-            RefusedError: a filter would not let one through, or the filters cannot be read.
+            RefusedError: a filter forbids one of them, or the filters cannot be read.
         """
         thread = self._require()
         if _status_field(self._pid, "Seccomp") in ("0", ""):
@@ -98,11 +98,11 @@ class RemoteSyscalls:
             )
 
     def call(self, number: int, *arguments: int) -> int:
-        """Run one system call in the process; returns its result, or -errno."""
+        """Run one system call in the process; return its result, or -errno."""
         thread = self._require()
         registers = arch.call_registers(self._before, self._gadget, self._stack, number, arguments)
-        # Registers first: from here on the frame brings the thread back by itself, with
-        # its signal mask, so blocking the signals after this cannot outlive us.
+        # Registers first: from here on the frame restores the thread and its signal mask by itself,
+        # so blocking signals after this cannot outlive us.
         thread.set_registers(arch.pack_registers(registers))
         self._changed = True
         thread.set_signal_mask(_ALL_SIGNALS)
@@ -111,20 +111,21 @@ class RemoteSyscalls:
 
     @property
     def room(self) -> int:
-        """Address of ``ROOM_BYTES`` of its stack, below all that it uses, for calls' arguments."""
+        """Address of ``ROOM_BYTES`` of the thread's stack, below all that it uses, for
+        arguments."""
         self._require()
         return (self._stack - ROOM_BYTES) & ~15
 
     def write(self, address: int, content: bytes) -> None:
-        """Write into its memory.
+        """Write to the process's memory.
 
         Raises:
-            RefusedError: not possible.
+            RefusedError: the memory cannot be written.
         """
         _write_memory(self._pid, address, content)
 
     def read(self, address: int, length_bytes: int) -> bytes:
-        """Read its memory; empty if that is not possible."""
+        """Read the process's memory; return nothing if it cannot be read there."""
         with Path(f"/proc/{self._pid}/mem").open("rb", buffering=0) as memory:
             return _read_text(memory.fileno(), address, length_bytes)
 
@@ -137,8 +138,8 @@ class RemoteSyscalls:
         thread, self._thread = self._require(), None
         try:
             if self._changed:
-                # Back at a stop like the first one, so that an interrupted system call is
-                # restarted, or interrupted by a signal of meanwhile, as if nothing had been.
+                # Return to a stop like the first one, so that an interrupted system call is
+                # restarted, or interrupted by a pending signal, as if nothing had happened.
                 thread.stop_for_signals()
                 # The mask before the registers: dying in between still ends in the frame.
                 thread.set_signal_mask(self._mask)
@@ -148,11 +149,12 @@ class RemoteSyscalls:
 
 
 def find_gadgets(pid: int) -> tuple[int, int]:
-    """Addresses of a ``syscall … ret`` and of a signal restorer in the process's code.
+    """Find the addresses of a ``syscall … ret`` and of a signal restorer in the process's code.
 
     Raises:
-        NotFoundError, RefusedError: the process is gone, or its code has none (static builds
-            without a libc).
+        MachineError: the process is gone. HostError: it may not or cannot be inspected.
+        RefusedError: it is not a 64-bit program, or its code has none (static builds without a
+            libc).
     """
     _refuse_other_class(pid)
     try:
@@ -162,7 +164,7 @@ def find_gadgets(pid: int) -> tuple[int, int]:
                 for found in map(_MAPS_LINE.match, maps)
                 if found
             ]
-            # libc has both; only then look elsewhere.
+            # libc has both; search it first.
             regions.sort(key=lambda region: "libc" not in region[2])
             gadget = restorer = 0
             for low, high, _ in regions:
@@ -194,7 +196,7 @@ def _refuse_other_class(pid: int) -> None:
         with Path(f"/proc/{pid}/exe").open("rb") as program:
             elf_class = program.read(5)[4:]
     except OSError:
-        return  # whoever looks at the process next tells why
+        return  # the next access to the process reports why
     if elf_class == _ELFCLASS32:
         raise RefusedError(
             f"process {pid} is not a 64-bit x86-64 program", remedy="use --mode stop"

@@ -1,7 +1,8 @@
-"""Give another process a descriptor of ours, whatever its user and its namespaces.
+"""Lending a descriptor of ours to another process, whatever its user and namespaces.
 
-It makes a pair of sockets, we fetch one end (pidfd_getfd(2)), send the descriptor there, and it
-receives it at the other (unix(7), SCM_RIGHTS). Nothing of that is left in it but the descriptor.
+The process makes a socket pair, we fetch one end (pidfd_getfd(2)) and send the descriptor through
+it, and the process receives it at the other end (unix(7), SCM_RIGHTS). Only the descriptor stays in
+the process.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _VECTOR_AT, _DATA_AT, _CONTROL_AT = 64, 96, 128
 
 
 def lend(remote: RemoteSyscalls, pidfd: int, fd: int) -> int:
-    """Its number in the process.
+    """Lend ``fd`` to the process; return its number there.
 
     Args:
         remote: attached to the process. pidfd: of the process.
 
     Raises:
-        RefusedError: a seccomp filter forbids it. HostError: not possible.
+        RefusedError: a seccomp filter forbids it. HostError: the process cannot receive it.
     """
     remote.refuse_unless_allowed(
         {

@@ -1,4 +1,4 @@
-"""Memory cgroups of a process, of both versions: what may still be charged, what is in swap.
+"""A process's memory cgroups, v1 and v2: how much can still be charged, and how much is in swap.
 
 Source: Linux ``Documentation/admin-guide/cgroup-v2.rst`` and ``cgroup-v1/memory.rst``.
 """
@@ -16,18 +16,18 @@ NAMES = {
     "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     "cgroup2": ("memory.max", "memory.current", ""),
 }
-"""By file system type: limit, usage, and what names in ``memory.stat`` begin with."""
+"""By file system type: limit, usage, and the prefix of names in ``memory.stat``."""
 
 
 class MemoryCgroup(NamedTuple):
-    """One, by its file system's type and its directory."""
+    """A memory cgroup. ``kind``: its file system's type."""
 
     kind: str
     directory: Path
 
     def room_bytes(self) -> int | None:
-        """What may still be charged to it: to its limit, with the page cache dropped; at least 0.
-        None: it has no limit."""
+        """Return how much can still be charged up to the limit, with the page cache dropped; at
+        least 0. None: there is no limit."""
         limit_name, usage_name, prefix = NAMES[self.kind]
         try:
             limit = (self.directory / limit_name).read_text().strip()
@@ -41,7 +41,7 @@ class MemoryCgroup(NamedTuple):
         return max(0, int(limit) - usage_bytes + cached_bytes)
 
     def swapped_bytes(self) -> int:
-        """What of it is in swap; 0 if that is not accounted, as in the root."""
+        """Return how much of it is in swap; 0 if that is not accounted, as in the root."""
         if self.kind == "cgroup":
             return read_fields(self.directory / "memory.stat", " ").get("total_swap", 0)
         try:
@@ -51,8 +51,8 @@ class MemoryCgroup(NamedTuple):
 
 
 def memory_cgroups(process: int | str) -> Iterator[MemoryCgroup]:
-    """Those of a process (its number, or ``self``) and all that contain them, the innermost first,
-    as far as they are to be seen; none if that is not told."""
+    """Yield the memory cgroups of a process (a pid, or ``self``) and those that contain them,
+    innermost first, as far as they are visible; none if ``/proc`` does not tell."""
     mounts = memory_mounts()
     try:
         lines = (_PROC / str(process) / "cgroup").read_text().splitlines()
@@ -74,7 +74,7 @@ def memory_cgroups(process: int | str) -> Iterator[MemoryCgroup]:
 
 
 def memory_mounts() -> dict[str, tuple[str, Path]]:
-    """By file system type: which cgroup is mounted, and where (proc(5): mountinfo)."""
+    """Return which cgroup is mounted where, by file system type (proc(5): mountinfo)."""
     mounts: dict[str, tuple[str, Path]] = {}
     try:
         lines = (_PROC / "self" / "mountinfo").read_text().splitlines()

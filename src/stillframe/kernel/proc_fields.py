@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def read_fields(path: Path, separator: str = ":") -> dict[str, int]:
-    """Numbers by name, of lines such as ``MemFree:  12 kB``; none if the file cannot be read."""
+    """Read numbers by name from lines such as ``MemFree: 12 kB``; none if the file cannot be
+    read."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A process's memory as the kernel tells it: ``/proc/PID/maps``, ``smaps``, mounts (proc(5))."""
+"""A process's memory according to ``/proc/PID/maps``, ``smaps`` and ``mountinfo`` (proc(5))."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Vma(msgspec.Struct, frozen=True):
 
 
 class VmaDetail(msgspec.Struct, frozen=True):
-    """A mapping with what only ``smaps`` tells: page size, VmFlags, and how much of it is in swap,
-    of shared memory, too."""
+    """A mapping with details from ``smaps``: page size, VmFlags, and how much is in swap, including
+    shared memory."""
 
     vma: Vma
     page_size_bytes: int
@@ -54,7 +54,7 @@ class AddressSpace:
         self._starts = [vma.start for vma in self.vmas]
 
     def covering(self, start: int, length_bytes: int) -> list[Vma] | None:
-        """The mappings under a range in order, or None if it is not mapped without a gap."""
+        """Return the mappings under a range in order, or None if the range has a gap."""
         found: list[Vma] = []
         at = start
         index = max(0, bisect.bisect_right(self._starts, start) - 1)
@@ -87,7 +87,7 @@ def _parse_line(line: bytes) -> Vma | None:
 
 
 def proc_error(pid: int, what: str, error: OSError) -> StillframeError:
-    """An error in ``/proc/PID`` in our words."""
+    """Return our error for an OS error in ``/proc/PID``."""
     if isinstance(error, PermissionError):
         return HostError(
             f"may not read {what} of process {pid}",
@@ -106,10 +106,10 @@ def proc_error(pid: int, what: str, error: OSError) -> StillframeError:
 
 
 def read_maps(pid: int) -> AddressSpace:
-    """The mappings of a process.
+    """Read the mappings of a process.
 
     Raises:
-        HostError: not permitted, or no descriptor is free. MachineError: the process is gone.
+        HostError: not permitted, or out of descriptors. MachineError: the process is gone.
     """
     try:
         data = Path(f"/proc/{pid}/maps").read_bytes()
@@ -119,15 +119,15 @@ def read_maps(pid: int) -> AddressSpace:
 
 
 def parse_maps(data: bytes) -> Iterator[Vma]:
-    """The mappings in the text of a ``/proc/PID/maps``."""
+    """Parse the text of a ``/proc/PID/maps``."""
     return (vma for line in data.splitlines() if (vma := _parse_line(line)))
 
 
 def read_smaps(pid: int) -> Iterator[VmaDetail]:
-    """The mappings with their details. The kernel walks the page tables for it: slow.
+    """Yield the mappings with their details. Slow: the kernel walks the page tables.
 
     Raises:
-        HostError: not permitted, or no descriptor is free. MachineError: the process is gone.
+        HostError: not permitted, or out of descriptors. MachineError: the process is gone.
     """
     try:
         data = Path(f"/proc/{pid}/smaps").read_bytes()
@@ -150,7 +150,7 @@ def read_smaps(pid: int) -> Iterator[VmaDetail]:
 
 
 def file_system_types(pid: int) -> dict[tuple[int, int], str]:
-    """File system type by device number, of the mounts that the process sees (mountinfo)."""
+    """Return the file system types of the process's mounts, by device number (mountinfo)."""
     try:
         text = Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")
     except OSError as error:

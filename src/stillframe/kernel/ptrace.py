@@ -1,7 +1,7 @@
 """ptrace(2) on one thread of another process, as far as remote attach needs it.
 
-Source: ptrace(2); Linux ``kernel/ptrace.c``. Only PTRACE_SEIZE is used, so no signal is sent,
-and no single-stepping: a step that outlives its tracer would end in a SIGTRAP.
+Source: ptrace(2); Linux ``kernel/ptrace.c``. It uses only PTRACE_SEIZE, which sends no signal, and
+no single-stepping: a step that outlives its tracer would end in a SIGTRAP.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 
 
 def refuse_tracer(tid: int) -> None:
-    """Look whether somebody traces a thread already: it can have one tracer only (ptrace(2)).
+    """Check that nothing traces the thread yet: it can have only one tracer (ptrace(2)).
 
     Raises:
-        HostError: somebody does; named. MachineError: the thread is gone.
+        HostError: another process traces it; the error names it. MachineError: the thread is gone.
     """
     try:
         status = Path(f"/proc/{tid}/status").read_text()
@@ -70,10 +70,10 @@ def refuse_tracer(tid: int) -> None:
 
 
 class TracedThread:
-    """One stopped thread of another process; detached, and running again, on exit.
+    """One stopped thread of another process; on exit it is detached and runs again.
 
-    All calls must come from the OS thread that made it (a rule of ptrace). When that thread
-    ends or dies, the kernel detaches by itself.
+    All calls must come from the OS thread that made it (a rule of ptrace). When that thread ends,
+    in whatever way, the kernel detaches.
     """
 
     def __init__(self, tid: int) -> None:
@@ -125,20 +125,20 @@ class TracedThread:
         )
 
     def registers(self, kind: int = NT_PRSTATUS, most_bytes: int = 32768) -> bytes:
-        """A register set as the kernel lays it out (NT_PRSTATUS, NT_X86_XSTATE)."""
+        """Return a register set in the kernel's layout (NT_PRSTATUS, NT_X86_XSTATE)."""
         buffer = ctypes.create_string_buffer(most_bytes)
         vector = _IoVec(ctypes.addressof(buffer), most_bytes)
         self._call(_PTRACE_GETREGSET, kind, ctypes.byref(vector))
         return buffer.raw[: vector.length]
 
     def set_registers(self, content: bytes) -> None:
-        """Set the general registers (NT_PRSTATUS); takes effect as one step."""
+        """Set the general registers (NT_PRSTATUS), atomically."""
         buffer = ctypes.create_string_buffer(content, len(content))
         vector = _IoVec(ctypes.addressof(buffer), len(content))
         self._call(_PTRACE_SETREGSET, NT_PRSTATUS, ctypes.byref(vector))
 
     def signal_mask(self) -> int:
-        """The blocked signals that the thread has in user mode, one bit each."""
+        """Return the signals that the thread blocks in user mode, one bit each."""
         mask = ctypes.c_uint64()
         self._call(_PTRACE_GETSIGMASK, 8, ctypes.byref(mask))
         return mask.value
@@ -147,7 +147,7 @@ class TracedThread:
         self._call(_PTRACE_SETSIGMASK, 8, ctypes.byref(ctypes.c_uint64(mask)))
 
     def seccomp_filter(self, index: int) -> bytes | None:
-        """The classic BPF program number ``index``, newest first; None after the last.
+        """Return the classic BPF program number ``index``, newest first; None after the last.
 
         Raises:
             HostError: reading it needs CAP_SYS_ADMIN.
@@ -163,9 +163,9 @@ class TracedThread:
         return buffer.raw
 
     def run_syscall(self) -> None:
-        """Let the thread run into its next system call and out of it again.
+        """Let the thread enter its next system call and leave it again.
 
-        The thread stands at the system call's exit afterwards. Signals must be blocked.
+        Afterwards the thread is stopped at the system call's exit. Signals must be blocked.
         """
         seen = stop = 0
         while seen < 2:
@@ -173,10 +173,9 @@ class TracedThread:
             seen += stop == _SYSCALL_STOP
 
     def stop_for_signals(self) -> None:
-        """Stop the thread once more where the kernel looks at its signals on the way to user
-        mode. Registers that are set here are a system call's, if they were before: on
-        detaching, the kernel restarts or interrupts it as after any other stop.
-        """
+        """Stop the thread once more where the kernel checks for signals on the way to user mode. If
+        the registers before were a system call's, registers set here are, too: on detaching, the
+        kernel restarts or interrupts the call as after any other stop."""
         self._call(_PTRACE_INTERRUPT)
         self._reach_signal_stop(self._run_on(0))
 
@@ -185,14 +184,14 @@ class TracedThread:
             stop = self._run_on(stop)
 
     def _run_on(self, stop: int) -> int:
-        # A signal on its way to the thread stops it too, and must be passed on. (Later all
-        # are blocked, except for SIGSTOP.)
+        # A signal for the thread stops it, too, and must be passed on. (Later all but SIGSTOP are
+        # blocked.)
         signal_number = stop if 0 < stop < _SYSCALL_STOP & ~signal.SIGTRAP else 0
         self._call(_PTRACE_SYSCALL, 0, signal_number)
         return self._wait()
 
     def detach(self) -> None:
-        """Let the thread run on by itself."""
+        """Let the thread run on untraced."""
         if self._attached:
             self._attached = False
             self._call(_PTRACE_DETACH)

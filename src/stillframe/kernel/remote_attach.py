@@ -1,8 +1,8 @@
-"""Make a userfaultfd for another process and bring it here.
+"""A userfaultfd made in another process and brought here.
 
 The process creates it, ``pidfd_getfd`` fetches it, and the process closes its own copy before
-anything is registered: so only we hold it, and the kernel un-protects everything when we die.
-Source: pidfd_getfd(2), userfaultfd(2); DESIGN section 5.
+anything is registered. So only this process holds it, and the kernel un-protects everything when
+this process dies. Source: pidfd_getfd(2), userfaultfd(2); DESIGN section 5.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _SYS_PIDFD_GETFD = 438
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
 LendDevice = Callable[[int], tuple[int, Callable[[], None]]]
-"""Gives the process a descriptor of ours; returns its number there and how to take it back."""
+"""Lends the process a descriptor of ours; returns its number there and how to take it back."""
 
 
 def attach(
     pid: int, *, lend_device: LendDevice | None = None, user_mode_only_ok: bool = False
 ) -> Userfaultfd:
-    """A userfaultfd of process ``pid``, ready to register ranges of its memory.
+    """Make a userfaultfd of process ``pid``, ready to register ranges of its memory.
 
-    Takes about 3 ms, in which one thread of the process stands still; its vCPUs run.
+    Takes about 3 ms, in which one thread of the process is stopped; its vCPUs run.
 
     Args:
-        lend_device: for processes without CAP_SYS_PTRACE, which may not call
-            userfaultfd(2): hands our open /dev/userfaultfd over to them.
-        user_mode_only_ok: the process itself copes with system calls of its own that write into
-            protected memory and fail with EFAULT. So where nothing else is permitted, a
-            userfaultfd for faults in user mode is made, which anybody may have. Never for a
-            VMM whose kernel side (KVM, vhost, read into guest RAM) writes guest memory.
+        lend_device: for processes without CAP_SYS_PTRACE, which may not call userfaultfd(2): lends
+            them our open /dev/userfaultfd.
+        user_mode_only_ok: the process tolerates EFAULT from its own system calls that write to
+            protected memory. So if nothing else is permitted, make a userfaultfd for faults in user
+            mode, which needs no privilege. Never for a VMM whose kernel side (KVM, vhost, read into
+            guest RAM) writes guest memory.
 
     Raises:
         HostError: a kernel feature or a permission is missing.
@@ -106,8 +106,8 @@ Result = TypeVar("Result")
 
 
 def on_own_thread(create: Callable[[], Result]) -> Result:
-    """Call it in a thread of its own: ptrace binds to the calling thread, and the kernel detaches
-    at that thread's end, however it ends."""
+    """Call ``create`` in a thread of its own: ptrace is bound to the calling thread, and the kernel
+    detaches when that thread ends, in whatever way."""
     result: list[Result] = []
     failure: list[BaseException] = []
 
@@ -165,10 +165,10 @@ def _create(pid: int, call: int, arguments: tuple[int, ...]) -> Userfaultfd:
 
 
 def fetch_fd(pidfd: int, number: int) -> int:
-    """A copy of another process's descriptor (pidfd_getfd(2)).
+    """Return a copy of another process's descriptor (pidfd_getfd(2)).
 
     Raises:
-        HostError: not permitted, or it has none of this number.
+        HostError: not permitted, or the process has no such descriptor.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     fd = int(libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))

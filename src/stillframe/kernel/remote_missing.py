@@ -1,9 +1,9 @@
-"""Watch another process's memory for missing pages, so that it waits whoever dies.
+"""A watch on another process's memory for missing pages: the process waits for them even if we die.
 
-The process makes the userfaultfd and, unlike with ``remote_attach``, keeps its own descriptor: the
-kernel drops a userfaultfd with its last one, and what waits would then find zeroes. Whoever goes
-on filling fetches it again (``fetch_fd``).
-Source: userfaultfd(2), madvise(2), Linux ``mm/shmem.c``; DESIGN section 7.
+The process makes the userfaultfd and, unlike in ``remote_attach``, keeps its own descriptor: the
+kernel drops a userfaultfd with its last descriptor, and waiting threads would then read zeroes. The
+next filler fetches it again (``fetch_fd``). Source: userfaultfd(2), madvise(2), Linux
+``mm/shmem.c``; DESIGN section 7.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ def watch_missing(
     gadgets: tuple[int, int] | None = None,
     device: int | None = None,
 ) -> tuple[Userfaultfd, int]:
-    """A userfaultfd of process ``pid`` for missing pages of ``ranges``, and its number there.
+    """Make a userfaultfd of process ``pid`` for missing pages of ``ranges``; return it and its
+    number there.
 
-    The ranges are mappings of files in shared memory. From here on whoever touches a hole of them
-    waits. What the process had in them before is dropped: its private copies by this call, the
-    files' pages by the caller. No huge page is made over a hole. One thread of the process stands
-    still for about 3 ms.
+    The ranges are mappings of files in shared memory. From here on, a thread that touches a hole in
+    them waits. Their previous content is dropped: the process's private copies by this call, the
+    files' pages by the caller. No huge page is made over a hole. One thread of the process is
+    stopped for about 3 ms.
 
     Args:
         ranges: (address, length in bytes) each.
-        gadgets: of ``injection.find_gadgets``, where there was time for it before.
-        device: our descriptor of /dev/userfaultfd, for a process that may not call
-            userfaultfd(2). It has it under the same number, or is lent it for the moment.
+        gadgets: the result of ``injection.find_gadgets``, if it was called before.
+        device: our descriptor of /dev/userfaultfd, for a process that may not call userfaultfd(2).
+            The process has it under the same number, or is lent it for the moment.
 
     Raises:
         HostError: a kernel feature or a permission is missing.
         RefusedError: a seccomp filter forbids it.
-        BusyError: a range is watched by another userfaultfd. MachineError: the process is gone.
+        BusyError: another userfaultfd watches a range. MachineError: the process is gone.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -86,9 +87,9 @@ def _watch(
             uffd = Userfaultfd(fetch_fd(pidfd, theirs))
             uffd.handshake(IMAGE_PAGES)
             for address, length_bytes in ranges:
-                # Registered first, so that nothing can be missing unseen after the drop.
+                # Register first, so that no page dropped below goes missing unwatched.
                 uffd.register(address, length_bytes, IMAGE_PAGES)
-                # A kernel without huge pages does not know it, and needs it not.
+                # A kernel without huge pages rejects this and does not need it.
                 remote.call(arch.SYS_MADVISE, address, length_bytes, _MADV_NOHUGEPAGE)
                 dropped = remote.call(arch.SYS_MADVISE, address, length_bytes, _MADV_DONTNEED)
                 if dropped < 0:
@@ -107,7 +108,8 @@ def _watch(
 
 
 def _through_device(remote: RemoteSyscalls, pid: int, pidfd: int, device: int) -> int:
-    """What userfaultfd(2) returns; only for VMs without privileges, where it is permitted."""
+    """Return what userfaultfd(2) would; only for VMs without privileges, on hosts that permit
+    it."""
     inherited = _is_same(pid, device)
     number = device if inherited else lend(remote, pidfd, device)
     try:
@@ -128,7 +130,7 @@ def _is_same(pid: int, device: int) -> bool:
 
 
 def close_there(pid: int, number: int) -> None:
-    """Let process ``pid`` close its descriptor ``number``.
+    """Make process ``pid`` close its descriptor ``number``.
 
     Raises:
         HostError, RefusedError: not permitted. MachineError: the process is gone.

@@ -1,7 +1,7 @@
-"""Decide from a process's own seccomp filters whether a system call would be let through.
+"""The verdict of a process's own seccomp filters on a system call.
 
-A wrong guess kills the VM, so the filters' BPF is evaluated before anything is injected.
-Source: Linux ``Documentation/userspace-api/seccomp_filter.rst``, ``include/uapi/linux/filter.h``.
+A wrong guess kills the VM, so the filters' BPF is evaluated before anything is injected. Source:
+Linux ``Documentation/userspace-api/seccomp_filter.rst``, ``include/uapi/linux/filter.h``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _U32 = 0xFFFFFFFF
 
 
 def allows(program: bytes, call: int, arguments: tuple[int, ...] = (), pointer: int = 0) -> bool:
-    """Whether one filter lets system call number ``call`` through (x86-64).
+    """Return whether one filter allows system call number ``call`` (x86-64).
 
     Args:
-        program: classic BPF, 8 bytes an instruction, as PTRACE_SECCOMP_GET_FILTER gives it.
+        program: classic BPF, 8 bytes per instruction, as PTRACE_SECCOMP_GET_FILTER returns it.
         arguments: the call's arguments, unsigned.
         pointer: the instruction pointer of the call.
 

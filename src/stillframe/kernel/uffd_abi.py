@@ -1,8 +1,7 @@
-"""The kernel's userfaultfd interface, as far as write protection needs it.
+"""The kernel's userfaultfd interface, as far as write protection, missing and minor faults need it.
 
-Distribution headers are older than the features, so the numbers are defined here.
-Source: Linux ``include/uapi/linux/userfaultfd.h`` and
-``Documentation/admin-guide/mm/userfaultfd.rst``.
+Distribution headers predate the features, so the numbers are defined here. Source: Linux
+``include/uapi/linux/userfaultfd.h`` and ``Documentation/admin-guide/mm/userfaultfd.rst``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ SYS_USERFAULTFD_X86_64 = 323
 UFFD_API = 0xAA
 
 UFFD_USER_MODE_ONLY = 1
-"""Flag of userfaultfd(2): serve faults in user mode only; anybody may have that (Linux 5.11)."""
+"""Flag of userfaultfd(2): serve faults in user mode only, which needs no privilege (Linux 5.11)."""
 
 FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
 FEATURE_EVENT_REMAP = 1 << 2

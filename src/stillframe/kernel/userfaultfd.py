@@ -1,4 +1,4 @@
-"""A userfaultfd in our hands: handshake, registering ranges, closing.
+"""A userfaultfd that this process holds: handshake, registration of ranges, closing.
 
 Source: Linux ``Documentation/admin-guide/mm/userfaultfd.rst`` (write-protect notifications).
 """
@@ -17,7 +17,7 @@ from stillframe.kernel import uffd_abi as abi
 
 
 class Use(NamedTuple):
-    """What a userfaultfd is for: what it asks of the kernel, and the words of the errors."""
+    """A purpose of a userfaultfd: what it needs of the kernel, and the wording of its errors."""
 
     features: int
     mode: int
@@ -77,16 +77,16 @@ IMAGE_PAGES = Use(
 
 
 class Userfaultfd:
-    """Owns one userfaultfd, of this process or of another one.
+    """Owner of one userfaultfd, of this process or another.
 
-    The descriptor is close-on-exec and never inherited: when this process dies, the kernel
-    releases it, un-protects all of its ranges and wakes every waiter (invariant 4).
+    The descriptor is close-on-exec and never inherited: when this process dies, the kernel releases
+    it, un-protects all of its ranges and wakes every waiter (invariant 4).
     """
 
     def __init__(
         self, fd: int, kind: Literal["userfaultfd", "userfaultfd-user"] = "userfaultfd"
     ) -> None:
-        """Take over ``fd``; ``userfaultfd-user``: it serves faults in user mode only."""
+        """Own ``fd`` from here on; ``userfaultfd-user``: it serves faults in user mode only."""
         self._fd = fd
         self.kind = kind
         os.set_inheritable(fd, False)
@@ -97,11 +97,11 @@ class Userfaultfd:
         """Make one for our own address space, by userfaultfd(2).
 
         Args:
-            user_mode_only: of the kind that ordinary users may have: a system call that writes
-                to a protected page fails with EFAULT.
+            user_mode_only: make the unprivileged kind: system calls that write to a protected page
+                fail with EFAULT.
 
         Raises:
-            HostError: the kernel has no userfaultfd, or does not allow it to us.
+            HostError: the kernel has no userfaultfd, or does not permit it.
         """
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (abi.UFFD_USER_MODE_ONLY if user_mode_only else 0)
         libc = ctypes.CDLL(None, use_errno=True)
@@ -112,11 +112,11 @@ class Userfaultfd:
 
     @classmethod
     def from_device(cls) -> Userfaultfd:
-        """Make one for our own address space from /dev/userfaultfd (Linux 6.1), whose file mode
-        decides who may, instead of a capability.
+        """Make one for our own address space from /dev/userfaultfd (Linux 6.1), which is permitted
+        by file mode instead of capability.
 
         Raises:
-            HostError: it cannot be opened, or makes none.
+            HostError: the device cannot be opened, or makes none.
         """
         try:
             device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
@@ -132,10 +132,10 @@ class Userfaultfd:
         return self._fd
 
     def handshake(self, use: Use = WRITE_PROTECTION) -> None:
-        """Ask for the features that ``use`` needs (UFFDIO_API).
+        """Request the features that ``use`` needs (UFFDIO_API).
 
         Raises:
-            HostError: one is missing; the message names it and the kernel that brought it.
+            HostError: one is missing; the message names it and the kernel that introduced it.
         """
         argument = bytearray(abi.API_STRUCT.pack(abi.UFFD_API, use.features, 0))
         try:
@@ -151,8 +151,8 @@ class Userfaultfd:
         self.features = abi.API_STRUCT.unpack(argument)[1]
 
     def _missing_features(self, use: Use) -> str:
-        # A failed UFFDIO_API leaves the descriptor unusable but reports nothing; a query
-        # with no features at all answers with what the kernel has.
+        # A failed UFFDIO_API leaves the descriptor unusable and names no feature; a query without
+        # features returns all that the kernel has.
         argument = bytearray(abi.API_STRUCT.pack(abi.UFFD_API, 0, 0))
         try:
             fcntl.ioctl(self._fd, abi.UFFDIO_API, argument)
@@ -165,8 +165,8 @@ class Userfaultfd:
         """Register a range; nothing is protected yet.
 
         Raises:
-            BusyError: the range belongs to another userfaultfd already.
-            HostError: this kind of memory cannot be used so.
+            BusyError: the range is registered with another userfaultfd.
+            HostError: this kind of memory does not support it.
         """
         argument = bytearray(abi.REGISTER_STRUCT.pack(hva, length_bytes, use.mode, 0))
         try:
@@ -195,13 +195,13 @@ class Userfaultfd:
             )
 
     def unregister(self, hva: int, length_bytes: int) -> None:
-        """Take a range out, and wake whoever waits in it. Where the memory is gone, so is the
-        range: that is no error."""
+        """Unregister a range, and wake its waiters. It is no error if the memory is gone, and the
+        range with it."""
         with contextlib.suppress(OSError):
             fcntl.ioctl(self._fd, abi.UFFDIO_UNREGISTER, abi.RANGE_STRUCT.pack(hva, length_bytes))
 
     def close(self) -> None:
-        """Close it: the kernel un-protects all that is still registered and wakes waiters."""
+        """Close it: the kernel un-protects all registered ranges and wakes their waiters."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -214,7 +214,7 @@ class Userfaultfd:
 
 
 def own_userfaultfd(use: Use = WRITE_PROTECTION) -> Userfaultfd:
-    """A userfaultfd of this process, the best that is permitted, ready to register ranges.
+    """Make the best permitted userfaultfd of this process, ready to register ranges.
 
     Raises:
         HostError: none is permitted, or the kernel lacks it or a feature.
@@ -244,7 +244,7 @@ def _permitted_userfaultfd() -> Userfaultfd:
 
 
 def host_error_for(number: int) -> HostError:
-    """The error for a userfaultfd(2) that failed with ``number`` (an errno)."""
+    """Return the error for a userfaultfd(2) that failed with errno ``number``."""
     if number == errno.ENOSYS:
         return HostError(
             "this kernel has no userfaultfd",
