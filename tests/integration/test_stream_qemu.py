@@ -28,7 +28,6 @@ from stillframe.vmstate.devices import (
     split_device_state,
     with_run_state,
 )
-from stillframe.vmstate.page_records import page_records, zero_records
 from stillframe.vmstate.reader import StreamReader
 from stillframe.vmstate.records import (
     Command,
@@ -221,9 +220,9 @@ def assemble(machine_type: str, ram: dict[str, bytes], sections: Sequence[Device
         for offset in range(0, len(content), PAGE):
             page = content[offset : offset + PAGE]
             if page.count(0) == PAGE:
-                out.append(zero_records(offset, 1, block=block))
+                out.append(writer.ram_zero_record(offset, block=block))
             else:
-                out.append(page_records(offset, page, block=block))
+                out.append(writer.ram_page_record(offset, page, block=block))
             block = None
         out.append(writer.ram_part_suffix(ram_id))
     out.append(writer.ram_end_section(ram_id))

@@ -30,7 +30,6 @@ from stillframe.vmstate.devices import (
     find_section,
     split_device_state,
 )
-from stillframe.vmstate.page_records import page_records, zero_records
 from stillframe.vmstate.x86_cpu import parse_x86_cpu
 from tests.compat.record_streams import RECORDINGS, load
 from tests.support import stream_build as sb
@@ -66,10 +65,10 @@ def small_streams() -> list[bytes]:
     delta = b"\x02\x03xyz\x85\x01\x02ab"
     blocks = (("pc.ram", 40 * sb.PAGE), ("rom", sb.PAGE))
     records = (
-        page_records(0, page, block="pc.ram")
-        + page_records(sb.PAGE, page, block=None)
-        + b"".join(zero_records(i * sb.PAGE, 1, block=None) for i in range(2, 40))
-        + zero_records(0, 1, block="rom")
+        writer.ram_page_record(0, page, block="pc.ram")
+        + writer.ram_page_record(sb.PAGE, page, block=None)
+        + b"".join(writer.ram_zero_record(i * sb.PAGE, block=None) for i in range(2, 40))
+        + writer.ram_zero_record(0, block="rom")
         + sb.word(0, 0x120) + pack(">I", len(packed)) + packed
         + sb.word(0, 0x40) + sb.name("pc.ram") + b"\1" + pack(">H", len(delta)) + delta
     )  # fmt: skip

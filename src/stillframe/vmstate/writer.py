@@ -17,6 +17,7 @@ from typing import Any
 
 from stillframe.errors import UsageError
 from stillframe.vmstate.devices import DeviceSection, encode_name, section_footer, section_header
+from stillframe.vmstate.page_records import page_records, zero_records
 from stillframe.vmstate.wire import (
     RAM_IDSTR,
     RAM_INSTANCE_ID,
@@ -131,6 +132,22 @@ def ram_end_section(section_id: int, *, footer: bool = True) -> bytes:
     """A whole END section of RAM, without page records."""
     suffix = ram_part_suffix(section_id, footer=footer)
     return _TYPE_ID.pack(SectionType.END, section_id) + suffix
+
+
+def ram_page_record(offset_bytes: int, page: bytes, *, block: str | None) -> bytes:
+    """One page's content.
+
+    Args:
+        offset_bytes: the page's offset in its block.
+        page: exactly one target page.
+        block: the block's name, or None for the block of the record before.
+    """
+    return page_records(offset_bytes, page, block=block, page_bytes=len(page))
+
+
+def ram_zero_record(offset_bytes: int, *, block: str | None) -> bytes:
+    """One page full of zeroes; arguments as for :func:`ram_page_record`."""
+    return zero_records(offset_bytes, 1, block=block)
 
 
 def eof() -> bytes:
