@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from stillframe.errors import MachineError, StillframeError
+from stillframe.errors import InternalError, MachineError, StillframeError
 from stillframe.image import _fill
 from stillframe.image.clone import Clone
 from stillframe.image.ram_image import RamImage, no_memory
@@ -264,9 +264,11 @@ class Filler:
                 if not self._may_place(frame, raw):
                     continue
                 self._place(frame, raw)
-            except StillframeError as error:
+            except Exception as error:  # noqa: BLE001 - a guest would wait for the frame for ever
                 with self._condition:
                     self._state[frame] = _DAMAGED
+                if not isinstance(error, StillframeError):
+                    error = InternalError(f"filling failed: {error!r}")
                 self._fail(error)
 
     def _help(self) -> None:

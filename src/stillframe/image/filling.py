@@ -272,9 +272,9 @@ class Filling:
         Raises:
             HostError: it does not start; this process goes on filling.
         """
+        keys = write_keys(self.snapshot.secrets)
         ready, ready_there = os.pipe()
         go_there, go = os.pipe()
-        keys = write_keys(self.snapshot.secrets)
         try:
             handles = Handles(
                 lock=self._lock_fd,

@@ -126,8 +126,11 @@ class RemoteSyscalls:
 
     def read(self, address: int, length_bytes: int) -> bytes:
         """Read the process's memory; return nothing if it cannot be read there."""
-        with Path(f"/proc/{self._pid}/mem").open("rb", buffering=0) as memory:
-            return _read_text(memory.fileno(), address, length_bytes)
+        try:
+            with Path(f"/proc/{self._pid}/mem").open("rb", buffering=0) as memory:
+                return _read_text(memory.fileno(), address, length_bytes)
+        except OSError:
+            return b""
 
     def _require(self) -> TracedThread:
         if self._thread is None:
@@ -240,7 +243,7 @@ def _status_field(tid: int, name: str) -> str:
         for line in Path(f"/proc/{tid}/status").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return line.split(":", 1)[1].strip()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ProcessLookupError) as error:
         raise MachineError(f"process {tid} is gone", guest_state="none") from error
     return ""
 

@@ -20,6 +20,7 @@ _PAIR_TYPE = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 _RECEIVE = socket.MSG_DONTWAIT | 0x40000000  # MSG_CMSG_CLOEXEC
 _MESSAGE = struct.Struct("=QQQQQQQ")  # struct msghdr
 _VECTOR = struct.Struct("=QQ")  # struct iovec
+_ENDS = struct.Struct("=ii")
 _CONTROL = struct.Struct("=QiiiI")  # struct cmsghdr with one descriptor, padded
 _VECTOR_AT, _DATA_AT, _CONTROL_AT = 64, 96, 128
 
@@ -43,7 +44,7 @@ def lend(remote: RemoteSyscalls, pidfd: int, fd: int) -> int:
     made = remote.call(arch.SYS_SOCKETPAIR, socket.AF_UNIX, _PAIR_TYPE, 0, room)
     if made < 0:
         raise _failure(-made)
-    ends = struct.unpack("=ii", remote.read(room, 8))
+    ends = _read(remote, room, _ENDS)
     try:
         with socket.socket(fileno=fetch_fd(pidfd, ends[0])) as ours:
             socket.send_fds(ours, [b"1"], [fd])
@@ -53,13 +54,20 @@ def lend(remote: RemoteSyscalls, pidfd: int, fd: int) -> int:
         got = remote.call(arch.SYS_RECVMSG, ends[1], room, _RECEIVE)
         if got < 0:
             raise _failure(-got)
-        _, level, kind, number, _ = _CONTROL.unpack(remote.read(control[0], _CONTROL.size))
+        _, level, kind, number, _ = _read(remote, control[0], _CONTROL)
         if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             raise HostError("the VM got no descriptor", guest_state="unknown")
         return int(number)
     finally:
         for end in ends:
             remote.call(arch.SYS_CLOSE, end)
+
+
+def _read(remote: RemoteSyscalls, address: int, layout: struct.Struct) -> tuple[int, ...]:
+    content = remote.read(address, layout.size)
+    if len(content) != layout.size:
+        raise HostError("the VM's memory cannot be read", guest_state="unknown")
+    return layout.unpack(content)
 
 
 def _failure(number: int) -> HostError:

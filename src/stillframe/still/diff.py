@@ -244,14 +244,14 @@ def _devices(a: Snapshot, b: Snapshot) -> tuple[list[DeviceDiff], int]:
         if one == two:
             same += 1
             continue
-        pairs = zip((one or b"").ljust(len(two or b"")), (two or b"").ljust(len(one or b"")),
-                    strict=True)  # fmt: skip
+        before_bytes, after_bytes = one or b"", two or b""
+        changed = sum(x != y for x, y in zip(before_bytes, after_bytes, strict=False))
         found.append(
             DeviceDiff(
                 idstr=key[0],
                 instance=key[1],
                 only_in="b" if one is None else "a" if two is None else None,
-                bytes_changed=sum(x != y for x, y in pairs),
+                bytes_changed=changed + abs(len(before_bytes) - len(after_bytes)),
                 fields=tuple(_fields(fields[0].get(key, {}), fields[1].get(key, {}))),
             )
         )

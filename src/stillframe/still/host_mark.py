@@ -89,9 +89,11 @@ class HostKey:
             # Link it: a rename would replace a key that another process makes at this moment.
             with contextlib.suppress(FileExistsError):
                 os.link(new, path)
-            new.unlink()
         except OSError as error:
             raise HostError(f"cannot make the key {path}", why=error.strerror) from error
+        finally:
+            with contextlib.suppress(OSError):
+                new.unlink()
         if (made := cls.load()) is None:
             raise HostError(f"cannot use the key {path}", why="it is damaged, or open to others")
         return made

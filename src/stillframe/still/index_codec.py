@@ -22,7 +22,7 @@ _TABLES_MAX_BYTES = 1 << 30
 _TABLES_MAX_RATIO = 256
 """Tables compress by 5 to 40; readers refuse a higher ratio, against decompression bombs."""
 _BLOCKS_MAX = 1 << 16
-_FRAMES_MAX = (1 << 27) - 3  # zstd's seek table has room for 2**27 frames; three are ours
+_FRAMES_MAX = (1 << 27) - 4  # zstd's seek table has room for 2**27 frames; up to four are ours
 
 
 def encode_index(index: Index) -> bytes:

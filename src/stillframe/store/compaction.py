@@ -18,6 +18,7 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.still.compact import compact
+from stillframe.still.sinks import aborting
 from stillframe.store.catalog import Catalog
 from stillframe.store.records import PENDING, Entry, data_key, new_name
 from stillframe.store.sealed_backend import open_stored
@@ -141,6 +142,7 @@ def _write(store: Store, entry: Entry, key: str, stopped: Callable[[], bool]) ->
 
     with store.open(entry) as snapshot:
         sink = store.backend.sink(key)
-        compact(snapshot, sink, key=store.key, whole_of=entry.id, step=step)
+        with aborting(sink):
+            compact(snapshot, sink, key=store.key, whole_of=entry.id, step=step)
     with open_stored(store.backend, key) as file:
         return file.source.size_bytes

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
-from stillframe.errors import DataError, UsageError
+from stillframe.errors import UsageError
 from stillframe.still.sinks import Sink, Source
 from stillframe.store.backends.objects import Backend
 from stillframe.store.records import Entry, data_key, disks_prefix
@@ -110,9 +110,7 @@ def _copy(
             enter_form(target.backend, place.name, form)
         with contextlib.closing(source.open(data_key(entry.name))) as opened:
             _pour(opened, place.sink, step)
-        found = place.commit()
-    if found.id != entry.id:
-        raise DataError(f"snapshot {entry.label} is another one than its catalog says")
+        place.commit(expected_id=entry.id)
 
 
 def _pour(source: Source, sink: Sink, step: Callable[[int], None]) -> None:

@@ -11,7 +11,13 @@ import contextlib
 from pathlib import Path
 from typing import Self
 
-from stillframe.errors import BusyError, NotFoundError, SnapshotFailed, StillframeError
+from stillframe.errors import (
+    BusyError,
+    DataError,
+    NotFoundError,
+    SnapshotFailed,
+    StillframeError,
+)
 from stillframe.still.sinks import Sink
 from stillframe.store import small_objects
 from stillframe.store.backends.objects import Backend
@@ -67,21 +73,29 @@ class StoreTarget:
     def __exit__(self, *_error: object) -> None:
         self.abort()
 
-    def commit(self) -> Entry:
+    def commit(self, *, expected_id: str | None = None) -> Entry:
         """Enter the snapshot in the catalog. Its data is durable already.
+
+        Args:
+            expected_id: refuse data that is another snapshot's.
 
         Returns:
             The new entry; the existing one if the store has this snapshot already.
 
         Raises:
             SinkError: the store cannot be written to. SnapshotFailed: the parent was removed
-                meanwhile. DataError: the written data cannot be read. Nothing is left behind,
-                unless the snapshot may be in the catalog: then it stays, and ``repair`` settles it
-                once this process has ended.
+                meanwhile. DataError: the written data cannot be read, or is another snapshot's.
+                Nothing is left behind, unless the snapshot may be in the catalog: then it stays,
+                and ``repair`` settles it once this process has ended.
         """
         try:
             with open_stored(self._backend, data_key(self.name)) as file:
                 entry = entry_of(file, self.name)
+            if expected_id not in (None, entry.id):
+                raise DataError(
+                    f"the file of snapshot {expected_id} holds another one",
+                    why=f"that one is {entry.label}",
+                )
             self._check_undisturbed()
         except BaseException:
             self.abort()

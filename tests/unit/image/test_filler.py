@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.errors import DataError
+from stillframe.errors import DataError, InternalError
 from stillframe.image.filler import Filler
 from stillframe.image.ram_image import RamImage
 from stillframe.still.snapshot import Snapshot
@@ -129,3 +129,20 @@ def test_a_damaged_frame_is_an_error(tmp_path: Path) -> None:
         filler.stop()
         assert frame in image.incomplete_frames()
         image.close()
+
+
+def test_any_other_error_ends_the_wait_as_well(
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def place(*_: object) -> None:
+        raise ValueError("a defect of ours")
+
+    monkeypatch.setattr(Filler, "_place", place)
+    image = RamImage.make(snapshot, [0])
+    filler = Filler(image)
+    filler.start([])
+    filler.sweep()
+    with pytest.raises(InternalError, match="a defect of ours"):
+        filler.wait(60)
+    filler.stop()
+    image.close()

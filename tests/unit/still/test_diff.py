@@ -142,6 +142,14 @@ def test_blocks_and_devices_that_come_and_go() -> None:
     assert [device.only_in for device in back.devices] == [None, "a"]
 
 
+def test_blanks_that_only_one_device_has_are_changes() -> None:
+    longer = make_section(section_id=12, idstr="new", instance_id=3, version_id=1, payload=b"x  ")
+    short = make_section(section_id=12, idstr="new", instance_id=3, version_id=1, payload=b"x")
+    ram = random_ram(1)
+    found = diff_snapshots(snapshot_of(ram, longer), snapshot_of(ram, short))
+    assert [(d.idstr, d.bytes_changed) for d in found.devices] == [("new", 2)]
+
+
 def test_pages_of_other_sizes() -> None:
     sink = MemorySink()
     with SnapshotWriter(sink) as writer:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.errors import DataError
 from stillframe.restore.captured_disks import captured_bases, check_captured
 from stillframe.store.check import check_store
 from stillframe.store.copying import copy_snapshots
@@ -15,7 +16,7 @@ from stillframe.store.store import Store
 from tests.support_store.audit import audit
 from tests.support_store.memory_objects import MemoryObjects
 from tests.support_store.mortal import Died, Host, Mortal, nobody_looks
-from tests.support_store.stores import folder_store, put, store_on
+from tests.support_store.stores import folder_store, put, store_on, write_into
 
 DISK = b"a disk's content " * 5000
 
@@ -81,3 +82,13 @@ def test_who_dies_at_any_call_has_copied_nothing_wrong_and_the_next_one_ends_it(
         if not mortal.is_dead:
             break
     assert deaths > 20
+
+
+def test_a_file_that_holds_another_snapshot_is_not_entered(tmp_path: Path) -> None:
+    store = folder_store(tmp_path / "store")
+    with store.target() as target:
+        write_into(target)
+        with pytest.raises(DataError, match="holds another one"):
+            target.commit(expected_id="0" * 64)
+    assert store.list() == []
+    assert store.backend.listing(SNAPSHOTS) == []
