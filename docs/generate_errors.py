@@ -21,10 +21,10 @@ _HEAD = """\
 <!-- Made by docs/generate_errors.py from stillframe/errors.py; do not edit. -->
 
 Every error of the Python API is a `stillframe.errors.StillframeError`; its class says what to do
-about it. The command line ends with the class's exit code and says one line on standard error,
-`stillframe: what: why; remedy [guest running]`; a refusal with several reasons has a line for each.
-With `--json` the error is also an object on standard output
-([json.md](json.md#errors)). The codes never change their meaning.
+about it. The command line exits with the class's code and prints one line on standard error,
+`stillframe: what: why; remedy [guest running]`; a refusal with several reasons prints one line per
+reason. With `--json` it also writes the error as an object to standard output
+([json.md](json.md#errors)). The meaning of a code never changes.
 
 | code | class | `error` in JSON | what to do |
 |---:|---|---|---|
@@ -36,22 +36,22 @@ _MIDDLE = """\
 
 ## Files
 
-A file to read, whoever reads it: 9 if it is not there, 2 if it is a directory or another kind of
-file, 5 if it may not be read, 8 if it holds something else. A file to write: 2 if its name is taken
-or is none, 7 if its directory is missing or may not be written to. A socket to listen on: 4 if
-somebody listens there; a socket file that nobody listens on any more is replaced.
+All commands use the same codes for files. A file to read: 9 if it does not exist, 2 if it is a
+directory or another kind of file, 5 if you may not read it, 8 if it holds something else. A file to
+write: 2 if the name is taken or invalid, 7 if its directory is missing or not writable. A socket to
+listen on: 4 if a process listens there; a stale socket file is replaced.
 
 ## Guest state
 
-An error knows what the guest does now: `guest_state` is `running`, `paused`, `unknown` (look at the
+An error says what the guest does now: `guest_state` is `running`, `paused`, `unknown` (look at the
 VM's monitor), or `none` if no guest was involved. Whatever goes wrong with a snapshot of a running
-guest, the guest goes on: `paused` is only said of a VM that was paused before, or that QEMU itself
-does not continue.
+guest, the guest runs on: `paused` then means that the VM was paused before, or that QEMU itself
+does not continue it.
 
 ## Tracebacks
 
-The command line shows none. `STILLFRAME_DEBUG=1` in the environment shows the one of an error,
-before its line; add it to a report about exit code 70.
+The command line shows none. With `STILLFRAME_DEBUG=1` in the environment it prints an error's
+traceback before its line; add it to a report about exit code 70.
 
 ## The classes
 """
