@@ -1,7 +1,7 @@
-"""The board: our own VM, a wing of the house that the other rooms do without.
+"""The board: our own VM, a wing of the house that no other room depends on.
 
-Its public functions are those of :mod:`stillframe.board.api`, loaded when first used: listing the
-commands must not wait for them.
+Its public functions live in :mod:`stillframe.board.api`, which loads on first use, so that listing
+the commands stays fast.
 """
 
 from __future__ import annotations

@@ -23,17 +23,19 @@ check = check_engine
 
 
 def build_guest(source: StrPath, output: StrPath) -> str:
-    """Compile a guest for the board: a C file, or a directory of them, with the guest library.
+    """Compile a C file, or a directory of them, with the guest library into a guest for the board.
 
     Returns:
         The compiler's warnings.
 
     Raises:
-        NotFoundError: no such source. UsageError: the compiler refuses it, in its words; or the
-            output is no name for a file. SinkError: it has no directory that may be written to.
-        HostError: there is no C compiler.
+        NotFoundError: the source does not exist.
+        UsageError: the compiler rejects it, with the compiler's message; or the output is not a
+            valid file name.
+        SinkError: the output's directory is missing or not writable.
+        HostError: there is no C compiler, or it took too long.
     """
-    LocalSink(output, overwrite=True).abort()  # its name and directory, as those of other outputs
+    LocalSink(output, overwrite=True).abort()  # check name and directory, as for any output
     return compile_guest(Path(source), Path(output))
 
 
@@ -53,29 +55,30 @@ def start(
     paused: bool = False,
     protection: Preference = "auto",
 ) -> RunningBoard:
-    """Start a board, our own VM, in this process; it has threads of its own.
+    """Start a board, our own VM, in this process, on threads of its own.
 
     Args:
-        guest: an ELF file (docs/design/board.md), or one of ``GUESTS``; may be left out with
-            ``incoming``, and is needed for a reset only then.
-        ram_bytes: 64 MiB if it is not said. vcpus: 1 if it is not said.
-        name: in ``ps``; else as its guest.
-        qmp: where its monitor listens; else in a private place, see ``RunningBoard.qmp``.
-        disk: a raw file, which the guest may write to.
-        incoming: a snapshot file, a file with a stream, or a migration URI, in place of a start.
-            A snapshot file also tells RAM, vCPUs, resolution, guest, name and command line, where
-            they are not said.
-        display: recorded only: whoever wants the picture asks ``save_picture``.
-        resolution: of the display, such as ``640x480``.
+        guest: an ELF file (docs/design/board.md), or one of ``GUESTS``. Optional with
+            ``incoming``, where only a reset needs it.
+        ram_bytes: 64 MiB by default. vcpus: 1 by default.
+        name: shown by ``ps``; the guest's name by default.
+        qmp: the monitor's socket path; private by default, see ``RunningBoard.qmp``.
+        disk: a raw image, which the guest may write to.
+        incoming: a snapshot file, a file with a stream, or a migration URI, to load instead of
+            booting. A snapshot file also supplies RAM, vCPUs, resolution, guest, name and command
+            line where the caller gives none.
+        display: recorded only; ``save_picture`` writes the picture.
+        resolution: the display's, such as ``640x480``.
         serial: ``stdio``, ``none``, a file, or ``unix:PATH``.
         append: the guest's command line.
-        paused: the guest waits for ``cont``.
-        protection: how it write-protects its RAM for snapshots that it takes of itself.
+        paused: do not run the guest before ``cont``.
+        protection: how the board write-protects its RAM when it takes a snapshot of itself.
 
     Raises:
-        UsageError: options that make no sense, or nothing to run.
-        HostError: the extra ``board`` is not installed, or the host does not give what is needed.
-        NotFoundError, DataError: the guest, or what is to come in, cannot be read.
+        UsageError: the options do not make sense, or there is nothing to run.
+        HostError: the extra ``board`` is not installed, or the host lacks a resource.
+        NotFoundError, DataError: the guest, the disk or the incoming state cannot be read.
+        BusyError, SinkError: a socket is in use, or the picture's file cannot be written.
     """
     given = {
         "--ram": ram_bytes,

@@ -1,7 +1,7 @@
-"""The words of ``stillframe board run``: what a snapshot records of a board, and how it is read.
+"""The command line of ``stillframe board run``: what a snapshot records of a board, and its parser.
 
-The program's own parser (``cli/board_run``) is for people; this one is for words that come from a
-process's command line, a nameplate or a snapshot file, so it knows the full spelling only.
+The command's own parser (``cli/board_run``) is for people. This one reads words from a process's
+command line, a nameplate or a snapshot file, so it accepts full option names only.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class BoardCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """What a board is started with, but for its monitor and what comes in.
+    """A board's start options, except its monitor and its incoming stream.
 
-    ``guest``: absolute path of an ELF file, or the name of a guest that comes with the package;
-    None for a board that only takes something in. ``disk``, ``display``: absolute paths;
-    ``display`` may be ``terminal``. ``serial``: ``stdio``, ``none``, an absolute path, or
-    ``unix:`` and one. ``append``: the guest's command line.
+    ``guest``: absolute path of an ELF file, or the name of a packaged guest; None for a board that
+    only loads a stream. ``disk``, ``display``: absolute paths; ``display`` may be ``terminal``.
+    ``serial``: ``stdio``, ``none``, an absolute path, or ``unix:`` and one. ``append``: the guest's
+    command line.
     """
 
     guest: str | None = None
@@ -56,7 +56,7 @@ class BoardCommand(msgspec.Struct, frozen=True, kw_only=True):
     protection: Preference = "auto"
 
     def words(self) -> tuple[str, ...]:
-        """The command that starts such a board."""
+        """Return the command that starts such a board."""
         default = BoardCommand(guest=self.guest)
         words = [*PROGRAM_WORDS, *([self.guest] if self.guest is not None else [])]
         for option, (field, _read, write) in _OPTIONS.items():
@@ -67,7 +67,10 @@ class BoardCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def command_of(config: BoardConfig) -> BoardCommand:
-    """The command for a board that a program made; relative paths are of this process."""
+    """Return the command for a board that a program made from ``config``.
+
+    Relative paths are relative to this process's working directory.
+    """
     cwd = str(Path.cwd())
     return BoardCommand(
         guest=_optional_path(config.guest_path, cwd),
@@ -82,14 +85,14 @@ def command_of(config: BoardConfig) -> BoardCommand:
 
 
 class ParsedCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole command: the board, where its monitor listens, what comes in, and ``--paused``."""
+    """A whole command: the board, its monitor's path, its incoming stream, and ``--paused``."""
 
     board: BoardCommand
     qmp: str | None = None
     incoming: str | None = None
     paused: bool = False
     given: frozenset[str] = frozenset()
-    """Options that stand there, with their dashes."""
+    """The options that the command contains, with their dashes."""
 
 
 def parse_options(
@@ -99,14 +102,14 @@ def parse_options(
     base: BoardCommand | None = None,
     error: type[StillframeError] = UsageError,
 ) -> ParsedCommand:
-    """Read the words behind ``stillframe board run``.
+    """Parse the words after ``stillframe board run``.
 
     Args:
-        cwd: for relative paths.
-        base: what holds where the words say nothing.
+        cwd: the directory that relative paths start from.
+        base: supplies the options that the words leave out.
 
     Raises:
-        error: a word that is no option, an option without its value, or a bad value.
+        error: an unknown option, a missing or bad value, or a second guest.
     """
     found: dict[str, Any] = {}
     others: dict[str, Any] = {}
@@ -144,7 +147,7 @@ def parse_options(
 
 
 def words_of_process(argv: Sequence[str]) -> tuple[str, ...] | None:
-    """The words behind ``stillframe board run`` in a process's command line; None if it is none."""
+    """Return the words after ``stillframe board run`` in a process's command line, or None."""
     for at in range(1, min(len(argv), 8) - 1):
         if tuple(argv[at : at + 2]) == PROGRAM_WORDS[1:] and (
             argv[at - 1].rpartition("/")[2] == PROGRAM_WORDS[0]
@@ -154,7 +157,7 @@ def words_of_process(argv: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _guest(word: str, cwd: str) -> str:
-    """The name of a packaged guest, or a path, absolute."""
+    """Return the name of a packaged guest, or an absolute path."""
     return word if word in GUEST_NAMES else _path(word, cwd)
 
 
@@ -229,7 +232,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], object], Callable[[Any], str
     "--append": ("append", _text, str),
     "--protection": ("protection", _protection, str),
 }
-"""Each option: the field, how it is read, how it is written."""
+"""Each option's field, its reader and its writer."""
 
 _ALWAYS = frozenset({"ram_bytes", "vcpus"})
-"""Recorded also where they are the defaults, which may become others."""
+"""Recorded even at their defaults, since the defaults may change."""

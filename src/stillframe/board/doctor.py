@@ -1,4 +1,4 @@
-"""What the host must have for boards."""
+"""The doctor's checks for boards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _attach() -> Check:
 
 
 def _board() -> Check:
-    """Our own VM needs no right at all; without userfaultfd it protects its RAM by mprotect."""
+    """Our own VM needs no privileges: without userfaultfd it protects its RAM with mprotect."""
     try:
         version = importlib.metadata.version("unicorn")
     except importlib.metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ def _board() -> Check:
 
 
 class BoardChecks:
-    """A ``doctor.host.KindChecks``."""
+    """The board's ``doctor.host.KindChecks``."""
 
     vmm = "board"
     always: Mapping[str, Look] = {"board": _board}

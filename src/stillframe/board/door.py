@@ -1,4 +1,4 @@
-"""The door of this wing: by what the rest of Stillframe knows it. See ``stillframe.wings``."""
+"""The door of this wing: its commands and hooks. See ``stillframe.wings``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A board of this process as a machine, for the snapshot job.
 
-No guard is needed, since the guest dies with us. Whoever serves faults never takes the board lock
-or the GIL, so every method may wait for a fault.
+It needs no guard process, since the guest dies with this one. The thread that serves faults never
+takes the board lock or the GIL, so every method may wait for a fault.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class BoardWatch:
             self._seen.append(event)
 
     def seen(self) -> list[MachineEvent]:
-        """The events so far, oldest first; they stay in the list."""
+        """Return the events so far, oldest first, without removing them."""
         with self._lock:
             return list(self._seen)
 
     def close(self) -> None:
-        """End watching; never raises."""
+        """Stop collecting; never raises."""
         self._board.remove_listener(self._note)
 
 
 class LocalBoard:
-    """A ``Machine``: a board of this process. It raises what the board raises."""
+    """A ``Machine``: a board of this process. Its methods raise what the board raises."""
 
     def __init__(self, board: Board, *, protection: Preference = "auto") -> None:
         """
@@ -70,31 +70,31 @@ class LocalBoard:
 
     @property
     def lock_name(self) -> str:
-        """This process, and in it the board: others of it may be saved at the same time."""
+        """This process and, in it, this board: another can be saved at the same time."""
         return f"{os.getpid()}-{self._start_time}-{self._board.rams[0].hva:x}"
 
     def monitor_fd(self) -> None:
-        """None: nobody has to let the guest go on if we die."""
+        """Return None: the guest dies with this process, so no guard has to resume it."""
         return
 
     def open_write_protection(self) -> WriteProtection:
-        """The write protection that this host allows. The guest is not touched.
+        """Open the write protection that this host allows. Does not touch the guest.
 
         Raises:
-            HostError: there is none as wished.
+            HostError: the required one is not available.
         """
         return open_own_protection(self._protection)
 
     def process_alive(self) -> bool:
-        """True: it is this process."""
+        """Return True: it is this process."""
         return True
 
     def resume_at_all_costs(self) -> None:
-        """As ``cont``: until then nobody else decides."""
+        """As ``cont``: no other caller can change the run state before it."""
         self.cont()
 
     def describe(self) -> MachineRecord:
-        """What the board is. The guest is not touched."""
+        """Describe the board. Does not touch the guest."""
         board = self._board
         path = board.config.disk_path
         disks = () if path is None else (_disk(path),)
@@ -115,7 +115,7 @@ class LocalBoard:
         )
 
     def preflight(self, mode: Mode = "background", moment: Moment = "first") -> list[Blocker]:
-        """The board's migration blockers. The guest is not touched."""
+        """Return the board's migration blockers, none once RAM is saved. The guest is untouched."""
         return [
             Blocker(
                 name="migration-blocker",
@@ -127,45 +127,45 @@ class LocalBoard:
         ]
 
     def ram_blocks(self) -> list[RamBlock]:
-        """The board's RAM blocks, in its order."""
+        """Return the board's RAM blocks, in its order."""
         return self._board.ram_blocks()
 
     def blocks_signature(self) -> tuple[tuple[str, int, int, int], ...]:
-        """Equal to an earlier one as long as no block was plugged in."""
+        """Return a value that stays equal until a block is plugged in."""
         return tuple(
             (ram.idstr, ram.hva, ram.length_bytes, ram.length_bytes) for ram in self._board.rams
         )
 
     def memory_map(self, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
-        """Where the guest sees these blocks."""
+        """Return where the guest sees these blocks."""
         wanted = {block.idstr for block in blocks}
         return tuple(place for place in self._board.memory_map() if place.idstr in wanted)
 
     def status(self) -> str:
-        """The run state in QEMU's words."""
+        """Return the run state in QEMU's terms."""
         return self._board.run_state
 
     def stop(self) -> None:
-        """Stop a guest that runs, to be saved; another one stays as it is. What others want of one
-        that runs waits until ``cont``."""
+        """Stop a running guest to save it; leave any other as it is. While a running guest is
+        stopped so, other callers' changes to it wait for ``cont``."""
         if not (self._stopped and self._board.run_state == SAVING):
             self._board.stop_to_save()
             self._stopped = True
 
     def announce_cont(self) -> None:
-        """Nothing can be done for it in advance."""
+        """Do nothing: ``cont`` needs no preparation."""
 
     def cont(self) -> None:
-        """Let the guest go on, if we stopped it."""
+        """Resume the guest, if ``stop`` stopped it."""
         self._stopped = False
         self._board.go_on_saved()
 
     def prepare_device_state(self) -> None:
-        """Nothing takes time before the downtime."""
+        """Do nothing: saving needs no slow preparation."""
 
     def save_device_state(self, then: object = None) -> bytes:
-        """The stream's header, the FULL sections of all devices, EOF and vmdescription. The guest
-        must be stopped, and stays so."""
+        """Return the stream's header, the FULL sections of all devices, EOF and vmdescription. The
+        guest must be stopped, and stays stopped."""
         buffer = io.BytesIO(stream_header())
         buffer.seek(0, io.SEEK_END)
         with self._board.lock:
@@ -173,14 +173,14 @@ class LocalBoard:
         return buffer.getvalue()
 
     def finish_device_state(self) -> None:
-        """Nothing was prepared."""
+        """Do nothing: nothing was prepared."""
 
     def watch(self) -> BoardWatch:
-        """Begin to collect events."""
+        """Start collecting events."""
         return BoardWatch(self._board)
 
     def close(self) -> None:
-        """The board stays as it is."""
+        """Do nothing: the board stays as it is."""
 
 
 def _disk(path: str) -> DiskRecord:

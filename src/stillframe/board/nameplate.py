@@ -1,9 +1,9 @@
-"""What a board tells whoever looks at its process: a nameplate in a memfd, read through ``/proc``.
+"""A running board's nameplate: a memfd that other processes read through ``/proc``.
 
-Its name there is the kernel's (``/proc/PID/fd``), so a board is found without asking or running
-anything of it, also one inside another program. The kernel removes it with the process. Like a
-QEMU's command line it is the word of whoever started the process: whoever reads it checks by the
-connected socket that the monitor is that process's own.
+The kernel shows the memfd's name (``/proc/PID/fd``), so a reader finds a board, even one inside
+another program, without asking it or running any of its code. The kernel removes the nameplate
+with the process. Like a QEMU command line, it is only a claim by the user who started the process:
+the reader checks on the connected socket that the monitor is that process's own.
 Source: memfd_create(2), fcntl(2) (file seals), proc(5).
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 MEMFD_NAME = "stillframe-board"
-"""Names the memfd that holds the nameplate; a RAM block's memfd is called otherwise."""
+"""The name of the nameplate's memfd; no RAM block's memfd has it."""
 
 _TARGET = f"/memfd:{MEMFD_NAME} (deleted)"
 _MOST_BYTES = 256 << 10
@@ -26,11 +26,11 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_
 
 
 class Nameplate(msgspec.Struct, frozen=True, kw_only=True):
-    """A running board as its nameplate tells.
+    """A running board, as its nameplate describes it.
 
-    ``pid``: of its process, in its own namespace: a forked child is no board. ``command``: the
-    words that would start such a board (``board_command.BoardCommand.words``). ``qmp``: where its
-    monitor listens, as it sees the path; None if it has none.
+    ``pid``: the process's, in its own namespace, so that a forked child does not pass for a board.
+    ``command``: the words that start such a board (``board_command.BoardCommand.words``). ``qmp``:
+    the monitor's socket path as the process sees it; None without a monitor.
     """
 
     pid: int
@@ -41,13 +41,13 @@ class Nameplate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PublishedNameplate:
-    """A nameplate that others see until ``close``, or until the process ends."""
+    """A nameplate that other processes can read until ``close``, or until this one ends."""
 
     def __init__(self, nameplate: Nameplate) -> None:
         """Publish it.
 
         Raises:
-            OSError: no descriptor or memory is left.
+            OSError: out of descriptors or memory.
         """
         self._fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -65,10 +65,10 @@ class PublishedNameplate:
 
 
 def read_nameplates(process: Path) -> list[Nameplate]:
-    """The nameplates of a process (``/proc/PID``), by descriptor; most have none, a board one.
+    """Return a process's nameplates (``/proc/PID``), by descriptor: usually none, a board's one.
 
     Raises:
-        PermissionError: the process may not be looked into.
+        PermissionError: this process may not inspect that one.
     """
     found: list[Nameplate] = []
     try:
@@ -78,7 +78,7 @@ def read_nameplates(process: Path) -> list[Nameplate]:
     except OSError:
         return []
     for number in numbers:
-        # Closed meanwhile; or a memfd of that name that holds something else.
+        # The descriptor was closed meanwhile, or a memfd of that name holds something else.
         with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeError):
             path = process / "fd" / str(number)
             if str(path.readlink()) == _TARGET and len(found) < _MOST_PLATES:
@@ -97,7 +97,7 @@ def _content(path: Path) -> bytes:
 
 
 def _own_pids(process: Path) -> set[int]:
-    """The process's numbers in all of its namespaces."""
+    """Return the process's pids in all of its namespaces."""
     for line in (process / "status").read_text().splitlines():
         if line.startswith("NSpid:"):
             return {int(number) for number in line.split()[1:]}

@@ -1,4 +1,4 @@
-"""A running board of another process as a machine."""
+"""A running board in another process as a machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ACCELERATOR = "unicorn"
 
 
 class ProcessBoard(ProcessMachine):
-    """A connection to one board: its monitor, and its process. Made by ``finding.connect``."""
+    """A connection to one board: its monitor and its process. Made by ``finding.connect``."""
 
     user_mode_only_ok: ClassVar[bool] = True
     without_userfaultfd: ClassVar[str | None] = (
@@ -42,7 +42,7 @@ class ProcessBoard(ProcessMachine):
     )
 
     def __init__(self, info: VmInfo, qmp: QmpClient) -> None:
-        """Prepare; the guest is not touched.
+        """Prepare the connection without touching the guest.
 
         Raises:
             MachineError: the process is gone.
@@ -50,15 +50,15 @@ class ProcessBoard(ProcessMachine):
         super().__init__(info, qmp, BoardRamTable(info.pid, qmp))
 
     def accelerator(self) -> str:
-        """``unicorn``: what runs every board."""
+        """Return ``unicorn``, which runs every board."""
         return ACCELERATOR
 
     def describe(self) -> MachineRecord:
-        """What the board is; ``argv`` is the command that starts such a board."""
+        """Describe the board; ``argv`` is the command that starts such a board."""
         return msgspec.structs.replace(super().describe(), cwd="/")
 
     def preflight(self, mode: Mode = "background", moment: Moment = "first") -> list[Blocker]:
-        """Everything that stands in the way of a snapshot now. The guest is not touched.
+        """Return everything that blocks a snapshot now. Does not touch the guest.
 
         Raises:
             MachineError: the monitor or the process went away. HostError: not permitted.
@@ -68,7 +68,7 @@ class ProcessBoard(ProcessMachine):
 
 
 class BoardRamTable:
-    """Reads a board's RAM blocks, as often as wanted. The guest is not touched."""
+    """A board's RAM blocks, read anew on each call. Reading does not touch the guest."""
 
     def __init__(self, pid: int, qmp: QmpClient) -> None:
         self._pid = pid
@@ -87,10 +87,10 @@ class BoardRamTable:
         return blocks
 
     def read(self) -> list[RamBlock]:
-        """All blocks in the board's order, with what lies under them.
+        """Return all blocks in the board's order, with their backing as ``/proc`` shows it.
 
         Raises:
-            RefusedError: its monitor does not tell them, or they are not mapped as it tells.
+            RefusedError: the monitor does not list them, or they are not mapped as listed.
             MachineError, HostError: the monitor or ``/proc`` is out of reach.
         """
         return mapped_blocks(
@@ -108,10 +108,10 @@ class BoardRamTable:
         )
 
     def signature(self) -> Signature:
-        """What must not change while a snapshot is made.
+        """Return what must not change while a snapshot is taken.
 
         Raises:
-            MachineError: the monitor went away. RefusedError: it does not tell the blocks.
+            MachineError: the monitor went away. RefusedError: it does not list the blocks.
         """
         return tuple(
             (block.name, block.hva or 0, block.used_length_bytes, block.max_length_bytes)
@@ -119,13 +119,13 @@ class BoardRamTable:
         )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: it holds nothing."""
 
 
 def read_boards(pid: int) -> list[VmInfo]:
-    """The boards of a process: usually none, and one for ``stillframe board run``.
+    """Return the boards of a process: usually none, and one for ``stillframe board run``.
 
-    Those of another user, whose process may not be looked into, are told by its command line.
+    For another user's process, which this one may not inspect, read its command line instead.
     """
     process = process_facts(pid)
     if process is None:
@@ -150,7 +150,7 @@ def _by_words(pid: int, process: ProcessFacts, words: Sequence[str]) -> VmInfo:
     except UsageError:
         board, qmp = BoardCommand(), None
     if not any(qmp and word.endswith(qmp) for word in words):
-        qmp = None  # relative to a directory that may not be asked for
+        qmp = None  # relative to a working directory that we may not read
     return _info(pid, process, board.name, (*PROGRAM_WORDS, *words), board.ram_bytes, qmp)
 
 
@@ -177,7 +177,7 @@ def _info(
 
 
 class BoardKind:
-    """A ``machine.finding.MachineKind``."""
+    """The board's ``machine.finding.MachineKind``."""
 
     vmm = "board"
     read = staticmethod(read_boards)

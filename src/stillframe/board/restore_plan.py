@@ -1,7 +1,7 @@
-"""Plans the restore of a board: the recorded ``stillframe board run``, with places of its own.
+"""The restore plan of a board: the recorded ``stillframe board run``, with files of its own.
 
-The program is never the file's word: it is this very Stillframe. The guest is in the snapshot's
-RAM; its ELF file, if it is still there, serves for a reset only.
+The program is always this very Stillframe, never one that the snapshot names. The guest is in the
+snapshot's RAM; its ELF file, if still there, serves only a reset.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stillframe.vmstate.wire import STREAM_START
 
 _RAM = "board.ram"
 _GEOMETRY = struct.Struct(">II")
-"""The payload of ``framebuffer``."""
+"""The payload of section ``framebuffer``."""
 _DISK_REASON = "a private copy, so that the first board's disk is not written"
 _NOT_HERE = {
     "--incoming": "the snapshot comes in",
@@ -49,15 +49,15 @@ _NOT_HERE = {
 def plan_board(
     snapshot: PlanSource, record: MachineRecord, distrust: tuple[str, ...], wishes: Wishes
 ) -> RestorePlan:
-    """Plan the restore of a board's snapshot; nothing is made, started or connected to.
+    """Plan the restore of a board's snapshot; do not make, start or connect to anything.
 
     Args:
-        record: the machine; its ``argv`` is the words of ``stillframe board run``.
+        record: the machine; its ``argv`` holds the words of ``stillframe board run``.
 
     Raises:
-        UsageError: a bad socket path or directory, a program, or an option that is none or that
-            does not go with a restore. DataError: the recorded words are malformed.
-        RefusedError: the clock is to be the instant's.
+        UsageError: a bad socket path or directory, a program other than this one, or an option
+            that is unknown or does not go with a restore. DataError: the recorded words are
+            malformed. RefusedError: the caller wants the clock set to the instant.
     """
     if wishes.program is not None:
         raise UsageError(
@@ -86,7 +86,7 @@ def plan_board(
     stop = ("--paused",) if wishes.paused or own.paused else ()
     return work.plan(
         snapshot,
-        # -P: a directory that happens to be called stillframe is not run.
+        # -P: do not run a directory that happens to be called stillframe.
         (sys.executable, "-P", "-m", *board.words(), "--qmp", qmp, *stop),
         vmm="board",
         vmm_name="the board",
@@ -102,10 +102,10 @@ def plan_board(
 
 
 def imported_board(snapshot: PlanSource, machine_type: str, _wishes: Wishes) -> MachineRecord:
-    """A record for a stream of a board without a recorded command line.
+    """Return a record for a board's stream, which has no recorded command line.
 
     Raises:
-        DataError: what it holds is no board.
+        DataError: the stream does not hold a board.
     """
     command = saved_hardware(snapshot)
     return MachineRecord(
@@ -125,10 +125,10 @@ def imported_board(snapshot: PlanSource, machine_type: str, _wishes: Wishes) -> 
 
 
 def saved_hardware(snapshot: PlanSource) -> BoardCommand:
-    """A board of the RAM, vCPUs and resolution that the saved state is of; the rest is not in it.
+    """Return a board with the saved state's RAM, vCPUs and resolution; the rest is not in it.
 
     Raises:
-        DataError: what it holds is no board.
+        DataError: the snapshot does not hold a board.
     """
     lengths = {block.idstr: block.used_length_bytes for block in snapshot.blocks}
     devices = snapshot.skeleton().devices
@@ -143,13 +143,13 @@ def saved_hardware(snapshot: PlanSource) -> BoardCommand:
 
 
 def recorded_board(path: str) -> BoardCommand | None:
-    """The board of a snapshot: its hardware, its guest and name, not its files and sockets.
-    Of an imported stream, its hardware only.
+    """Return a snapshot's board: its hardware, guest and name, without its files and sockets.
+    For an imported stream, return the hardware only.
 
-    None for what is no snapshot file of ours: a plain stream, a pipe.
+    Return None if ``path`` is not a snapshot file of ours: a plain stream, a pipe.
 
     Raises:
-        DataError: the snapshot is damaged, or it is of another kind of VM.
+        DataError: the snapshot is damaged, or of another kind of VM.
         HostError: it may not be read.
     """
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where it may not look
@@ -192,7 +192,7 @@ def _of_another(path: str, machine_type: str) -> DataError:
 
 
 def _own_environment() -> dict[str, str]:
-    """So that ``python -m stillframe`` is this very Stillframe, whatever the directory."""
+    """Return variables that make ``python -m stillframe`` run this very Stillframe anywhere."""
     own = str(Path(__file__).parents[2])
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [own, *(str(Path(path).absolute()) for path in given if path)]
@@ -200,17 +200,17 @@ def _own_environment() -> dict[str, str]:
 
 
 class _Work(Ledger):
-    """The new board while it is being put together."""
+    """The new board under construction."""
 
     def __init__(self, places: Places, recorded: BoardCommand) -> None:
         super().__init__(places)
         self._recorded = recorded
 
     def board(self, own: ParsedCommand, lengths: dict[str, int]) -> BoardCommand:
-        """The board to start.
+        """Return the board to start.
 
         Args:
-            own: the caller's own words, which win. lengths: of the snapshot's blocks.
+            own: the caller's words, which take precedence. lengths: the snapshot's blocks', bytes.
         """
         recorded = self._recorded
         board = msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""A board that runs in this process, and that others find, drive and snapshot."""
+"""A board in this process, which other programs can find, drive and snapshot."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 _UNIX = "unix:"
 _URI = re.compile(r"(?:tcp|unix|fd|file|exec|rdma|vsock):|defer$")
-"""What QEMU takes for a migration URI; anything else is a file's name."""
+"""What QEMU takes as a migration URI; anything else is a file name."""
 
 
 def check_engine() -> None:
-    """Find out whether a board can be run, without importing what runs it.
+    """Check that a board can run, without importing the engine.
 
     Raises:
         HostError: the extra ``board`` is not installed.
@@ -47,26 +47,26 @@ class RunningBoard:
     """A board in this process; made by ``board.start``. Use it as a context manager.
 
     Attributes:
-        name: as in ``ps``. command: what it was started with. qmp: where its monitor listens.
+        name: as in ``ps``. command: its start options. qmp: its monitor's socket path.
     """
 
     def __init__(
         self, command: BoardCommand, *, qmp: str | None, incoming: str | None, paused: bool
     ) -> None:
-        """Start it.
+        """Start the board.
 
         Args:
-            command: the board; paths absolute.
-            qmp: where its monitor is to listen; else in a private place.
+            command: the board; its paths are absolute.
+            qmp: the monitor's socket path; None for a private one.
             incoming: a snapshot file, a file with a stream, or a URI.
-            paused: its guest waits for ``cont``.
+            paused: do not run the guest before ``cont``.
 
         Raises:
-            UsageError: there is nothing to run, or options do not go together.
+            UsageError: there is nothing to run, or the options do not go together.
             HostError: the engine is missing, or a file, a socket or memory is not available.
-            BusyError: somebody listens on a socket that it is to have.
-            SinkError: its picture cannot be written to the file that it names.
-            NotFoundError, DataError: the guest, the disk, or what is to come in.
+            BusyError: another program listens on one of its sockets.
+            SinkError: the picture cannot be written to its file.
+            NotFoundError, DataError: the guest, the disk or the incoming state cannot be read.
         """
         if command.guest is None and incoming is None:
             raise UsageError(
@@ -105,20 +105,20 @@ class RunningBoard:
             self._cleanup = cleanup.pop_all()
 
     def _keep_picture(self) -> None:
-        # After its end there is no RAM to look into.
+        # Once the board has ended, its RAM is gone.
         self._last = self._host.board.picture()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for its end; whether it came in time. Then ``exit_status`` tells how.
+        """Wait for the board's end; return whether it came in time. ``exit_status`` tells how.
 
         Raises:
-            StillframeError: what was to come in could not be loaded.
+            StillframeError: the incoming state could not be loaded.
         """
         return self._host.wait(timeout_s)
 
     @property
     def exit_status(self) -> int:
-        """Of the guest that powered off; 134 if it panicked, 70 if the board failed; else 0."""
+        """The guest's own if it powered off; 134 if it panicked, 70 if the board failed; else 0."""
         status = self._host.board.exit_status
         return 0 if status is None else status
 
@@ -129,17 +129,17 @@ class RunningBoard:
 
     @property
     def machine(self) -> Machine:
-        """The board as ``stillframe.take`` takes it."""
+        """The board as a machine for ``stillframe.take``."""
         from stillframe.board.local_board import LocalBoard  # imports the engine
 
         return LocalBoard(self._host.board, protection=self.command.protection)
 
     def picture(self) -> Picture:
-        """What its display shows, or showed last."""
+        """Return what the display shows, or last showed."""
         return self._last or self._host.board.picture()
 
     def save_picture(self, path: str | os.PathLike[str]) -> None:
-        """Write a PNG of it, with mode 0600, complete or not at all; replaces a file of that name.
+        """Write the picture as a PNG, mode 0600, complete or not at all; replace an existing file.
 
         Raises:
             SinkError: it cannot be written.
@@ -152,7 +152,7 @@ class RunningBoard:
             sink.abort()
 
     def close(self) -> None:
-        """End it, if it has not ended; never raises, and does nothing the second time."""
+        """End the board, if it has not ended; never raises, and does nothing the second time."""
         self._cleanup.close()
 
     def __enter__(self) -> RunningBoard:
@@ -181,10 +181,10 @@ def _guest_file(guest: str | None) -> str | None:
 
 
 def _uri(incoming: str | None) -> str | None:
-    """A file's name as a URI.
+    """Return ``incoming`` as a URI, which turns a file name into a ``file:`` one.
 
     Raises:
-        NotFoundError, UsageError, HostError: it is no file, or may not be read.
+        NotFoundError, UsageError, HostError: the file is missing, not a file, or not readable.
     """
     if incoming is None or _URI.match(incoming):
         return incoming
@@ -193,13 +193,13 @@ def _uri(incoming: str | None) -> str | None:
 
 
 def _check_files(command: BoardCommand) -> None:
-    """Check the disk, the serial line's socket and the picture's place; nothing is left behind.
+    """Check the disk, the serial line's socket and the picture's file; leave nothing behind.
 
     Raises:
-        NotFoundError: no such disk.
-        UsageError: a file that is none, a disk that is not whole sectors, a bad socket path.
-        BusyError: somebody listens on the socket.
-        HostError: the disk may not be read and written.
+        NotFoundError: the disk does not exist.
+        UsageError: a path is bad or not a file, or the disk is not whole sectors.
+        BusyError: another program listens on the socket.
+        HostError: the disk cannot be opened for reading and writing.
         SinkError: the picture cannot be written there.
     """
     if command.disk is not None:
@@ -212,7 +212,7 @@ def _check_files(command: BoardCommand) -> None:
 
 def _check_disk(path: str) -> None:
     try:
-        # Not blocking, so that a named pipe is refused rather than waited for.
+        # Non-blocking, so that a named pipe is refused at once.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"there is no disk {path}") from error
