@@ -1,4 +1,4 @@
-"""Where the guest sees its RAM blocks: guest-physical addresses to blocks."""
+"""The guest-physical address space: where the guest sees its RAM blocks."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class AddressSpace:
         return tuple(ram for _, ram in self._blocks)
 
     def on_add(self, watcher: Callable[[int, GuestRam], None]) -> None:
-        """Tell ``watcher`` each block with its address: those that are there, and later ones."""
+        """Call ``watcher`` with each block and its address: those already there, and later ones."""
         self._watchers.append(watcher)
         for gpa, ram in self._blocks:
             watcher(gpa, ram)
 
     def add(self, gpa: int, ram: GuestRam) -> None:
-        """Let the guest see a block. No vCPU may run meanwhile."""
+        """Map a block for the guest. No vCPU may be running."""
         self._blocks = (*self._blocks, (gpa, ram))
         for watcher in self._watchers:
             watcher(gpa, ram)
 
     def locate(self, gpa: int, length_bytes: int) -> tuple[GuestRam, int] | None:
-        """The block that holds all of a range, and the range's offset there; None if none does."""
+        """Return the block that holds all of a range, and the range's offset in it; else None."""
         for start, ram in self._blocks:
             if start <= gpa and gpa + length_bytes <= start + ram.length_bytes:
                 return ram, gpa - start
         return None
 
     def memory_map(self) -> tuple[GpaRange, ...]:
-        """All of it, ascending by address."""
+        """Return all ranges, ascending by address."""
         return tuple(
             GpaRange(gpa=gpa, length_bytes=ram.length_bytes, idstr=ram.idstr, offset_bytes=0)
             for gpa, ram in sorted(self._blocks, key=lambda entry: entry[0])

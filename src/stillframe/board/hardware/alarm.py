@@ -1,4 +1,4 @@
-"""The alarm thread: expires the timer."""
+"""The alarm thread, which expires the timer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stillframe.board.hardware.clock import Clock
 from stillframe.board.hardware.timer import NOT_ARMED, Timer
 
 _LEAST_WAIT_S = 50e-6
-"""A guest's timer must not keep a whole CPU of the host busy."""
+"""Keeps a guest's timer from occupying a whole host CPU."""
 
 
 class Alarm(BoardThread):
@@ -19,7 +19,7 @@ class Alarm(BoardThread):
         self._timer: Timer | None = None
 
     def serve(self, timer: Timer) -> None:
-        """Set the timer that it expires; before ``start_thread``."""
+        """Set the timer that this thread expires; before ``start_thread``."""
         self._timer = timer
 
     def _loop(self) -> None:
@@ -34,5 +34,5 @@ class Alarm(BoardThread):
         if timer is None or not self._clock.runs or timer.deadline_ns == NOT_ARMED:
             return None
         left_s = (timer.deadline_ns - self._clock.now_ns()) * 1e-9
-        # Longer than threading.TIMEOUT_MAX cannot be waited for.
+        # A wait longer than threading.TIMEOUT_MAX would raise OverflowError.
         return min(max(left_s, _LEAST_WAIT_S), 3600.0)

@@ -1,8 +1,8 @@
-"""The block device: reads and writes sectors by DMA, from a thread of its own
+"""The block device: reads and writes sectors by DMA, on a thread of its own
 (ports 0x540 to 0x558, line 5).
 
-A request goes on in pieces; how far it got is a part of the state, so that one that was under way
-when the board was saved goes on after it was loaded.
+It serves a request in pieces. The progress is device state, so a request in flight when the board
+is saved continues after the load.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ IDLE, BUSY, DONE, ERROR = 0, 1, 2, 3
 READ, WRITE, FLUSH = 1, 2, 3
 SECTORS_LIMIT = 2048
 _PIECE_SECTORS = 128
-"""64 KiB, which take some ten microseconds in the page cache."""
+"""64 KiB, some ten microseconds in the page cache."""
 
 
 class BlockDevice:
-    """Guarded by the board lock, but for the disk itself, which is its thread's.
+    """The device. Guarded by the board lock, except for the disk itself, which its thread uses.
 
-    ``command``: what is under way, or 0. ``done_sectors``: how much of it is done.
+    ``command``: the one in flight, or 0. ``done_sectors``: how much of it is done.
     """
 
     SECTOR_LOW, SECTOR_HIGH, ADDRESS_LOW, ADDRESS_HIGH, SECTORS, COMMAND, STATUS = range(0, 28, 4)
@@ -64,7 +64,7 @@ class BlockDevice:
         self.status = IDLE
         self.command = 0
         self.done_sectors = 0
-        # A piece that is under way does not count any more.
+        # A piece in flight no longer counts.
         self._generation += 1
         self._lost = False
 
@@ -74,7 +74,7 @@ class BlockDevice:
 
     @property
     def undrained(self) -> OSError | None:
-        """Why the disk's cache could not be written back, if it could not."""
+        """The error that keeps the disk's cache from being written back, or None."""
         dirty = self._disk is not None and self._disk.dirty_bytes
         return self._drain_error if dirty else None
 
@@ -136,8 +136,8 @@ class BlockDevice:
             return None
         if running and self.status == BUSY:
             return self._request(disk)
-        # Written back when nothing else is to do, and in any case when the board stops.
-        # After an error not at once again: a request or ``activate`` comes before.
+        # Write back when idle, and always when the board stops. After an error, try again
+        # only once a request or ``activate`` has come.
         if disk.dirty_bytes and self._drain_error is None:
             return lambda: self._drain(disk)
         return None
@@ -176,7 +176,7 @@ class BlockDevice:
             disk.read(sector, count, ram, offset_bytes)
             return
         data = ram.read(offset_bytes, count * SECTOR_BYTES)
-        # Looked at after the read, which may have waited for a page until it was let go.
+        # Check after the read, which may have waited for a page until ``lose`` was called.
         if self._lost:
             raise OSError(errno.EIO, "guest RAM is lost")
         disk.write(sector, data)
@@ -212,9 +212,9 @@ class BlockDevice:
     # For the board
 
     def lose(self) -> None:
-        """What is read of guest RAM from now on is not the guest's, and must not get to the disk,
-        until a reset. Also while the thread works; without the board lock, which may be held for as
-        long as somebody waits for a page."""
+        """Keep what is read from guest RAM off the disk until a reset: it is not the guest's data.
+        Callable while the thread works, and without the board lock, which may be held for as long
+        as a thread waits for a page."""
         self._lost = True
 
     # For the board, while the thread is quiet
@@ -226,10 +226,10 @@ class BlockDevice:
             self._disk.open()
 
     def inactivate(self) -> None:
-        """Write everything to the medium and give the file up, so that another may open it.
+        """Write everything to the medium and give the file up for another machine to open.
 
         Raises:
-            MachineError: it cannot be written; the file is kept.
+            MachineError: the disk cannot be written; the file is kept.
         """
         if self._disk is None or not self._disk.active:
             return
@@ -244,7 +244,7 @@ class BlockDevice:
         self._disk.close()
 
     def check(self) -> None:
-        """Raises ValueError if the registers cannot be this device's."""
+        """Raise ValueError if the registers cannot be this device's."""
         if self.status > ERROR:
             raise ValueError(f"it has no status {self.status}")
         if self.status != BUSY:

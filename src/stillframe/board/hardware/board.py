@@ -1,4 +1,4 @@
-"""The board: what others use of it (docs/design/board.md)."""
+"""The board's interface for the rest of Stillframe (docs/design/board.md)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 class Board:
-    """One machine. Methods may be called by any thread but the board's own, and not by listeners.
+    """One machine. Any thread but the board's own may call its methods; listeners may not.
 
-    ``lock``: the board lock; it guards run state and device registers. Methods that wait for the
-    vCPUs let go of it meanwhile, however often the caller holds it. ``blockers``: reasons why the
-    board must not be saved, for whoever adds and removes them.
+    ``lock``: the board lock, which guards run state and device registers. Methods that wait for
+    the vCPUs release it meanwhile, however often the caller holds it. ``blockers``: reasons why the
+    board must not be saved; other parts of Stillframe add and remove them.
 
     End every board with ``close``, or ``quit``.
     """
@@ -39,10 +39,11 @@ class Board:
     machine_type = "stillframe-board-1"
 
     def __init__(self, config: BoardConfig) -> None:
-        """Make it; nothing runs yet.
+        """Make the board; nothing runs yet.
 
         Raises:
-            HostError: no memory, or the disk or the serial line's place cannot be opened.
+            HostError: no memory, or the disk or the serial line cannot be opened.
+            UsageError, BusyError: the serial line's path is bad, or another program listens there.
         """
         self.config = config
         self.name = config.name
@@ -80,16 +81,16 @@ class Board:
             inactivate_disks=self.inactivate_disks,
         )
 
-    # What it is
+    # State
 
     @property
     def run_state(self) -> str:
-        """In QEMU's words: prelaunch, running, paused, inmigrate, shutdown, ..."""
+        """In QEMU's terms: prelaunch, running, paused, inmigrate, shutdown, ..."""
         return self._control.state
 
     @property
     def exit_status(self) -> int | None:
-        """Of a guest that has ended: its own, or 134 if it panicked, or 70 if the board failed."""
+        """An ended guest's own; 134 if it panicked, 70 if the board failed; None before the end."""
         return self._life.exit_status
 
     @property
@@ -98,19 +99,19 @@ class Board:
         return self.hardware.space.rams
 
     def ram_blocks(self) -> list[RamBlock]:
-        """The RAM blocks as records, in the order of the stream."""
+        """Return the RAM blocks as records, in stream order."""
         return [ram.block() for ram in self.rams]
 
     def memory_map(self) -> tuple[GpaRange, ...]:
-        """Where the guest sees its RAM, ascending by guest-physical address."""
+        """Return where the guest sees its RAM, ascending by guest-physical address."""
         return self.hardware.space.memory_map()
 
     def vcpu_thread_ids(self) -> list[int]:
-        """The kernel's numbers of the vCPUs' threads, by index."""
+        """Return the kernel thread ids of the vCPUs, by index."""
         return [vcpu.thread_id for vcpu in self.hardware.vcpus]
 
     def picture(self) -> Picture:
-        """What the framebuffer shows now; torn where the guest is drawing."""
+        """Return what the framebuffer shows now; torn where the guest is drawing."""
         return self.hardware.framebuffer.picture()
 
     def add_listener(self, listener: Listener) -> None:
@@ -119,26 +120,26 @@ class Board:
             self._events.add(listener)
 
     def remove_listener(self, listener: Listener) -> None:
-        """Stop telling it."""
+        """Stop telling ``listener`` of events."""
         with self.lock:
             self._events.remove(listener)
 
     def blocked_reasons(self) -> list[str]:
-        """Why the board cannot be saved now; empty if it can. Without the board lock, which may
-        be held for as long as a snapshot's destination is stuck."""
+        """Return why the board cannot be saved now; empty if it can. Takes no board lock, which
+        may be held for as long as a snapshot's destination is stuck."""
         return list(self.blockers)
 
     # Starting
 
     def power_on(self, *, paused: bool = False) -> None:
-        """Load the guest and let it run.
+        """Load the guest and run it.
 
         Args:
             paused: stay in ``prelaunch`` until ``cont``.
 
         Raises:
-            UsageError: it has no guest, or was started before.
-            NotFoundError, HostError, DataError: the guest cannot be read, or is none.
+            UsageError: the board has no guest or was started before, or the guest is a directory.
+            NotFoundError, HostError, DataError: the guest cannot be read, or is not a guest.
         """
         with self.lock:
             self._check_new()
@@ -150,17 +151,17 @@ class Board:
                 self.cont()
 
     def start_incoming(self, *, paused: bool = False) -> None:
-        """Be ready for a stream (``StateLoader``): run state ``inmigrate``, disks given up.
+        """Get ready for a stream (``StateLoader``): run state ``inmigrate``, disks given up.
 
-        When it is loaded comes ``finish_incoming``; until then ``stop`` and ``cont`` only say
-        whether the guest shall run then.
+        ``finish_incoming`` follows once it is loaded; until then ``stop`` and ``cont`` only decide
+        whether the guest runs afterwards.
 
         Args:
-            paused: it shall not.
+            paused: the guest does not run afterwards.
 
         Raises:
-            UsageError: it was started before.
-            NotFoundError, HostError, DataError: its guest, needed for a reset, cannot be read.
+            UsageError: the board was started before, or the guest is a directory.
+            NotFoundError, HostError, DataError: the guest, needed for a reset, cannot be read.
         """
         with self.lock:
             self._check_new()
@@ -171,13 +172,13 @@ class Board:
             self._control.stop(LOADING)
 
     def finish_incoming(self) -> None:
-        """What was loaded is complete: go on in the run state that it stores.
+        """Complete the load: enter the run state that the stream stored.
 
         Source: QEMU ``migration/migration.c`` (process_incoming_migration_bh).
 
         Raises:
             HostError: a disk cannot be opened; the guest does not run.
-            MachineError: it cannot run, or the board was quit.
+            MachineError: the guest cannot run, or the board was quit.
         """
         with self.lock:
             stored = self.global_state.run_state
@@ -188,7 +189,7 @@ class Board:
                     return
                 stored = "paused"
             elif stored in (LOADING, *FOR_SAVING):
-                # Only for the sake of a migration, which is none of this board's.
+                # These states served the source's migration, not this board.
                 stored = "paused"
             self._control.stop(stored)
 
@@ -198,7 +199,7 @@ class Board:
 
     def _start_threads(self) -> None:
         self._threads_started = True
-        # Unicorn frees its engines at the interpreter's end, also those that run.
+        # Unicorn frees its engines when the interpreter exits, even running ones.
         atexit.register(self.close)
         self._requests.start_thread()
         self.hardware.start_threads()
@@ -206,13 +207,13 @@ class Board:
     # Running
 
     def stop(self, state: str | None = None) -> None:
-        """Stop the guest: every vCPU is parked, no device's thread does anything, the clock stands
-        still, and the disk's cache is in its file (which may not be on its medium yet).
+        """Stop the guest: park every vCPU, quiet every device thread, stop the clock, and write the
+        disk's cache to its file (which may not be on its medium yet).
 
         Args:
-            state: the run state to enter, ``paused`` if it was running; a guest that does not run
-                stays as it is without one, and does not go on by itself if a live migration fails
-                that has stopped it.
+            state: the run state to enter; by default, ``paused`` for a running guest. Any other
+                guest then keeps its state, and does not resume by itself if the live migration
+                that stopped it fails.
 
         Raises:
             MachineError: the board was quit.
@@ -224,12 +225,12 @@ class Board:
                 self._control.stop(state)
 
     def cont(self) -> None:
-        """Let the guest run; disks that were given up are taken back.
+        """Run the guest, and take back disks that were given up.
 
         Raises:
-            MachineError: it must be reset first, a live migration sends the last of its state, or
-                the board was quit; it does not run.
-            HostError: a disk cannot be opened; it does not run.
+            MachineError: the guest must be reset first, a live migration is sending the last of
+                its state, or the board was quit; the guest does not run.
+            HostError: a disk cannot be opened; the guest does not run.
         """
         with self.lock:
             if self.run_state == LOADING:
@@ -239,9 +240,10 @@ class Board:
             self._requests.look()
 
     def stop_to_save(self) -> None:
-        """Stop a guest that runs (see ``stop``), in run state ``save-vm``; one that does not is
-        left as it is. Until ``go_on_saved``, ``stop``, ``cont``, ``reset``, ``plug_dimm`` and the
-        end of the board wait: nothing may change what is being saved.
+        """Stop a running guest (see ``stop``), in run state ``save-vm``; leave any other as it is.
+
+        If the guest was running, ``stop``, ``cont``, ``reset``, ``plug_dimm`` and the end of the
+        board wait until ``go_on_saved``: nothing may change what is being saved.
 
         Raises:
             MachineError: the board was quit.
@@ -249,14 +251,14 @@ class Board:
         self._control.hold()
 
     def go_on_saved(self) -> None:
-        """A guest that ``stop_to_save`` has stopped goes on; otherwise nothing happens."""
+        """Resume a guest that ``stop_to_save`` stopped; otherwise do nothing."""
         with self.lock:
             self._control.let_go()
             self._requests.look()
 
     def return_from_sending(self) -> None:
-        """A live migration has failed: out of run state ``finish-migrate`` into the one before it,
-        ``paused`` if it was running and ``stop`` came meanwhile. The disks are taken back.
+        """After a failed live migration, return from run state ``finish-migrate`` to the one before
+        it, or to ``paused`` if ``stop`` came to a running guest meanwhile. Take the disks back.
 
         Raises:
             HostError: a disk cannot be opened; the guest does not run.
@@ -267,33 +269,34 @@ class Board:
             self._requests.look()
 
     def reset(self) -> None:
-        """Start the guest anew; RAM outside of it keeps what it has.
+        """Restart the guest; RAM that it is not placed in keeps its contents.
 
-        One that does not run is in ``prelaunch`` afterwards, as in QEMU. Without a guest to start,
-        as on a board that only took a stream, the board shuts down.
+        A guest that is not running is in ``prelaunch`` afterwards, as in QEMU. A board without a
+        guest to start, such as one that only took a stream, shuts down.
 
         Raises:
-            MachineError: the board was quit; or its state is being loaded, or the last of it sent
-                by a live migration (``inmigrate``, ``finish-migrate``): nothing was done.
+            MachineError: the board was quit; or a migration is loading its state or sending the
+                last of it (``inmigrate``, ``finish-migrate``). Nothing was done.
+            HostError: no memory for this thread's signal stack. Nothing was done.
         """
         with self._control.quiesced():
             self._refuse_while("reset", SENDING, LOADING)
             self._life.begin_again(guest_asked=False)
 
     def powerdown(self) -> None:
-        """Press the power button; the guest may do about it what it likes."""
+        """Press the power button; the guest decides what it does."""
         with self.lock:
             self.hardware.power.press()
             self._events.tell("POWERDOWN")
 
     def plug_dimm(self, length_bytes: int) -> None:
-        """Plug in more RAM (``board.dimm0``), also while the guest runs: its vCPUs are stopped for
+        """Plug in more RAM (``board.dimm0``), even while the guest runs: this stops its vCPUs for
         less than a millisecond.
 
         Raises:
-            UsageError: there is a DIMM, or it cannot be so long.
+            UsageError: there is a DIMM already, or a DIMM cannot have this length.
             HostError: no memory.
-            MachineError: the board was quit, or a live migration sends the last of its state.
+            MachineError: the board was quit, or a live migration is sending the last of its state.
         """
         with self._control.quiesced():
             self._refuse_while("given RAM", SENDING)
@@ -319,7 +322,7 @@ class Board:
             self.hardware.block.activate()
 
     def inactivate_disks(self) -> None:
-        """Write everything to the disks' media and give them up, for another machine to use.
+        """Write everything to the disks' media and give the disks up for another machine to use.
 
         Raises:
             MachineError: the guest runs, or a disk cannot be written and is kept.
@@ -330,24 +333,24 @@ class Board:
             self.hardware.block.inactivate()
 
     def lose_disks(self) -> None:
-        """Guest RAM is lost: nothing that is read of it from now on gets to a disk. Without the
-        board lock; for good, but for a reset."""
+        """Keep lost guest RAM off the disks: write nothing read from it from now on, until a reset.
+        Takes no board lock."""
         self.hardware.block.lose()
 
     def on_quit(self, callback: Callable[[], None]) -> None:
-        """Call it first of all when the board is quit; it must let go whoever waits for a page of
-        guest RAM, or else the vCPUs never stop. It must not wait."""
+        """Call ``callback`` first when the board is quit. It must release every thread that waits
+        for a page of guest RAM, or the vCPUs never stop. It must not wait."""
         self._on_quit.append(callback)
 
     def on_end(self, callback: Callable[[], None]) -> None:
-        """Call it at the end, when nothing runs any more and RAM is still there. Without the
-        board lock."""
+        """Call ``callback`` at the end, when nothing runs any more and RAM is still there, without
+        the board lock."""
         self._on_end.append(callback)
 
     def quit(self) -> None:
-        """End the board, its threads and its memory; returns at once. Twice does nothing.
+        """End the board, its threads and its memory. A second call does nothing.
 
-        ``wait`` or ``close`` waits for the end.
+        On a started board it returns at once; ``wait`` or ``close`` waits for the end.
         """
         with self.lock:
             if self._quit_began:
@@ -361,7 +364,7 @@ class Board:
         self._tear_down()
 
     def close(self) -> None:
-        """``quit``, and wait for the end. Without the board lock."""
+        """``quit``, and wait for the end. The caller must not hold the board lock."""
         self.quit()
         self._requests.join()
 
@@ -376,17 +379,17 @@ class Board:
         self._life.ended.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the guest has powered off or panicked, or the board failed or was quit; of one
-        that is being quit, until all of it has ended.
+        """Wait until the guest has powered off or panicked, or the board has failed or been quit;
+        once ``quit`` was called, until everything has ended.
 
         Returns:
-            Whether that is so; ``exit_status`` says more.
+            Whether that came in time; ``exit_status`` says more.
         """
         if self._quit_began:
             return self._torn_down.wait(timeout_s)
         return self._life.ended.wait(timeout_s)
 
-    # What the guest asks for
+    # Guest requests
 
     def _may_run(self) -> bool:
         return self.hardware.power.request == NOTHING
@@ -399,5 +402,5 @@ def _call(callbacks: Sequence[Callable[[], None]]) -> None:
     for callback in callbacks:
         try:
             callback()
-        except Exception:  # the board ends all the same
+        except Exception:  # the board must end anyway
             logger.exception("what was to be done at the board's end has failed")

@@ -1,4 +1,4 @@
-"""A thread of the board, which waits for its turn with the board lock held."""
+"""A thread of the board, which waits for work on the board lock."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 
 
 class BoardThread(ABC):
-    """Methods are called with the board lock held, unless said. The thread runs ``_loop``, which
-    waits for ``_wake`` and returns once ``_quit`` is set."""
+    """A thread of the board. Call methods with the board lock held, unless they say otherwise. The
+    thread runs ``_loop``, which waits for ``_wake`` and returns once ``_quit`` is set."""
 
     def __init__(self, name: str, lock: threading.RLock) -> None:
         self._lock = lock
@@ -18,21 +18,21 @@ class BoardThread(ABC):
 
     @abstractmethod
     def _loop(self) -> None:
-        """The thread's work; begins without the board lock."""
+        """Do the thread's work; starts without the board lock."""
 
     def start_thread(self) -> None:
         self._thread.start()
 
     def look(self) -> None:
-        """There may be something to do."""
+        """Wake the thread to look for work."""
         self._wake.notify()
 
     def quit(self) -> None:
-        """End the thread after what is at hand; then ``join``."""
+        """End the thread after the work at hand; ``join`` follows."""
         self._quit = True
         self._wake.notify()
 
     def join(self) -> None:
-        """Wait for the thread's end, without the board lock."""
+        """Wait for the thread to end, without the board lock."""
         if self._thread.ident is not None:
             self._thread.join()

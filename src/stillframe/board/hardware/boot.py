@@ -1,4 +1,4 @@
-"""Places a guest in RAM, with all that the boot protocol promises it (docs/design/board.md)."""
+"""Guest placement in RAM, with all that the boot protocol promises (docs/design/board.md)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ZEROES = bytes(1 << 20)
 
 
 class BoardInformation(msgspec.Struct, frozen=True, kw_only=True):
-    """What the guest is told about its board; sizes in bytes, pixels and sectors of 512 bytes."""
+    """What the guest learns about its board; sizes in bytes, pixels and sectors of 512 bytes."""
 
     ram_bytes: int
     vcpus: int
@@ -45,16 +45,16 @@ class BoardInformation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stack_gpa(ram_bytes: int, vcpu: int) -> int:
-    """What RSP is at the start: the top of the vCPU's stack, less a return address, so that the
-    entry point may be a C function (System V ABI, 3.2.2)."""
+    """Return the initial RSP: the top of the vCPU's stack, less a return address, so that the entry
+    point may be a C function (System V ABI, 3.2.2)."""
     return ram_bytes - vcpu * STACK_BYTES - _RETURN_ADDRESS_BYTES
 
 
 def place(ram: GuestRam, guest: Guest, information: BoardInformation, *, fresh: bool) -> None:
-    """Write the guest and its surroundings into ``board.ram``. No vCPU may run.
+    """Write the guest and what the boot protocol promises into ``board.ram``. No vCPU may run.
 
     Args:
-        fresh: RAM was never written, so that zeroes need not be.
+        fresh: RAM was never written, so skip the zeroes.
     """
     for segment in guest.segments:
         ram.write(segment.gpa, segment.data)
@@ -81,7 +81,7 @@ def place(ram: GuestRam, guest: Guest, information: BoardInformation, *, fresh: 
 
 
 def tell_of_dimm(ram: GuestRam, dimm_bytes: int) -> None:
-    """Put hot-plugged RAM into the board information. No vCPU may run."""
+    """Write hot-plugged RAM into the board information. No vCPU may run."""
     ram.write(INFO_GPA + _DIMM_AT, struct.pack("<2Q", *_dimm(dimm_bytes)))
 
 

@@ -1,4 +1,4 @@
-"""The virtual clock: monotonic nanoseconds, which do not pass while the board is stopped."""
+"""The virtual clock: monotonic nanoseconds that do not pass while the board is stopped."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from stillframe.board.state.fields import StateDescription, array, u32, u64
 
 _MASK = (1 << 64) - 1
 LIMIT_NS = 1 << 62
-"""What no board has run for; deadlines, of 63 bits, lie beyond it."""
+"""No board has run for so long; deadlines, of 63 bits, can lie beyond it."""
 
 
 class Clock:
-    """Guarded by the board lock. It is stopped when it is made."""
+    """The virtual clock, stopped at first. Guarded by the board lock."""
 
     LOW, HIGH = 0, 4
     COUNT = 8
@@ -28,7 +28,7 @@ class Clock:
         return self._started_ns is not None
 
     def now_ns(self) -> int:
-        """Virtual time for which the board has run."""
+        """Return the virtual time for which the board has run."""
         if self._started_ns is None:
             return self.stopped_ns
         return self.stopped_ns + time.monotonic_ns() - self._started_ns
@@ -42,7 +42,7 @@ class Clock:
         self._started_ns = None
 
     def reset(self) -> None:
-        """Forget what was latched; time goes on, since it is monotonic."""
+        """Clear the latched upper halves; time goes on, since it is monotonic."""
         self.latched_high[:] = [0] * VCPUS_LIMIT
 
     def read_port(self, offset: int, size_bytes: int, vcpu: int) -> int:
@@ -55,7 +55,7 @@ class Clock:
         return 0
 
     def write_port(self, offset: int, size_bytes: int, value: int, vcpu: int) -> None:
-        """The clock cannot be set."""
+        """Do nothing: the clock cannot be set."""
 
 
 def _check(clock: Clock, version_id: int) -> None:

@@ -1,4 +1,4 @@
-"""What a board is made of."""
+"""The configuration of a board."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DISPLAY_LIMIT_PIXELS = 8192
 class BoardConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The parts of one board; fixed for its life.
 
-    ``guest_path``: the guest's ELF file; None for a board that only takes an incoming stream.
+    ``guest_path``: the guest's ELF file; None for a board that only loads an incoming stream.
     ``command_line``: text for the guest. ``disk_path``: a raw file, or None.
     ``serial``: ``stdio``, ``none``, ``unix:PATH`` (listens there), or a file's path (output only).
     ``display_width``, ``display_height``: the framebuffer's, pixels.
     ``argv``: the command line that started it, for ``describe``.
 
     Raises:
-        UsageError: a board cannot be like this.
+        UsageError: no board can have these parts.
     """
 
     name: str = "board"

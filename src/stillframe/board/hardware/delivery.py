@@ -1,7 +1,7 @@
-"""Interrupts and exceptions: through the guest's descriptor table to its handler.
+"""Delivery of interrupts and exceptions to the guest's handlers, through its descriptor table.
 
-Unicorn reports exceptions and knows no interrupt controller, so this is done here (Intel SDM 3A,
-6.14, 64-bit mode). The board runs privilege level 0 only.
+Unicorn only reports exceptions and has no interrupt controller, so this module delivers both (Intel
+SDM 3A, 6.14, 64-bit mode). The board runs privilege level 0 only.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _INTERRUPT_GATE, _TRAP_GATE = 0xE, 0xF
 _PRESENT = 1 << 47
 _HALT = 0xF4
 _STACK_TABLE_OFFSET = 0x24
-"""Where the task state segment holds IST 1 (Intel SDM 3A, 8.7)."""
+"""Offset of IST 1 in the task state segment (Intel SDM 3A, 8.7)."""
 _WORD = struct.Struct("<Q")
 
 
 class CannotDeliver(Exception):  # noqa: N818 - what the guest's panic is called after
-    """The guest has no way to take it. The text says why, in a few words."""
+    """The guest cannot take the interrupt or exception. The text says why, in a few words."""
 
 
 class GuestMemory:
@@ -44,7 +44,7 @@ class GuestMemory:
         self._space = space
 
     def read_word(self, address: int) -> int:
-        """Eight bytes, aligned.
+        """Return eight bytes, aligned.
 
         Raises:
             CannotDeliver: no RAM is there.
@@ -54,10 +54,10 @@ class GuestMemory:
         return value
 
     def write_words(self, address: int, words: list[int]) -> None:
-        """Words of eight bytes, aligned; waits while a protected page is saved.
+        """Write words of eight bytes, aligned; wait while a protected page is saved.
 
         Raises:
-            CannotDeliver: no RAM is there; a part may be written.
+            CannotDeliver: no RAM is there; some words may be written.
         """
         for word in words:
             ram, offset = self._locate(address, write=True)
@@ -107,10 +107,10 @@ def deliver(engine: Engine, memory: GuestMemory, vector: int, error_code: int) -
 
 
 def pass_over_halt(engine: Engine, memory: GuestMemory) -> None:
-    """If the guest is about to halt, let it have halted: for an interrupt that would wake it.
+    """Step over ``hlt`` if it is the guest's next instruction, for an interrupt that would wake it.
 
-    Between ``sti`` and ``hlt`` a processor takes no interrupt (Intel SDM 2B, STI), so that none is
-    slept through; the engine may be stopped there.
+    A processor takes no interrupt between ``sti`` and ``hlt`` (Intel SDM 2B, STI), so that the
+    guest sleeps through none; the engine may stop there.
     """
     with contextlib.suppress(CannotDeliver):
         if _unaligned_word(memory, engine.rip) & 0xFF == _HALT:
@@ -118,7 +118,7 @@ def pass_over_halt(engine: Engine, memory: GuestMemory) -> None:
 
 
 def _gate(engine: Engine, memory: GuestMemory, vector: int) -> tuple[int, int, int, int]:
-    """Handler, code selector, kind, and number of the interrupt stack."""
+    """Return handler, code selector, kind, and number of the interrupt stack."""
     _, base, limit, _ = engine.get(x86.UC_X86_REG_IDTR)
     at = vector * _GATE_BYTES
     if limit < at + _GATE_BYTES - 1:

@@ -1,7 +1,7 @@
 """The thread of a device that does DMA: short pieces of work, and none while the board is stopped.
 
-A piece runs without the board lock. When the board stops, the piece at hand is finished, what the
-device must put away is put away, and the rest stays in the device's state.
+A piece runs without the board lock. When the board stops, the thread finishes the piece at hand
+and what the device must put away (a disk's cache); the rest stays in the device's state.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from stillframe.capture.signal_protection import prepare_thread
 logger = logging.getLogger(__name__)
 
 Finish: TypeAlias = Callable[[], None]
-"""The end of a piece of work, with the board lock held."""
+"""Ends a piece of work, with the board lock held."""
 Work: TypeAlias = Callable[[], Finish]
-"""A piece of work, without the board lock; it takes well under a millisecond if it can."""
+"""Does a piece of work, without the board lock, in well under a millisecond if it can."""
 
 
 class Worker(Protocol):
     """A device with work for a thread."""
 
     def next_work(self, *, running: bool) -> Work | None:
-        """The next piece, or None. With the board lock held; asking changes nothing, and the
-        piece must not touch the device's state but in its ``Finish``.
+        """Return the next piece, or None. Called with the board lock held; the call changes
+        nothing, and the piece may touch the device's state only in its ``Finish``.
 
         Args:
-            running: False while the board stops: only what must be put away.
+            running: False while the board stops: return only what must be put away.
         """
 
 
 class DeviceThread(BoardThread):
-    """``quiet``: it does nothing, and will not until ``resume`` or ``kick``."""
+    """A device's thread. ``quiet``: it does nothing until ``resume``."""
 
     def __init__(
         self, name: str, lock: threading.RLock, worker: Worker, on_quiet: Callable[[], None]
@@ -50,7 +50,7 @@ class DeviceThread(BoardThread):
         self._dead = False
 
     def kick(self) -> None:
-        """There may be work."""
+        """Wake the thread to look for work, if the board runs."""
         if self._running:
             self._wake.notify()
 
@@ -60,7 +60,7 @@ class DeviceThread(BoardThread):
         self._wake.notify()
 
     def pause(self) -> None:
-        """Become quiet soon; often it is at once."""
+        """Become quiet soon, often at once."""
         self._running = False
         if self._busy or self._dead:
             return
@@ -74,7 +74,7 @@ class DeviceThread(BoardThread):
             try:
                 prepare_thread()
                 self._work()
-            except Exception:  # a stop must not wait for it for ever
+            except Exception:  # a stop must not wait for this thread for ever
                 logger.exception("%s has failed; its device does nothing any more", self.name)
                 self._dead = self.quiet = True
                 self._on_quiet()

@@ -1,6 +1,6 @@
 """A raw disk file with a write-back cache, for one thread at a time.
 
-The cache is small, because it is written back within the downtime when the board stops.
+The cache is small, because a stop of the board writes it back within the downtime.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST_VECTORS = 512
 
 
 class Disk:
-    """Sectors of 512 bytes. All methods that touch the file may raise OSError."""
+    """A disk of 512-byte sectors. All methods that touch the file may raise OSError."""
 
     def __init__(self, path: str) -> None:
         """
@@ -34,7 +34,7 @@ class Disk:
         self.sectors = os.lseek(self._fd, 0, os.SEEK_END) // SECTOR_BYTES
 
     def open(self) -> None:
-        """Take the file, if it was given up.
+        """Open the file, if it was given up.
 
         Raises:
             HostError: it cannot be opened.
@@ -47,7 +47,7 @@ class Disk:
             raise HostError(f"the disk {self.path} cannot be opened", why=error.strerror) from error
 
     def close(self) -> None:
-        """Give the file up, with the cache written back before; what is not is lost."""
+        """Give the file up, and discard what the cache still holds: write it back before."""
         self._cache.clear()
         if self._fd >= 0:
             os.close(self._fd)
@@ -59,11 +59,11 @@ class Disk:
 
     @property
     def dirty_bytes(self) -> int:
-        """What the file does not have yet."""
+        """How much the file does not have yet."""
         return len(self._cache) * BLOCK_BYTES
 
     def read(self, sector: int, count: int, ram: GuestRam, offset_bytes: int) -> None:
-        """Read into guest RAM; the kernel writes there."""
+        """Read sectors into guest RAM; the kernel copies straight there."""
         self._write_back(self._cached(sector, count))
         start, left_bytes = sector * SECTOR_BYTES, count * SECTOR_BYTES
         while left_bytes:
@@ -73,7 +73,7 @@ class Disk:
             start, offset_bytes, left_bytes = start + got, offset_bytes + got, left_bytes - got
 
     def write(self, sector: int, data: bytes) -> None:
-        """Take whole sectors into the cache; the file gets them later."""
+        """Put whole sectors into the cache; the file gets them later."""
         view = memoryview(data)
         block, first = divmod(sector, _SECTORS_PER_BLOCK)
         at = first * SECTOR_BYTES
@@ -127,7 +127,7 @@ class Disk:
 
 
 def _runs(blocks: Sequence[int]) -> list[list[int]]:
-    """Ascending blocks in runs without a gap."""
+    """Split ascending blocks into runs without a gap, of at most ``_MOST_VECTORS`` blocks."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and runs[-1][-1] + 1 == block and len(runs[-1]) < _MOST_VECTORS:

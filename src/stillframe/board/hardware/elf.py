@@ -1,4 +1,4 @@
-"""Reads a guest: a static x86-64 ELF executable. The file is not trusted.
+"""A reader for guests: static x86-64 ELF executables. It does not trust the file.
 
 Source: System V ABI, chapters 4 and 5; ``elf.h``.
 """
@@ -34,7 +34,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest that can be placed in RAM: where it starts, and its parts."""
+    """A guest to place in RAM: its entry point and its parts."""
 
     entry: int
     segments: tuple[Segment, ...]
@@ -44,12 +44,12 @@ def read_guest(path: str, *, end_gpa: int) -> Guest:
     """Read a guest from its file.
 
     Args:
-        end_gpa: where the stacks begin: the guest must end before.
+        end_gpa: where the stacks begin; the guest must end before it.
 
     Raises:
-        NotFoundError: there is no such file. UsageError: it is a directory.
+        NotFoundError: the file does not exist. UsageError: it is a directory.
         HostError: it cannot be read.
-        DataError: it is no guest for the board.
+        DataError: it is not a guest for the board.
     """
     try:
         with Path(path).open("rb") as file:
@@ -70,7 +70,7 @@ def read_guest(path: str, *, end_gpa: int) -> Guest:
 
 
 def parse_guest(data: bytes, *, end_gpa: int) -> Guest:
-    """A guest from the bytes of its file; arguments and errors as ``read_guest``."""
+    """Parse the bytes of a guest's file; ``end_gpa`` and DataError as for ``read_guest``."""
     if len(data) > FILE_LIMIT_BYTES:
         raise DataError(f"a guest's file has at most {FILE_LIMIT_BYTES >> 20} MiB")
     if len(data) < _HEADER.size or data[:4] != _IDENT[:4]:

@@ -1,9 +1,9 @@
-"""One Unicorn engine: what runs a vCPU's instructions.
+"""One Unicorn engine, which runs a vCPU's instructions.
 
-Measured facts on which it rests (Unicorn 2.1.4): ``emu_start`` lets go of the GIL; ``emu_stop``
-from another thread may make an instruction run twice, so a ``BlockStop`` ends it between two
-blocks; ``hlt`` ends it with RIP behind it; a faulting instruction leaves RIP at it, ``int`` behind
-it.
+It rests on measured facts (Unicorn 2.1.4): ``emu_start`` releases the GIL; ``emu_stop`` from
+another thread may run an instruction twice, so a ``BlockStop`` ends the run between two blocks;
+``hlt`` ends the run with RIP behind the ``hlt``; a faulting instruction leaves RIP at itself,
+``int`` behind itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stillframe.board.hardware.registers import Registers
 from stillframe.board.memory.guest_ram import GuestRam
 
 _CODE_BUFFER_BYTES = 64 << 20
-"""Room for translated code; Unicorn's default reserves a GiB for each vCPU."""
+"""Room for translated code; Unicorn's default reserves 1 GiB per vCPU."""
 
 _FAULTS = frozenset(
     {
@@ -45,7 +45,7 @@ _ACCESSES = {
 VECTOR_INVALID_OPCODE = 6
 VECTOR_PAGE_FAULT = 14
 _PAGE_FAULT_CODES = {"read": 0, "write": 2, "fetch": 16}
-"""Error codes of a page that is not there (Intel SDM 3A, 4.7)."""
+"""Error codes for a page that is not present (Intel SDM 3A, 4.7)."""
 
 
 class PortHandler(Protocol):
@@ -57,11 +57,11 @@ class PortHandler(Protocol):
 
 
 class Ended:
-    """Why ``Engine.run`` came back.
+    """Why ``Engine.run`` returned.
 
     ``exception``: the vector that the guest ran into, or None.
-    ``stopped``: by ``stop`` or ``stop_when_enabled``; with no exception either, it halted.
-    ``error_code``: of that exception, if it has one.
+    ``stopped``: by ``stop`` or ``stop_when_enabled``. With neither, the guest halted.
+    ``error_code``: the exception's, if it has one.
     """
 
     __slots__ = ("error_code", "exception", "stopped")
@@ -73,13 +73,13 @@ class Ended:
 
 
 class Engine:
-    """Runs x86-64 instructions on guest RAM. One thread at a time, but for the stops."""
+    """Runs x86-64 instructions on guest RAM. For one thread at a time, except the stops."""
 
     def __init__(self, ports: PortHandler) -> None:
         self._ports = ports
         self._uc = engine = Uc(uc.UC_ARCH_X86, uc.UC_MODE_64)
         engine.ctl_set_tcg_buffer_size(_CODE_BUFFER_BYTES)
-        # No address ends a run. One that did would be translated by the guest's page tables after
+        # No address ends a run: Unicorn would translate it through the guest's page tables after
         # each run, and the page fault would overwrite CR2.
         engine.ctl_exits_enabled(True)
         engine.ctl_set_exits([])
@@ -102,7 +102,7 @@ class Engine:
         self._hook_blocks()
 
     def _hook_blocks(self) -> None:
-        # The binding hooks Python functions only.
+        # Unicorn's Python binding can hook Python functions only.
         handle = ctypes.c_size_t()
         status = uclib.uc_hook_add(
             self._uc._uch,
@@ -117,19 +117,19 @@ class Engine:
             raise UcError(status)
 
     def map(self, gpa: int, ram: GuestRam) -> None:
-        """Let the guest see a block. Not while it runs."""
+        """Map a block for the guest, which must not be running."""
         self._uc.mem_map_ptr(gpa, ram.length_bytes, uc.UC_PROT_ALL, ram.hva)
 
     def close(self) -> None:
-        """Let go of all mapped RAM. Nothing may be called any more."""
+        """Unmap all RAM. No method may be called afterwards."""
         for begin, end, _ in list(self._uc.mem_regions()):
             self._uc.mem_unmap(begin, end - begin + 1)
 
     def run(self) -> Ended:
-        """Run from RIP until ``stop``, ``hlt`` or an exception. The GIL is free meanwhile.
+        """Run from RIP until ``stop``, ``hlt`` or an exception, without the GIL.
 
         Raises:
-            UcError: the engine itself failed. Exception: what a port handler raised.
+            UcError: the engine itself failed. Exception: a port handler raised it.
         """
         ended = self._ended = Ended()
         self._refused_at = self._failure = None
@@ -139,7 +139,7 @@ class Engine:
             if error.errno == uc.UC_ERR_INSN_INVALID:
                 ended.exception = VECTOR_INVALID_OPCODE
             elif error.errno in _FAULTS:
-                # Nothing answers there. The guest sees a page that is not present.
+                # Nothing is mapped there: the guest sees a page that is not present.
                 ended.exception = VECTOR_PAGE_FAULT
                 ended.error_code = _PAGE_FAULT_CODES[self._bad_access]
                 self._uc.reg_write(x86.UC_X86_REG_CR2, self._bad_address)
@@ -156,19 +156,19 @@ class Engine:
         return ended
 
     def stop(self) -> None:
-        """End ``run`` in another thread soon, also one that is yet to begin."""
+        """Soon end ``run`` in another thread, even one that has yet to begin."""
         self._stop.ask()
 
     def stop_when_enabled(self) -> None:
-        """As ``stop``, but only once the guest may be interrupted."""
+        """As ``stop``, but only once the guest has interrupts enabled."""
         self._stop.ask_when_enabled()
 
     def clear_stop(self) -> None:
-        """The next ``run`` may go on until the next ``stop``."""
+        """Forget earlier stops, so that the next ``run`` continues until another stop."""
         self._stop.clear()
 
     def forget_code(self) -> None:
-        """Translate the guest's code anew, since it was replaced. Not while it runs."""
+        """Translate the guest's code anew, since it was replaced. The guest must not be running."""
         self._uc.ctl_flush_tb()
 
     @property
@@ -187,14 +187,14 @@ class Engine:
         return value
 
     def read_registers(self, registers: Registers) -> None:
-        """Fill ``registers``; the parts that are not a processor's are left alone."""
+        """Fill ``registers``, except for the fields that are not a processor's."""
         self._bank.read(registers)
 
     def write_registers(self, registers: Registers) -> None:
-        """Take them all.
+        """Load all of ``registers``.
 
         Raises:
-            UcError: no processor can have them, or their segments' descriptors are not there.
+            UcError: no processor can have them, or a segment's descriptor is not in RAM.
         """
         self._bank.write(registers, self._readable)
 
@@ -205,14 +205,14 @@ class Engine:
         )
 
     def get(self, number: int) -> Any:
-        """A register by its number in ``x86_const``."""
+        """Return a register by its number in ``x86_const``."""
         return self._uc.reg_read(number)
 
     def set(self, number: int, value: Any) -> None:
         self._uc.reg_write(number, value)
 
     def translate(self, address: int, *, write: bool) -> int | None:
-        """The guest-physical address behind a linear one; None if no page is there."""
+        """Return the guest-physical address of a linear one; None if no page is present."""
         physical = ctypes.c_uint64()
         access = uc.UC_PROT_WRITE if write else uc.UC_PROT_READ
         status = uclib.uc_vmem_translate(
@@ -241,7 +241,7 @@ class Engine:
         self._stop.ask()
 
     def _syscall(self, engine: Uc, _data: object) -> None:
-        # Unicorn leaves it to us, and there is no user mode to come from.
+        # Unicorn leaves syscall to this hook, and the board has no user mode to come from.
         self._ended.exception = VECTOR_INVALID_OPCODE
         self._refused_at = self.rip
         engine.emu_stop()

@@ -1,4 +1,4 @@
-"""The entropy source: random words, and random bytes that it writes into RAM by itself
+"""The entropy source: random words, and random bytes that it writes into RAM by DMA
 (ports 0x520 to 0x52c, line 6)."""
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _MASK = (1 << 64) - 1
 
 
 class Entropy:
-    """Guarded by the board lock.
+    """The device. Guarded by the board lock.
 
-    ``address``: as the guest has set it. ``next_gpa``, ``left_bytes``: what is still to be filled.
-    Bytes that would go where no RAM is are dropped.
+    ``address``: as the guest set it. ``next_gpa``, ``left_bytes``: what is still to be filled. The
+    device drops bytes for addresses without RAM.
     """
 
     WORD, ADDRESS_LOW, ADDRESS_HIGH, LENGTH = 0, 4, 8, 12
@@ -43,7 +43,7 @@ class Entropy:
     def reset(self) -> None:
         self.address = self.next_gpa = 0
         self.left_bytes = 0
-        # A piece that is under way does not count any more.
+        # A piece in flight no longer counts.
         self._generation += 1
 
     def read_port(self, offset: int, size_bytes: int, vcpu: int) -> int:
@@ -67,7 +67,7 @@ class Entropy:
         if not running or not self.left_bytes:
             return None
         gpa = self.next_gpa
-        # Up to a boundary, so that a piece is all in RAM or all outside.
+        # End at a page boundary, so that a piece is all in RAM or all outside.
         length_bytes = min(self.left_bytes, _PIECE_BYTES - gpa % _PAGE_BYTES)
         place = self._space.locate(gpa, length_bytes)
         if place is None:

@@ -1,9 +1,9 @@
-"""What an engine keeps of an exception and tells only in a saved context.
+"""Exception state that a Unicorn engine exposes only in a saved context.
 
-Unicorn names the vector and no more. A saved context holds the error code too, and the exception
-that is being handled, which turns the next one into a double fault (QEMU
-``target/i386/excp_helper.c``: check_exception) and which Unicorn never forgets by itself. Where
-they are depends on Unicorn's build; it is found once, by faults that are known.
+Unicorn reports the vector and no more. A saved context also holds the error code and the exception
+being handled, which turns the next one into a double fault (QEMU ``target/i386/excp_helper.c``:
+check_exception) and which Unicorn never clears by itself. Their offsets depend on Unicorn's build;
+this module finds them once, by causing known faults.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from unicorn import unicorn_const as uc
 from unicorn.unicorn_py3 import Uc
 
-# mov 0x100, %ds: a general protection fault with the selector as its code (Intel SDM 3A, 6.13).
+# mov 0x100, %ds: a general protection fault, whose error code is the selector (Intel SDM 3A, 6.13).
 _PROTECTION = bytes.fromhex("8e1c2500010000")
 _SELECTOR_AT = 0x100
 _SELECTORS = (0x1A58, 0x7FC8, 0x3360)
@@ -29,16 +29,16 @@ _CELL_BYTES = 4
 
 
 class _Places(msgspec.Struct, frozen=True):
-    """Offsets in a saved context; None where Unicorn hides it."""
+    """Offsets in a saved context; None where not found, or ambiguous."""
 
     error_code: int | None
     handled: int | None
 
 
 def take_error_code(engine: Uc) -> int:
-    """The error code of the exception that ended the run; it counts as handled afterwards.
+    """Return the error code of the exception that ended the run, 0 if it has none.
 
-    0 for an exception without one.
+    The exception counts as handled afterwards.
     """
     places = _places()
     saved = engine.context_save()
@@ -90,7 +90,7 @@ def _cells(context: bytes, value: int) -> set[int]:
 
 
 def _context_after(code: bytes, selector: int) -> bytes:
-    """A saved context of an engine that has executed some code."""
+    """Return the saved context of an engine that has executed ``code``."""
     engine = Uc(uc.UC_ARCH_X86, uc.UC_MODE_64)
     engine.mem_map(0, 0x1000)
     engine.mem_write(0, code)

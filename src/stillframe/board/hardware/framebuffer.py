@@ -1,5 +1,5 @@
-"""The framebuffer: RAM block ``board.vram``, XRGB8888, rows packed. Only its geometry is a
-device's state; the picture is RAM.
+"""The framebuffer: RAM block ``board.vram``, XRGB8888, rows packed. Only its geometry is device
+state; the picture is RAM.
 
 Source: netpbm ppm(5).
 """
@@ -16,14 +16,14 @@ _PIXEL_BYTES = 4
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """A picture: ``xrgb`` has four bytes a pixel (blue, green, red, unused), rows packed."""
+    """A picture: ``xrgb`` has four bytes per pixel (blue, green, red, unused), rows packed."""
 
     width: int
     height: int
     xrgb: bytes
 
     def rgb(self) -> bytes:
-        """Three bytes a pixel: red, green, blue."""
+        """Return three bytes per pixel: red, green, blue."""
         pixels = bytearray(3 * self.width * self.height)
         pixels[0::3] = self.xrgb[2::4]
         pixels[1::3] = self.xrgb[1::4]
@@ -31,16 +31,16 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
         return bytes(pixels)
 
     def ppm(self) -> bytes:
-        """The picture as a raw PPM file."""
+        """Return the picture as a raw PPM file."""
         return f"P6\n{self.width} {self.height}\n255\n".encode() + self.rgb()
 
     def png(self) -> bytes:
-        """The picture as a PNG file."""
+        """Return the picture as a PNG file."""
         return png(self.width, self.height, self.rgb())
 
 
 class Framebuffer:
-    """``width``, ``height``: pixels, the board's for its life."""
+    """The framebuffer. ``width``, ``height``: pixels, fixed for the board's life."""
 
     def __init__(self, ram: GuestRam, width: int, height: int) -> None:
         self._ram = ram
@@ -49,7 +49,7 @@ class Framebuffer:
         self.height = height
 
     def picture(self) -> Picture:
-        """The picture as it is now, torn where the guest is drawing. Without the board lock."""
+        """Return the picture as it is now; torn where the guest draws. Without the board lock."""
         return Picture(
             width=self.width,
             height=self.height,
@@ -57,7 +57,7 @@ class Framebuffer:
         )
 
     def check(self) -> None:
-        """Raises ValueError if a loaded geometry is not the board's, and restores it."""
+        """Restore the board's geometry; raise ValueError if a loaded one differed."""
         loaded = (self.width, self.height)
         self.width, self.height = self._geometry
         if loaded != self._geometry:

@@ -1,5 +1,5 @@
-"""The control thread: does what the guest asks for and cannot do itself, since its vCPUs must
-be stopped for it; and ends the board, for whoever cannot wait for that.
+"""The control thread: serves guest requests for which the vCPUs must be stopped, and ends the board
+for callers that cannot wait for that.
 
 Source: QEMU ``softmmu/runstate.c`` (main_loop_should_exit), for the order of events.
 """
@@ -28,8 +28,8 @@ class GuestRequests(BoardThread):
     ) -> None:
         """
         Args:
-            serve: does what is asked for; called while everything is stopped.
-            end: ends the board; called without the board lock, as the thread's last deed.
+            serve: carries out a request; called while everything is stopped.
+            end: ends the board; called last by the thread, without the board lock.
         """
         super().__init__("control", control.lock)
         self._control = control
@@ -39,7 +39,7 @@ class GuestRequests(BoardThread):
         self._end = end
 
     def asked(self) -> None:
-        """There is a request. The guest goes no further before it is served."""
+        """Park the vCPUs, so that the guest goes no further before its new request is served."""
         for vcpu in self._vcpus:
             vcpu.park()
         self._wake.notify()
@@ -54,7 +54,7 @@ class GuestRequests(BoardThread):
                     self._wake.wait()
                     continue
                 with self._control.quiesced():
-                    # Somebody may have stopped, reset or quit the board first.
+                    # Another thread may have stopped, reset or quit the board first.
                     if self._waiting():
                         request, self._power.request = self._power.request, NOTHING
                         self._serve_safely(request)

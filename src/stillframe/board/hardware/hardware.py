@@ -33,11 +33,11 @@ from stillframe.capture.signal_protection import prepare_thread
 from stillframe.errors import UsageError
 
 _FIRST_VCPU = 0
-"""The one that devices interrupt."""
+"""The vCPU that devices interrupt."""
 
 
 class Hardware:
-    """Everything that a guest sees. Methods need all of it to be stopped, unless said."""
+    """Everything that a guest sees. Methods need all of it stopped, unless they say otherwise."""
 
     def __init__(
         self,
@@ -50,11 +50,13 @@ class Hardware:
     ) -> None:
         """
         Args:
-            on_still: called when a vCPU has parked or a device's thread became quiet.
-            on_request: called when the guest has asked for a reset, to power off, or panicked.
+            on_still: called when a vCPU has parked or a device thread has become quiet.
+            on_request: called when the guest asks for reset or power off or panics, or when the
+                board fails.
 
         Raises:
-            HostError: no memory, or the disk or the serial line's place cannot be opened.
+            HostError: no memory, or the disk or the serial line cannot be opened.
+            UsageError, BusyError: as ``open_channel``.
         """
         self._config = config
         self.clock = clock
@@ -105,7 +107,7 @@ class Hardware:
         ports.add(0x5C0, PanicPort.COUNT, PanicPort(self.power))
 
     def register(self, registry: SaveStateRegistry) -> None:
-        """Add every device's state, in the order in which it is saved."""
+        """Register every device's state, in the order in which it is saved."""
         for vcpu in self.vcpus:
             registry.register_device("cpu", REGISTERS, vcpu.registers, instance_id=vcpu.index)
         for vcpu in self.vcpus:
@@ -122,7 +124,7 @@ class Hardware:
         registry.register_device("power", POWER, self.power)
 
     def start_threads(self) -> None:
-        """Start all threads; nothing runs in them yet."""
+        """Start all threads; vCPUs are parked and devices quiet at first."""
         self.serial.start_thread()
         self.alarm.start_thread()
         for thread in self.threads:
@@ -131,7 +133,7 @@ class Hardware:
             vcpu.start_thread()
 
     def end_threads(self) -> None:
-        """Ask all threads to end, with the board lock held; then ``close``."""
+        """Ask all threads to end, with the board lock held; ``close`` follows."""
         self.alarm.quit()
         for thread in self.threads:
             thread.quit()
@@ -139,13 +141,13 @@ class Hardware:
             vcpu.quit()
 
     def boot(self, guest: Guest, *, fresh: bool) -> None:
-        """Place the guest in RAM, and set everything as it is at the start.
+        """Place the guest in RAM, and reset the devices and vCPUs to their initial state.
 
         Args:
             fresh: RAM was never written.
 
         Raises:
-            HostError: no memory for the stack that this thread needs.
+            HostError: no memory for this thread's signal stack.
         """
         if not fresh:
             self._prepare_to_write()
@@ -182,10 +184,10 @@ class Hardware:
         """Add RAM block ``board.dimm0``.
 
         Args:
-            tell: put it into the guest's board information.
+            tell: write it into the guest's board information.
 
         Raises:
-            UsageError: there is one, or it cannot be so long. HostError: no memory.
+            UsageError: there is one already, or it cannot have this length. HostError: no memory.
         """
         if self._dimm is not None:
             raise UsageError(f"a board has one DIMM, of {self._dimm.length_bytes} bytes")
@@ -200,12 +202,12 @@ class Hardware:
             tell_of_dimm(self._ram, length_bytes)
 
     def _prepare_to_write(self) -> None:
-        # RAM may be write-protected, and the thread is whose command it is: a monitor's client's,
-        # the control thread, or one of the program that the board is in.
+        # RAM may be write-protected, and the thread may be any: a monitor client's, the control
+        # thread, or one of the program that embeds the board.
         prepare_thread()
 
     def close(self) -> None:
-        """Wait for the threads' ends, and give RAM and files back. Without the board lock."""
+        """Wait for the threads to end, and release RAM and files. Without the board lock."""
         self.alarm.join()
         for thread in self.threads:
             thread.join()

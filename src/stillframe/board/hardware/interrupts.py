@@ -1,4 +1,4 @@
-"""Interrupt lines of the vCPUs: which are enabled, which are pending (ports 0x5a0 to 0x5a8)."""
+"""The vCPUs' interrupt lines, enabled and pending (ports 0x5a0 to 0x5a8)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class InterruptLines:
     def __init__(self, wanted: Callable[[], None]) -> None:
         """
         Args:
-            wanted: called when the vCPU has an interrupt to take that it may not know of.
+            wanted: called when the vCPU has an interrupt to take that it may not know about.
         """
         self._wanted = wanted
         self.enabled = 0
@@ -54,7 +54,7 @@ class InterruptLines:
         self.pending &= ~mask
 
     def take(self) -> int | None:
-        """The lowest line that interrupts, which is no longer pending then; None if none does."""
+        """Return the lowest deliverable line, no longer pending then; None if there is none."""
         ready = self.deliverable
         if not ready:
             return None
@@ -78,7 +78,7 @@ INTERRUPT_LINES = StateDescription(
 
 
 class InterruptPorts:
-    """The ports through which each vCPU sees its own lines, and wakes others."""
+    """The ports through which each vCPU sees its own lines and wakes others."""
 
     ENABLED, PENDING, WAKE = 0, 4, 8
     COUNT = 12

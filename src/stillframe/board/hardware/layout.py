@@ -16,7 +16,7 @@ GDT_GPA = 0x1000
 INFO_GPA = 0x2000
 COMMAND_LINE_GPA = 0x2100
 COMMAND_LINE_LIMIT_BYTES = 1024
-"""With the NUL at its end."""
+"""Includes the NUL at its end."""
 
 GUEST_GPA = 0x100000
 """The lowest address that a guest's segments may have."""

@@ -1,4 +1,4 @@
-"""A guest's life: it is loaded and started, starts again, and ends.
+"""A guest's life cycle: load, start, reset and end.
 
 Source for the events and their order: QEMU ``softmmu/runstate.c`` (main_loop_should_exit,
 qemu_system_reset, qemu_system_guest_panicked).
@@ -18,7 +18,7 @@ from stillframe.board.hardware.power import PANIC, POWER_OFF, RESET
 from stillframe.board.hardware.run_control import RunControl
 
 PANIC_STATUS = 134
-"""Exit status of a guest that panicked: that of a process which aborted."""
+"""Exit status of a guest that panicked: that of an aborted process."""
 FAILURE_STATUS = 70
 """Exit status of a board that failed: that of ``InternalError``."""
 
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 class Life:
-    """Methods are called while everything is stopped, with the board lock held.
+    """A guest's life cycle. Call its methods with everything stopped and the board lock held.
 
-    ``exit_status``: of a guest that has ended. ``ended``: set as long as it has.
+    ``exit_status``: an ended guest's, else None. ``ended``: set once it has ended, until a reset.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Life:
         self.ended = threading.Event()
 
     def read_guest(self) -> bool:
-        """Read the guest's file, if the board has one; False if not.
+        """Read the guest's file; return False if the board has none.
 
         Raises:
-            NotFoundError, HostError, DataError: it cannot be read, or is none.
+            NotFoundError, UsageError, HostError, DataError: as ``elf.read_guest``.
         """
         path = self._config.guest_path
         if path is not None:
@@ -60,7 +60,7 @@ class Life:
             self._hardware.boot(self._guest, fresh=True)
 
     def begin_again(self, *, guest_asked: bool) -> None:
-        """Reset; a board without a guest shuts down."""
+        """Reset the guest; shut down a board without one."""
         reason = "guest-reset" if guest_asked else "host-qmp-system-reset"
         if self._guest is None:
             logger.error("%s: there is no guest to start again", self._config.name)
@@ -75,7 +75,7 @@ class Life:
         self._events.tell("RESET", guest=guest_asked, reason=reason)
 
     def serve(self, request: int) -> None:
-        """Do what the guest has asked for; see ``power``."""
+        """Carry out a guest request; see ``power``."""
         power = self._hardware.power
         if request == RESET:
             self.begin_again(guest_asked=True)

@@ -1,4 +1,4 @@
-"""The lock units: what vCPUs have in place of atomic instructions (ports 0x580 to 0x58f)."""
+"""The lock units, which vCPUs use in place of atomic instructions (ports 0x580 to 0x58f)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LOCK_UNITS = 16
 
 
 class LockUnits:
-    """Guarded by the board lock, which makes taking one atomic."""
+    """The lock units. Guarded by the board lock, which makes taking one atomic."""
 
     COUNT = LOCK_UNITS
 
@@ -19,14 +19,14 @@ class LockUnits:
         self.held[:] = [False] * LOCK_UNITS
 
     def read_port(self, offset: int, size_bytes: int, vcpu: int) -> int:
-        """1: taken by this read; 0: somebody holds it."""
+        """Return 1 if this read took the lock, 0 if it is held."""
         if self.held[offset]:
             return 0
         self.held[offset] = True
         return 1
 
     def write_port(self, offset: int, size_bytes: int, value: int, vcpu: int) -> None:
-        """Whatever is written releases it."""
+        """Release the lock, whatever the value."""
         self.held[offset] = False
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Protocol
 
 UNKNOWN_PORT = 0xFFFFFFFF
-"""What an unknown port reads as, in the size of the access."""
+"""What an unknown port reads as, truncated to the size of the access."""
 
 
 class PortDevice(Protocol):
-    """A device with I/O ports. Called by a vCPU's thread, with the board lock held; it must not
-    wait for anything."""
+    """A device with I/O ports. A vCPU's thread calls it with the board lock held; it must not wait
+    for anything."""
 
     def read_port(self, offset: int, size_bytes: int, vcpu: int) -> int:
-        """The value at a port, counted from the device's first; excess bits are cut off."""
+        """Return the value at a port, counted from the device's first; the caller truncates it."""
 
     def write_port(self, offset: int, size_bytes: int, value: int, vcpu: int) -> None:
-        """Take a value of ``size_bytes`` (1, 2 or 4) that vCPU number ``vcpu`` wrote."""
+        """Take a value of ``size_bytes`` (1, 2 or 4) that vCPU ``vcpu`` wrote."""
 
 
 class PortMap:
-    """Dispatches port accesses. Filled when the board is made."""
+    """Dispatches port accesses to devices. Filled when the board is made."""
 
     def __init__(self) -> None:
         self._devices: dict[int, tuple[PortDevice, int]] = {}

@@ -1,8 +1,7 @@
 """Power off, reset, panic, and the power button (ports 0x560, 0x564, 0x5c0).
 
-What the guest asks for is done by the board's control thread, since a vCPU cannot wait for
-itself to stop. Until then it is a part of the state, so that it is not lost when the board is
-stopped and saved in between.
+The board's control thread carries out the guest's requests, since a vCPU cannot wait for itself to
+stop. A pending request is device state, so it survives if the board is stopped and saved first.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ _POWER_OFF_KEY = 0x5F0F
 
 
 class Power:
-    """Guarded by the board lock.
+    """The guest's requests and the power button. Guarded by the board lock.
 
-    ``request``: what is asked for and not done yet. ``status``: the exit status of a guest that
-    powers off. ``reason``: why the guest panicked or the board failed, for the log.
+    ``request``: the pending one. ``status``: the exit status of a guest that powers off.
+    ``reason``: why the guest panicked or the board failed, for the log.
     """
 
     BUTTON, RESET = 0, 4
@@ -29,8 +28,8 @@ class Power:
     def __init__(self, lines: InterruptLines, asked: Callable[[], None]) -> None:
         """
         Args:
-            lines: of the vCPU that the button interrupts.
-            asked: called when there is a request: the board's control thread takes it.
+            lines: those of the vCPU that the button interrupts.
+            asked: called on a new request, for the board's control thread to take.
         """
         self._lines = lines
         self._asked = asked
@@ -48,7 +47,7 @@ class Power:
         self._lines.raise_line(LINE_POWER)
 
     def fail(self, reason: str) -> None:
-        """The board itself cannot go on.
+        """Report that the board itself cannot go on.
 
         Args:
             reason: one line, for the log.
@@ -56,7 +55,7 @@ class Power:
         self.ask(FAILURE, reason=reason)
 
     def ask(self, request: int, *, status: int = 0, reason: str = "") -> None:
-        """Take a request; the first one counts.
+        """Record a request, unless one is pending.
 
         Args:
             status: the exit status of a guest that powers off.
@@ -68,7 +67,7 @@ class Power:
             self._asked()
 
     def panic(self, reason: str) -> None:
-        """The guest cannot go on.
+        """Report that the guest cannot go on.
 
         Args:
             reason: one line, for the log.
@@ -89,7 +88,7 @@ class Power:
 
 
 class PanicPort:
-    """The port by which a guest says that it panicked."""
+    """The port on which a guest reports a panic."""
 
     COUNT = 4
 

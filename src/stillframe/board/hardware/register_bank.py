@@ -1,7 +1,7 @@
-"""Copies all registers between a Unicorn engine and ``Registers``, each way in one call.
+"""Copies all registers between a Unicorn engine and ``Registers`` in batches: one call to read, two
+to write (``unicorn.h``: uc_reg_read_batch, uc_reg_write_batch).
 
-Reading register by register would take longer than the whole downtime should
-(``unicorn.h``: uc_reg_read_batch, uc_reg_write_batch).
+Reading register by register would take longer than the whole downtime should.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Floating(ctypes.Structure):
 
 
 class _Values(ctypes.Structure):
-    """A cell for each register; Unicorn writes up to eight bytes into a plain one."""
+    """One cell per register; Unicorn writes up to eight bytes into a plain one."""
 
     _fields_ = (
         ("general", ctypes.c_uint64 * GENERAL),
@@ -122,20 +122,20 @@ _MODEL_SPECIFIC = {  # Intel SDM 4, table 2-2
     "mtrr_default": 0x2FF,
 }
 _LISTS = {"regs": "general", "dr": "debug", "selectors": "selectors", "xmm": "xmm"}
-"""Attributes of ``Registers`` that are lists, and where their values are."""
+"""List attributes of ``Registers``, and the arrays that hold their values."""
 _NUMBERS = {
     "control": ("cr2", "cr3", "cr4", "cr8", "cr0"),
     "bases": ("fs_base", "gs_base"),
     "fpu": tuple(_FPU),
 }
-"""Arrays of values, and the attributes that they are of."""
+"""Arrays of values, and the attributes whose values they hold."""
 _SEGMENT_PARTS = ("selector", "base", "limit", "flags")
 _MTRR_VARIABLE = range(0x200, 0x200 + MTRR_VARIABLE)
 _MTRR_FIXED = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 
 
 class _Batch:
-    """Registers by number, and where their values are."""
+    """Register numbers, and the addresses of their values."""
 
     def __init__(self, cells: Sequence[tuple[int, int]]) -> None:
         self.count = len(cells)
@@ -178,7 +178,7 @@ class RegisterBank:
             ("rip", x86.UC_X86_REG_RIP),
         ):
             first.append((number, _address(values, name)))
-        # The bases of FS and GS after the selectors, which set them.
+        # The bases of FS and GS come after the selectors, which set them.
         segments = [
             *zip(_SELECTORS, _each(values, "selectors"), strict=True),
             *zip(_BASES, _each(values, "bases"), strict=True),
@@ -188,7 +188,7 @@ class RegisterBank:
         self._segments = _Batch(segments)
 
     def read(self, registers: Registers) -> None:
-        """Fill ``registers`` from the engine, but for what the engine does not know."""
+        """Fill ``registers`` from the engine, except for what the engine does not know."""
         batch = self._all
         _check(self._engine._do_reg_read_batch(batch.numbers, batch.cells, batch.count))
         values = self._values
@@ -212,12 +212,12 @@ class RegisterBank:
         """Fill the engine from ``registers``.
 
         Args:
-            readable: whether the guest, with the registers but for the segments', can read at a
-                linear address. Segments are loaded from descriptors in its memory; Unicorn would
-                crash if they were not there.
+            readable: whether the guest can read at a linear address, with all registers loaded but
+                the segments. Unicorn loads segments from descriptors in the guest's memory, and
+                would crash if these were not there.
 
         Raises:
-            UcError: the engine refuses one, or a segment's descriptor is not there.
+            UcError: the engine rejects a register, or a segment's descriptor is not there.
         """
         values = self._values
         for attribute, cell in _LISTS.items():
@@ -253,7 +253,7 @@ def _check(status: int) -> None:
 
 
 def _descriptors(registers: Registers) -> Iterator[int]:
-    """First and last byte of the descriptors of all segments (Intel SDM 3A, 3.4.2, 3.5.1)."""
+    """Yield the first and last address of each segment descriptor (Intel SDM 3A, 3.4.2, 3.5.1)."""
     for selector in registers.selectors:
         if selector & ~3:
             table = registers.ldt if selector & 4 else registers.gdt
@@ -271,7 +271,7 @@ def _address(values: _Values, name: str) -> int:
 
 
 def _each(values: _Values, name: str) -> list[int]:
-    """The addresses of the elements of an array."""
+    """Return the addresses of an array's elements."""
     elements = getattr(values, name)
     size = ctypes.sizeof(elements) // len(elements)
     return [_address(values, name) + place * size for place in range(len(elements))]

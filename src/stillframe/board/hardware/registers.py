@@ -1,9 +1,9 @@
-"""A vCPU's registers as declared state, with the names of QEMU's ``cpu`` section.
+"""A vCPU's registers as declared state, with the field names of QEMU's ``cpu`` section.
 
 Source: QEMU ``target/i386/cpu.h`` (``CPUX86State``), ``target/i386/machine.c``
 (``vmstate_x86_cpu``).
-Hidden parts of segment registers but for the bases of FS and GS are not there: Unicorn loads
-them anew from the guest's descriptor tables, as it does after any segment load.
+The state leaves out the hidden parts of segment registers, except the bases of FS and GS: Unicorn
+reloads them from the guest's descriptor tables, as on any segment load.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ NO_EXCEPTION = -1
 GDT_LIMIT = 3 * 8 - 1
 
 RDI, RSI, RSP = 7, 6, 4
-"""Their places in ``regs``: RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15."""
+"""Indices in ``regs``: RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15."""
 ES, CS, SS, DS, FS, GS = range(6)
-"""Places in ``selectors``."""
+"""Indices in ``selectors``."""
 
 FLAG_TRAP = 1 << 8
 FLAG_INTERRUPTS = 1 << 9
@@ -53,7 +53,7 @@ _PAT_RESET = 0x0007040600070406
 
 
 class Segment:
-    """A descriptor table register, or LDTR or TR with what they hold."""
+    """A descriptor table register, or LDTR or TR with its hidden part."""
 
     def __init__(self) -> None:
         self.selector = self.limit = self.flags = 0
@@ -61,12 +61,12 @@ class Segment:
 
 
 class Registers:
-    """All registers of one vCPU; at first, and after ``reset``, as the boot protocol says, but
-    for those that ``start_at`` sets.
+    """All registers of one vCPU. At first, and after ``reset``, they have the boot protocol's
+    values, except those that ``start_at`` sets.
 
-    ``halted``: it waits for an interrupt. ``exception``: a vector that is still to be delivered,
-    or ``NO_EXCEPTION``; ``error_code`` is its error code. ``before_save`` and ``after_load`` are
-    called around saving and loading: the vCPU has the registers in its engine.
+    ``halted``: the vCPU waits for an interrupt. ``exception``: a vector yet to be delivered, or
+    ``NO_EXCEPTION``; ``error_code`` is its error code. ``before_save`` and ``after_load`` run
+    around saving and loading, since the vCPU keeps its registers in its engine.
     """
 
     def __init__(self) -> None:
@@ -114,18 +114,18 @@ class Registers:
         self.error_code = 0
 
     def forget_platform(self) -> None:
-        """What subsection ``cpu/platform`` has, as it is at first."""
+        """Reset what subsection ``cpu/platform`` holds."""
         self.misc_enable = self.mtrr_default = 0
         self.mtrr_variable[:] = [0] * MTRR_VARIABLE
         self.mtrr_fixed[:] = [0] * MTRR_FIXED
 
     def start_at(self, entry: int, stack: int, arguments: Sequence[int]) -> None:
-        """Set what a vCPU begins with.
+        """Set the registers that a vCPU starts with.
 
         Args:
             entry: the guest's entry point.
             stack: top of the vCPU's stack.
-            arguments: RDI and RSI.
+            arguments: for RDI and RSI.
         """
         self.eip = entry
         self.regs[RSP] = stack

@@ -1,4 +1,4 @@
-"""The run state, and how everything that runs is stopped and goes on.
+"""The run state, and control of everything that runs: stop, resume, end.
 
 Source: QEMU ``softmmu/runstate.c``, ``softmmu/cpus.c`` (vm_stop, do_vm_stop, vm_prepare_start,
 pause_all_vcpus).
@@ -22,18 +22,18 @@ from stillframe.errors import MachineError
 SAVING = "save-vm"
 """The run state from ``hold`` to ``let_go``."""
 SENDING = "finish-migrate"
-"""The run state in which a live migration sends the last of the machine: it must not change."""
+"""The run state while a live migration sends the last of the machine, which must not change."""
 LOADING = "inmigrate"
 """The run state while a stream is loaded."""
 _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked")
 _QUICK_SWITCH_S = 50e-6
 FOR_SAVING = (SENDING, "postmigrate", SAVING)
-"""States in which the machine is only because it is saved; a stream stores the one before."""
+"""States that exist only for saving; a stream stores the state before them."""
 
 
 class RunControl:
-    """Guarded by the board lock, which ``stop`` and ``quiesced`` let go of while they wait,
-    however often the caller holds it (as QEMU's big lock while vCPUs are paused)."""
+    """The run state and its transitions. Guarded by the board lock, which methods release while
+    they wait, however often the caller holds it (as QEMU's big lock while it pauses vCPUs)."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class RunControl:
     ) -> None:
         """
         Args:
-            may_run: False while the guest has asked for something that must be done first.
+            may_run: returns False while a guest request must be served first.
         """
         self.lock = lock
         self.state = "prelaunch"
@@ -71,14 +71,14 @@ class RunControl:
         serial: SerialPort,
         alarm: Alarm,
     ) -> None:
-        """Set what it stops and resumes."""
+        """Set what ``self`` stops and resumes."""
         self._vcpus = vcpus
         self._threads = threads
         self._serial = serial
         self._alarm = alarm
 
     def something_stopped(self) -> None:
-        """A vCPU has parked, or a device's thread became quiet."""
+        """Note that a vCPU has parked or a device thread has become quiet."""
         if self._is_still():
             self._still.notify_all()
 
@@ -88,7 +88,7 @@ class RunControl:
 
     @property
     def state_to_store(self) -> str:
-        """What a stream made now says about the run state."""
+        """The run state that a stream made now stores."""
         return self._state_before_saving if self.state in FOR_SAVING else self.state
 
     def stop(self, state: str | None) -> None:
@@ -98,12 +98,13 @@ class RunControl:
             elif state is not None:
                 self._enter(state)
             elif self.state == SENDING and self._state_before_sending == "running":
-                # Neither here, if it is not sent after all, nor there is it to run by itself.
+                # The guest must not resume by itself: neither here if the migration fails, nor
+                # at the target.
                 self._state_before_sending = self._state_before_saving = "paused"
 
     def hold(self) -> None:
-        """Stop a guest that runs, to be saved. Until ``let_go`` whoever wants to stop it, let it
-        go on or reset it waits. One that does not run is left as it is, and to others."""
+        """Stop a running guest to save it; until ``let_go``, every other transition waits. Leave
+        any other guest as it is, and free for other callers."""
         with self.lock:
             self._begin_transition()
             try:
@@ -115,7 +116,7 @@ class RunControl:
                     self._end_transition()
 
     def let_go(self) -> None:
-        """A guest that ``hold`` has stopped goes on; otherwise nothing happens."""
+        """Resume a guest that ``hold`` stopped; otherwise do nothing."""
         with self.lock:
             if not self._held:
                 return
@@ -126,10 +127,10 @@ class RunControl:
                 self._end_transition()
 
     def return_from_sending(self, activate_disks: Callable[[], None]) -> None:
-        """Out of ``finish-migrate``, to the state before it; paused if ``stop`` came meanwhile."""
+        """Leave ``finish-migrate`` for the state before it; paused if ``stop`` came meanwhile."""
         with self._transition():
             if self._state_before_sending == "running":
-                # Without its disks it cannot run; somebody may try ``cont`` again.
+                # Without its disks the guest stays paused; ``cont`` may be tried again.
                 self._enter("paused")
                 activate_disks()
                 self._run_again()
@@ -154,7 +155,7 @@ class RunControl:
 
     @contextlib.contextmanager
     def quiesced(self) -> Iterator[None]:
-        """Everything is stopped inside, with the board lock held and the run state kept."""
+        """Keep everything stopped in the context, with the board lock held; keep the run state."""
         with self._transition():
             if self.running:
                 self._halt()
@@ -165,7 +166,7 @@ class RunControl:
                     self._go_on()
 
     def set_state(self, state: str) -> None:
-        """Within ``quiesced``: another run state."""
+        """Change the run state, within ``quiesced``."""
         self._enter(state)
 
     def end(self) -> None:
@@ -185,7 +186,7 @@ class RunControl:
                 self._end_transition()
 
     def _begin_transition(self) -> None:
-        # A halt lets go of the lock; nobody else may decide meanwhile.
+        # A halt releases the lock; no other thread may begin a transition meanwhile.
         while self._in_transition:
             self._transition_ended.wait()
         if self._quit:
@@ -246,15 +247,15 @@ class RunControl:
 
 _switching_lock = threading.Lock()
 _switching: list[float] = []
-"""The usual interval, once for each who is inside."""
+"""The usual interval, once for each thread inside ``quick_switching``."""
 
 
 @contextlib.contextmanager
 def quick_switching() -> Iterator[None]:
-    """Quick hand-over of the GIL for as long as somebody waits for vCPUs; for several threads.
+    """Hand over the GIL quickly while a thread waits for vCPUs; several threads may be inside.
 
     A vCPU needs the GIL to park. By default a thread that computes in Python keeps it for up to
-    5 ms (``sys.setswitchinterval``), which would be several times the downtime.
+    5 ms (``sys.setswitchinterval``), several times the downtime.
     """
     with _switching_lock:
         usual_s = _switching[0] if _switching else sys.getswitchinterval()

@@ -1,4 +1,4 @@
-"""What a serial line can end in: the terminal, a file, a unix socket, or nothing."""
+"""The outer ends of a serial line: the terminal, a file, a unix socket, or nothing."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _UNIX = "unix:"
 
 
 class Channel(Protocol):
-    """Descriptors to wait for, and what to do when they are ready. For one thread, but for
-    ``close``, which comes after it."""
+    """Descriptors to poll, and what to do when they are ready. For one thread, except ``close``,
+    which comes after that thread's end."""
 
     def input_fd(self) -> int | None:
-        """What to poll for reading; None if nothing ever comes in."""
+        """Return the descriptor to poll for reading; None if nothing ever comes in."""
 
     def output_fd(self) -> int | None:
-        """What to poll for writing; None while nobody listens, and what is sent is gone."""
+        """Return the descriptor to poll for writing; None without a peer: output is discarded."""
 
     def read(self) -> bytes:
-        """What has arrived; nothing if it was only a connection, or its end."""
+        """Return what has arrived; nothing if it was only a connection, or its end."""
 
     def write(self, data: bytes) -> int:
-        """Write a part of it; returns how much."""
+        """Write a part of ``data``; return how many bytes."""
 
     def close(self) -> None: ...
 
 
 class Descriptors:
-    """A pair of descriptors, such as standard input and output; None: nobody is there. After the
-    end of the input, or an error on the output, that direction is dead."""
+    """A pair of descriptors, such as standard input and output; None for an unconnected direction.
+    The end of the input, or an error on the output, disconnects that direction for good."""
 
     def __init__(self, input_fd: int | None, output_fd: int | None, *, owned: bool) -> None:
         self._input_fd = input_fd
@@ -79,7 +79,7 @@ class Descriptors:
 
 
 class UnixSocket:
-    """Listens at a path, for its owner only; one client at a time, the next one after it."""
+    """A listening unix socket, for its owner only; serves one client after the other."""
 
     def __init__(self, path: str) -> None:
         """
@@ -115,7 +115,7 @@ class UnixSocket:
         return data
 
     def write(self, data: bytes) -> int:
-        self._accept()  # who has connected before misses nothing
+        self._accept()  # a client that is already connecting misses nothing
         if self._client is None:
             return len(data)
         try:
@@ -143,11 +143,11 @@ class UnixSocket:
 
 
 def open_channel(serial: str) -> Channel:
-    """What a board's ``serial`` names: ``stdio``, ``none``, ``unix:PATH``, or a file's path.
+    """Open what a board's ``serial`` names: ``stdio``, ``none``, ``unix:PATH``, or a file's path.
 
     Raises:
-        UsageError: it is empty, or no socket. BusyError: somebody listens there.
-        HostError: it cannot be opened.
+        UsageError: it is empty, or not a path for a socket. BusyError: another program listens
+            there. HostError: it cannot be opened.
     """
     if serial == "none":
         return Descriptors(None, None, owned=False)

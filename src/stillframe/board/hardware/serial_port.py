@@ -1,7 +1,7 @@
 """The other end of the UART's line.
 
-One thread moves bytes between the UART and a channel. Its buffer has a lock of its own, since the
-UART gives bytes with the board lock held, and the channel may be slow.
+One thread moves bytes between the UART and a channel. Its buffer has its own lock, since the UART
+sends with the board lock held and the channel may be slow.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from stillframe.board.hardware.uart import Uart
 
 _BUFFER_BYTES = 64 << 10
 _WRITE_BYTES = 4096
-"""A pipe that is ready takes so much without blocking (pipe(7): PIPE_BUF)."""
+"""A pipe that is ready takes this much without blocking (pipe(7): PIPE_BUF)."""
 _FLUSH_S = 1.0
 
 
 class SerialPort:
-    """Moves bytes between a UART and a channel. Nothing comes in while the board is stopped; what
-    was sent goes out all the same, since the guest has seen it go."""
+    """Moves bytes between a UART and a channel. While the board is stopped, nothing comes in; what
+    the guest has sent still goes out, since the guest has seen it go."""
 
     def __init__(self, lock: threading.RLock, uart: Uart, channel: Channel) -> None:
         self._board_lock = lock
@@ -42,27 +42,27 @@ class SerialPort:
         self._thread.start()
 
     def resume(self) -> None:
-        """Bytes may come in from now on. With the board lock held."""
+        """Let bytes in from now on. With the board lock held."""
         self._running = True
         self._uart.can_send()
         if self._arrived:
             self._wake()
 
     def pause(self) -> None:
-        """No more bytes come in. With the board lock held."""
+        """Let no more bytes in. With the board lock held."""
         self._running = False
 
     def close(self) -> None:
-        """Write what is still there, and end. Without the board lock.
+        """Write what is left, and end. Without the board lock.
 
-        Somebody who does not read for a second loses the rest.
+        What the reader does not take within a second may be lost.
         """
         self._quit = True
         if self._thread.ident is not None:
             self._wake()
             self._thread.join(_FLUSH_S)
             if self._thread.is_alive():
-                # It hangs in a write; its descriptors must stay its own.
+                # The thread hangs in a write; leave it its descriptors.
                 return
         self._channel.close()
         os.close(self._wake_fd)
@@ -126,7 +126,7 @@ class SerialPort:
             was_full, self._full = self._full, False
         if was_full:
             with self._board_lock:
-                # While it is stopped its state may be saved; resume lets it send.
+                # While the board is stopped, its state may be saved; ``resume`` sends the rest.
                 if self._running:
                     self._uart.can_send()
 

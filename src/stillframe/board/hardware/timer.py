@@ -1,4 +1,4 @@
-"""The timer: one, one-shot or periodic, on the virtual clock (ports 0x510 to 0x518)."""
+"""The board's one timer, one-shot or periodic, on the virtual clock (ports 0x510 to 0x518)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _VCPU_SHIFT, _VCPU_MASK = 8, 7
 _MOST_EXPIRATIONS = 0xFFFFFFFF
 _LAST_NS = (1 << 63) - 1
 NOT_ARMED = -1
-"""As QEMU saves a timer that is not armed."""
+"""QEMU's saved value for a timer that is not armed."""
 
 
 class Timer:
-    """Guarded by the board lock. The alarm thread calls ``expire`` when ``deadline_ns`` comes.
+    """The timer. Guarded by the board lock. The alarm thread calls ``expire`` at ``deadline_ns``.
 
     ``deadline_ns``: on the virtual clock, so the remaining time survives stop, save and load.
     """
@@ -31,7 +31,7 @@ class Timer:
     ) -> None:
         """
         Args:
-            rearmed: called when the deadline changed, for the alarm thread to look.
+            rearmed: called when the deadline changes, to wake the alarm thread.
         """
         self._clock = clock
         self._lines = lines
@@ -47,7 +47,7 @@ class Timer:
 
     @property
     def vcpus(self) -> int:
-        """How many there are."""
+        """The number of vCPUs."""
         return len(self._lines)
 
     def read_port(self, offset: int, size_bytes: int, vcpu: int) -> int:
@@ -67,7 +67,7 @@ class Timer:
     def _control(self, value: int) -> None:
         mode = value & _MODE_MASK
         self.mode = mode if mode in (ONE_SHOT, PERIODIC) else OFF
-        # A vCPU that is not there has no line; the first one gets it.
+        # A vCPU that does not exist has no line; interrupt the first one.
         vcpu = value >> _VCPU_SHIFT & _VCPU_MASK
         self.vcpu = vcpu if vcpu < self.vcpus else 0
         self.expirations = 0
@@ -78,7 +78,7 @@ class Timer:
         self._rearmed()
 
     def expire(self) -> None:
-        """Count what has expired by now, and interrupt; nothing if the deadline is yet to come."""
+        """Count the expirations up to now, and interrupt; do nothing before the deadline."""
         now_ns = self._clock.now_ns()
         if self.deadline_ns == NOT_ARMED or now_ns < self.deadline_ns:
             return

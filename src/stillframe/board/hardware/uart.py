@@ -28,7 +28,7 @@ _MSR_DELTAS = 0x0F
 _MSR_RING_ENDED = 0x04
 _MSR_RING = 0x40
 _MSR_CONNECTED = 0xB0
-"""DCD, DSR and CTS: somebody listens, always."""
+"""DCD, DSR and CTS: the other end always seems connected."""
 _DIVISOR_9600 = 12
 
 
@@ -36,16 +36,16 @@ class SerialLine(Protocol):
     """The other end of the line. Called with the board lock held."""
 
     def send(self, data: bytes) -> int:
-        """Take what fits now; returns how much. It calls ``Uart.can_send`` when more fits."""
+        """Take what fits now; return how much. Call ``Uart.can_send`` once more fits."""
 
     def may_receive(self) -> None:
-        """The UART has room again."""
+        """Take note that the UART has room again."""
 
 
 class Uart:
-    """Guarded by the board lock.
+    """The device. Guarded by the board lock.
 
-    ``received``, ``to_send``: the FIFOs, of one place each unless FCR enables them.
+    ``received``, ``to_send``: the FIFOs, of one byte each unless FCR enables them.
     """
 
     COUNT = 8
@@ -59,7 +59,7 @@ class Uart:
         self.reset()
 
     def connect(self, line: SerialLine | None) -> None:
-        """Without a line, what is sent is gone."""
+        """Set the line; without one, output is discarded."""
         self._line = line
 
     def reset(self) -> None:
@@ -75,18 +75,18 @@ class Uart:
     # The other end
 
     def receive_room(self) -> int:
-        """How many bytes ``receive`` takes now."""
+        """Return how many bytes ``receive`` takes now."""
         if self.mcr & MCR_LOOP:
             return 0
         return self.fifo_bytes - len(self.received)
 
     def receive(self, data: bytes) -> None:
-        """Bytes from the line, at most ``receive_room``."""
+        """Take bytes from the line, at most ``receive_room``."""
         self.received += data
         self._update()
 
     def can_send(self) -> None:
-        """The line takes bytes again."""
+        """Send what waits: the line takes bytes again."""
         self._transmit()
         self._update()
 
@@ -187,7 +187,7 @@ class Uart:
             self.transmitted = True
             return
         if len(self.to_send) >= self.fifo_bytes:
-            # As a real one does: what waits last is overwritten.
+            # As real hardware does, overwrite the newest waiting byte.
             self.to_send[-1] = value
         else:
             self.to_send.append(value)
@@ -224,7 +224,7 @@ class Uart:
             self._line.may_receive()
 
     def _loop_status(self) -> int:
-        """The modem outputs, where they come in when they are looped (data sheet, 8.7)."""
+        """Return the modem outputs as the inputs that loop mode makes of them (data sheet, 8.7)."""
         return (
             (self.mcr & MCR_RTS) << 3
             | (self.mcr & MCR_DTR) << 5
@@ -233,7 +233,7 @@ class Uart:
         )
 
     def _find_cause(self) -> int:
-        """The cause of highest priority, as IIR names it (data sheet, table IV)."""
+        """Return the cause of highest priority, as IIR encodes it (data sheet, table IV)."""
         if self.ier & IER_LINE and self.errors & _LSR_ERRORS:
             return IIR_LINE
         if self.ier & IER_RECEIVED and self.received:
@@ -247,14 +247,14 @@ class Uart:
         return IIR_NONE
 
     def _update(self) -> None:
-        """Interrupt when there is a cause that was not there."""
+        """Interrupt if there is a new cause."""
         before = self._cause
         self.settle()
         if self._cause not in (IIR_NONE, before):
             self._lines.raise_line(LINE_UART)
 
     def settle(self) -> None:
-        """Take the registers as they are, without an interrupt."""
+        """Derive the cause from the registers, without an interrupt."""
         # OUT2 gates interrupts on a PC; in loop mode they are fully operational (data sheet, 8.7).
         gate = self.mcr & (MCR_OUT2 | MCR_LOOP)
         self._cause = self._find_cause() if gate else IIR_NONE

@@ -1,6 +1,6 @@
 """One vCPU: its thread, and the loop that runs the guest, delivers interrupts, halts and parks.
 
-All decisions are made with the board lock held; the guest runs without it.
+The thread makes all decisions with the board lock held, and runs the guest without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stillframe.errors import MachineError
 class Vcpu(BoardThread):
     """A vCPU.
 
-    ``parked``: it runs nothing, and will not until ``resume``; its thread may not have started.
+    ``parked``: it runs nothing until ``resume``; also True before its thread starts.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Vcpu(BoardThread):
         """
         Args:
             on_parked: called each time it has parked.
-            on_panic: the guest cannot go on; takes the reason, one line.
-            on_failure: the engine failed; takes the reason.
+            on_panic: called with the reason, one line, when the guest cannot go on.
+            on_failure: called with the reason when the engine fails.
         """
         super().__init__(f"vcpu{index}", lock)
         self.index = index
@@ -91,23 +91,24 @@ class Vcpu(BoardThread):
 
     @property
     def thread_id(self) -> int:
-        """The kernel's number of its thread; 0 before it was started."""
+        """The kernel's id of its thread; 0 before the thread starts."""
         return self._thread.native_id or 0
 
     def quit(self) -> None:
-        """End the thread; then ``join``."""
+        """End the thread; ``join`` follows."""
         super().quit()
         self.park()
 
     def reset(self) -> None:
-        """Registers as the boot protocol has them before the guest is placed. It must be parked."""
+        """Reset registers and interrupt lines as the boot protocol has them before the guest is
+        placed. The vCPU must be parked."""
         self.registers.reset()
         self.lines.reset()
         self._engine_is_newer = False
         self._engine.forget_code()
 
     def close(self) -> None:
-        """Give the engine back, after the thread's end."""
+        """Release the engine, after the thread has ended."""
         self._engine.close()
 
     def _fetch_registers(self) -> None:
@@ -204,7 +205,7 @@ class Vcpu(BoardThread):
         self._run()
 
     def _hand_over(self) -> bool:
-        """The engine gets the registers; False if it cannot have them."""
+        """Load the registers into the engine; return False if it rejects them."""
         try:
             self._engine.write_registers(self.registers)
         except UcError as error:
@@ -215,7 +216,7 @@ class Vcpu(BoardThread):
         return True
 
     def _deliver(self, vector: int, error_code: int) -> None:
-        # Without the lock: it writes to guest RAM, which may have to be saved first.
+        # Without the lock: this writes to guest RAM, and may wait until a page is saved.
         try:
             with _released(self._lock):
                 if vector >= EXCEPTIONS:
