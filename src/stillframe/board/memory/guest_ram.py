@@ -1,7 +1,7 @@
 """Guest RAM of this process: a memfd, mapped once, that can be write-protected.
 
-Everybody who copies to or from it does so without the GIL: a write to a protected page waits for
-the fault thread, which may wait for workers that need the GIL (docs/design/board.md).
+All copies to and from it release the GIL: a write to a protected page waits for the fault thread,
+which may wait for workers that need the GIL (docs/design/board.md).
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ _LEAVE_S = 5.0
 class GuestRam:
     """One RAM block of this process: a memfd mapped MAP_SHARED, zero at first.
 
-    The mapping is absent in forked children, whose writes nobody would see. It is a little longer
-    than the block, so that protection may work in chunks (``RamBlock.max_length_bytes``).
+    Forked children do not get the mapping, since their writes would bypass the protection. The
+    mapping is a little longer than the block, for protection in chunks
+    (``RamBlock.max_length_bytes``).
 
     Attributes:
         idstr: the block's name in the stream.
         length_bytes: how much of it the guest has.
-        hva: where it is mapped here; 0 once closed.
-        fd: the memfd; reading a hole through it populates nothing, through the mapping it does.
+        hva: its address in this process; 0 once closed.
+        fd: the memfd; unlike the mapping, reading a hole through it populates nothing.
     """
 
     def __init__(self, idstr: str, length_bytes: int) -> None:
-        """Make it; nothing is populated.
+        """Make the block without populating it.
 
         Raises:
-            UsageError: not a whole number of target pages.
+            UsageError: the length is not whole target pages.
             HostError: no memory or no address space for it.
         """
         if length_bytes <= 0 or length_bytes % TARGET_PAGE_BYTES:
@@ -66,7 +67,7 @@ class GuestRam:
         self.hva = result
 
     def block(self) -> RamBlock:
-        """The record that a capture takes."""
+        """Return the record that a capture takes."""
         return RamBlock(
             idstr=self.idstr,
             hva=self.hva,
@@ -88,7 +89,7 @@ class GuestRam:
         return self.hva + offset_bytes
 
     def _enter(self, offset_bytes: int, length_bytes: int) -> int:
-        """Where the bytes are mapped; they stay mapped until ``_leave``."""
+        """Return the address of the bytes, which stay mapped until ``_leave``."""
         with self._users_lock:
             at = self._at(offset_bytes, length_bytes)
             self._users += 1
@@ -101,7 +102,7 @@ class GuestRam:
                 self._no_users.notify_all()
 
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """Copy out, without the GIL; waits for pages that are still to come (postcopy).
+        """Copy out, without the GIL; wait for pages that are still missing (postcopy).
 
         Raises:
             UsageError: outside the block. The guest is not disturbed.
@@ -113,7 +114,7 @@ class GuestRam:
             self._leave()
 
     def write(self, offset_bytes: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy in, without the GIL; waits while a protected page is being saved.
+        """Copy in, without the GIL; wait while a protected page is being saved.
 
         Raises:
             UsageError: outside the block; nothing was written.
@@ -130,15 +131,15 @@ class GuestRam:
     ) -> int:
         """Let the kernel write: read(2), or pread(2) at ``file_offset``, into guest RAM.
 
-        Without the GIL, and whatever protects the RAM: where the kernel gives EFAULT, the pages
-        are touched first. For files and byte streams; a datagram may be lost.
+        Works without the GIL and with any protection: on EFAULT, touch the pages and try again.
+        For files and byte streams; a datagram may be lost.
 
         Returns:
             The bytes read: fewer at the end of the file, or what a stream had.
 
         Raises:
             UsageError: outside the block; nothing was written.
-            OSError: as read(2) has it.
+            OSError: from read(2).
         """
         at = self._enter(offset_bytes, length_bytes)
         try:
@@ -152,7 +153,7 @@ class GuestRam:
         return got
 
     def touch(self, offset_bytes: int, length_bytes: int) -> None:
-        """Write to each page without changing it: populates it, and its protection is served.
+        """Write to each page without changing it, which populates it and has its fault served.
 
         Raises:
             UsageError: outside the block.
@@ -164,14 +165,14 @@ class GuestRam:
             self._leave()
 
     def clear(self, offset_bytes: int, length_bytes: int) -> None:
-        """Give pages up: they are zero, and missing (postcopy waits for them again).
+        """Drop pages: they become zero, and missing (postcopy waits for them again).
 
-        Not while the block is captured: this passes behind the protection, and makes a snapshot
-        that is under way fail.
+        Do not call it while the block is captured: it bypasses the protection, and makes the
+        snapshot fail.
 
         Raises:
             UsageError: outside the block.
-            HostError: the kernel cannot.
+            HostError: the kernel refuses.
         """
         self._enter(offset_bytes, length_bytes)
         try:
@@ -184,8 +185,8 @@ class GuestRam:
     def close(self) -> None:
         """Unmap and close. No vCPU may use the block any more.
 
-        Whoever copies to or from it just now is waited for; one who does not end, since it waits
-        for a page that never comes, keeps the mapping until the process ends.
+        Wait for copies in progress. If one does not end in time, since its page never comes, the
+        mapping stays until the process ends.
         """
         with self._users_lock:
             hva, self.hva = self.hva, 0
@@ -198,7 +199,7 @@ class GuestRam:
 
 
 def _mapped_bytes(length_bytes: int) -> int:
-    """The length rounded up to chunks of at least 64 KiB, of which it has at most 1024."""
+    """Return the length rounded up to at most 1024 chunks, each of at least 64 KiB."""
     chunk = _LEAST_CHUNK_BYTES
     while chunk * _CHUNKS < length_bytes:
         chunk *= 2

@@ -1,7 +1,7 @@
-"""RAM of this process whose pages come later: whoever touches one waits until it is placed.
+"""RAM of this process whose pages come later: a thread that touches one waits until it is placed.
 
-Userfaultfd's missing mode over the memfds of guest RAM. A page is missing while the memfd has a
-hole there (``GuestRam.clear`` makes one).
+This uses userfaultfd's missing mode over the memfds of guest RAM. A page is missing while the memfd
+has a hole there (``GuestRam.clear`` makes one).
 Source: Linux ``Documentation/admin-guide/mm/userfaultfd.rst``; QEMU ``migration/postcopy-ram.c``.
 """
 
@@ -24,24 +24,24 @@ _EVENT_PAGEFAULT = 0x12
 _MESSAGES = 64
 
 OnMissing = Callable[[int, int], None]
-"""Told the index of the block and the number of the page (of 4 KiB) that somebody waits for; the
-same page may be told several times. Must not raise, and must not touch missing pages itself."""
+"""Takes the index of the block and the number of the page (of 4 KiB) that a thread waits for,
+perhaps several times for one page. It must not raise, and must not touch missing pages itself."""
 
 
 class MissingPages:
-    """Watches blocks, and fills them. ``place`` may be called by any thread.
+    """Watches blocks and fills their missing pages. Any thread may call ``place``.
 
-    The guest runs, and its threads may wait here; they do not hold the GIL (``GuestRam``, the
-    vCPUs). With a userfaultfd for user mode only, as ordinary users have it, a system call that
+    The guest runs meanwhile; a thread that waits for a page does not hold the GIL (``GuestRam``,
+    the vCPUs). With a userfaultfd for user mode only, as ordinary users have it, a system call that
     meets a missing page fails with EFAULT: ``GuestRam.read_from`` touches it, then tries again.
     """
 
     def __init__(self, rams: Sequence[GuestRam], on_missing: OnMissing) -> None:
-        """Watch all of them from now on; ``start`` comes next, and lets ``on_missing`` be told.
+        """Watch all blocks from now on; ``start`` follows, and begins the calls of ``on_missing``.
 
         Raises:
-            HostError: there is no userfaultfd here, or it cannot do this.
-            BusyError: a block is being captured, or watched already.
+            HostError: userfaultfd is not available here, or cannot do this.
+            BusyError: a block is being captured, or is watched already.
         """
         self._rams = tuple(rams)
         self._on_missing = on_missing
@@ -59,15 +59,15 @@ class MissingPages:
         )
 
     def start(self) -> None:
-        """Tell ``on_missing`` from now on, in a thread of its own; also of who waits already."""
+        """Call ``on_missing`` from now on, on a thread of its own, also for waits already begun."""
         self._thread.start()
 
     @staticmethod
     def probe() -> None:
-        """Whether it can be done here.
+        """Check that this host can watch for missing pages.
 
         Raises:
-            HostError: not; the message says what is in the way.
+            HostError: it cannot; the message says why.
         """
         ram = GuestRam("probe", TARGET_PAGE_BYTES)
         try:
@@ -87,7 +87,7 @@ class MissingPages:
             try:
                 messages = os.read(self._uffd.fileno(), _MESSAGES * _MESSAGE.size)
             except BlockingIOError:
-                continue  # who waited was woken, or killed, meanwhile
+                continue  # the waiting thread was woken, or killed, meanwhile
             for event, _, address, _ in _MESSAGE.iter_unpack(messages):
                 if event == _EVENT_PAGEFAULT:
                     self._tell(address)
@@ -99,11 +99,11 @@ class MissingPages:
                 return
 
     def place(self, block: int, offset_bytes: int, data: bytes | bytearray | memoryview) -> None:
-        """Fill whole pages, and wake whoever waits for them; pages that are there stay.
+        """Fill whole pages, and wake the threads that wait for them; pages already there stay.
 
         Raises:
             UsageError: not whole pages, or outside the block.
-            HostError: no memory; or closed, or unmapped. Who waits for the pages still waits.
+            HostError: no memory, or closed or unmapped. Threads that wait for the pages still wait.
         """
         view = memoryview(data).cast("B")
         hva = self._at(block, offset_bytes, len(view))
@@ -137,9 +137,9 @@ class MissingPages:
             )
 
     def close(self) -> None:
-        """Watch no more, when nobody places any more; not from ``on_missing``.
+        """Stop watching, once no thread places pages any more; not from ``on_missing``.
 
-        Whoever still waits goes on, and finds zeroes.
+        Threads that still wait continue, and find zeroes.
         """
         if self._stop_fd < 0:
             return

@@ -1,9 +1,9 @@
-"""Write protection of this process's own RAM, by whatever this host allows.
+"""Write protection of this process's own RAM, by the best means that this host allows.
 
-A full userfaultfd where that is permitted; else one that serves faults in user mode only, which
+That is a full userfaultfd where permitted; else one that serves faults in user mode only, which
 ordinary users may have (``vm.unprivileged_userfaultfd`` of the kernel's sysctl documentation);
 else, as in containers that refuse userfaultfd(2), mprotect(2) and a SIGSEGV handler.
-Found out by trying, never from a version.
+This module finds out by trying, never from a version.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Preference = Literal["auto", "userfaultfd", "mprotect"]
 
 
 def open_own_protection(prefer: Preference = "auto") -> WriteProtection:
-    """The write protection of this process's RAM for one capture.
+    """Open the write protection of this process's RAM for one capture.
 
     Args:
         prefer: ``auto`` takes a userfaultfd where one is permitted and has the features, else
-            ``mprotect``; the others are demands.
+            ``mprotect``; the other values are requirements.
 
     Raises:
-        HostError: what was demanded is not available here; the message says what is in the way.
+        HostError: the required means is not available here; the message says why.
     """
     if prefer == "mprotect":
         return SignalProtection()
