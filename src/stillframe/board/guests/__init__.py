@@ -1,6 +1,6 @@
 """Guests of the board: three that come with it, and the library to write others in C.
 
-``include/board.h`` is what a guest may call, ``programs/`` has the sources of the three. The
+``include/board.h`` declares what a guest may call; ``programs/`` has the sources of the three. The
 package's build (CMake) compiles them into ``bin/``, with the same flags (``board.flags``) and
 linker script (``board.ld``) as :func:`build_guest`.
 """
@@ -24,7 +24,7 @@ GUEST_NAMES = ("ledger", "life", "writer")
 
 
 def guest_path(name: str) -> Path:
-    """The ELF file of a guest that comes with the package.
+    """Return the ELF file of a packaged guest.
 
     Args:
         name: one of :data:`GUEST_NAMES`.
@@ -50,14 +50,14 @@ def build_guest(source: Path, output: Path) -> str:
     Args:
         source: a C file, or a directory whose C files are compiled together. It includes
             ``board.h`` and defines ``board_main``.
-        output: the ELF file to make. An existing one is replaced when the new one is complete.
+        output: the ELF file to make; replaces an existing one once complete.
 
     Returns:
         The compiler's warnings.
 
     Raises:
-        NotFoundError: there is no such source.
-        UsageError: the compiler or linker refuses it; its words are in the error.
+        NotFoundError: the source does not exist.
+        UsageError: the compiler or linker rejects it; the error has its message.
         HostError: there is no C compiler, it took too long, or the output cannot be written.
     """
     sources = sorted(source.glob("*.c")) if source.is_dir() else [source]
@@ -90,14 +90,14 @@ def build_own_guest(name: str, directory: Path | None = None) -> Path:
 
     Args:
         name: one of :data:`GUEST_NAMES`.
-        directory: where its ELF file goes; without one, where :func:`guest_path` finds it.
+        directory: for the ELF file; by default, the one where :func:`guest_path` finds it.
 
     Returns:
         The ELF file.
 
     Raises:
         NotFoundError: there is no guest of this name.
-        UsageError, HostError: as :func:`build_guest` does.
+        UsageError, HostError: as :func:`build_guest`.
     """
     _check_name(name)
     directory = directory or _DIRECTORY / "bin"
@@ -148,7 +148,7 @@ def _compile(command: list[str], source: Path) -> str:
 
 
 def _first_complaint(output: str) -> str:
-    """The compiler's first line that names an error, or its last words."""
+    """Return the compiler's first line that names an error, else its last line."""
     lines = output.strip().splitlines()
     for line in lines:
         if "error:" in line or "undefined reference" in line:

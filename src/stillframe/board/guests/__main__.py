@@ -1,6 +1,6 @@
 """``python -m stillframe.board.guests``: build the package's own guests in place.
 
-For work in a checkout without an installation; ``stillframe board build`` is for other guests.
+For work in a checkout without an installation; ``stillframe board build`` compiles other guests.
 """
 
 from __future__ import annotations
