@@ -1,4 +1,4 @@
-"""Where a running board's picture goes: nowhere, into a file, or onto the terminal."""
+"""Displays for a running board's picture: none, a file, or the terminal."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 _EVERY_S = 0.5
 _TEXT_ROWS = 6
-"""At least so many lines of the terminal are left to the guest's serial line."""
+"""Terminal lines left to the guest's serial line, at least."""
 
 
 class Display:
-    """Shows a board's picture; this one, nowhere. All calls come from one thread."""
+    """Shows a board's picture; this base class does not. All calls come from one thread."""
 
     def refresh(self, board: RunningBoard, *, now: bool) -> None:
-        """May be called often; ``now``: somebody asks for the picture."""
+        """Update the picture; may be called often. ``now``: the user asked for it."""
 
     def close(self, board: RunningBoard) -> None:
-        """The board is about to end. Never raises."""
+        """Finish, as the board is about to end. Never raises."""
 
 
 def choose_display(display: str | None, *, serial: str) -> Display:
-    """What ``--display`` says.
+    """Return the display that ``--display`` names.
 
     Raises:
-        UsageError: the terminal is asked for, and there is none.
+        UsageError: it names the terminal, and standard output is not a capable one.
     """
     if display is None:
         return Display()
@@ -52,7 +52,7 @@ def choose_display(display: str | None, *, serial: str) -> Display:
 
 
 class _FileDisplay(Display):
-    """Writes the picture at the end, and when it is asked for; complete or not at all."""
+    """Writes the picture at the end and on request, complete or not at all."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -106,13 +106,13 @@ class _TerminalDisplay(Display):
 
 
 def _write(text: str) -> None:
-    # Past sys.stdout's buffer, so that it keeps its place among the guest's own output.
+    # Bypass sys.stdout's buffer, to stay in order with the guest's own output.
     rest = text.encode(errors="replace")
     with suppress(OSError):  # the terminal was closed
         while rest:
             try:
                 rest = rest[os.write(1, rest) :]
-            except BlockingIOError:  # the serial line's reader shares the terminal's description
+            except BlockingIOError:  # the serial line's reader shares the terminal's open file
                 room = select.poll()
                 room.register(1, select.POLLOUT)
                 room.poll(_EVERY_S * 1e3)

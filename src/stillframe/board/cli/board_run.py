@@ -28,7 +28,7 @@ _END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class GuestType(click.ParamType):  # type: ignore[type-arg]
-    """An ELF file, or the name of a guest that comes with the package."""
+    """An ELF file, or the name of a packaged guest."""
 
     name = "guest"
 
@@ -109,7 +109,7 @@ def command(
 
 
 class _Requests:
-    """What signals have asked for: an end, or pictures."""
+    """What signals asked for: the end, or pictures."""
 
     def __init__(self) -> None:
         self.end: int | None = None
@@ -124,7 +124,7 @@ class _Requests:
 
 @contextmanager
 def _requests() -> Iterator[_Requests]:
-    """Take signals that are not ignored, for as long as the context."""
+    """Handle the signals that are not ignored, for as long as the context."""
     requests = _Requests()
     with ExitStack() as restore:
         for number in (*_END, signal.SIGUSR1):
@@ -138,14 +138,14 @@ def _requests() -> Iterator[_Requests]:
 def _follow(
     board: RunningBoard, screen: Display, requests: _Requests, *, reader: int | None
 ) -> int:
-    """Wait for the board's end; its exit status.
+    """Wait for the board's end; return its exit status.
 
     Args:
-        reader: the descriptor behind which somebody reads, and without whom it ends; or None.
+        reader: the descriptor whose reader's end also ends the board; or None.
 
     Raises:
-        SnapshotCancelled: a signal asked for the end. ReaderGone: nobody reads any more.
-        StillframeError: what was to come in could not be loaded.
+        SnapshotCancelled: a signal asked for the end. ReaderGone: the reader is gone.
+        StillframeError: the incoming state could not be loaded.
     """
     shown = 0
     while not board.wait(_POLL_S):
@@ -159,7 +159,7 @@ def _follow(
 
 
 def _is_gone(descriptor: int) -> bool:
-    """Whether nobody can read any more what is written there: a pipe, a socket, a terminal."""
+    """Return whether the reader of a pipe, a socket or a terminal is gone."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

@@ -1,4 +1,4 @@
-"""``stillframe demo``: boards take background snapshots of themselves; the audits prove them."""
+"""``stillframe demo``: boards take background snapshots of themselves, and audits check them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,11 @@ def _silent(line: str) -> None:
 
 
 def _check_directory(output: str | None) -> None:
-    """Find out at the start whether there will be a place for the pictures."""
+    """Check at the start that the pictures have a place to go.
+
+    Raises:
+        SinkError: they have none.
+    """
     if output is None:
         return
     place = Path(output).absolute()
@@ -80,7 +84,7 @@ def _check_directory(output: str | None) -> None:
 
 
 def _keep(life: LifeResult, output: str | None) -> LifeResult:
-    """Take the pictures to their place, which is made only now that there are some."""
+    """Move the pictures to their directory, made only now that there are some."""
     import msgspec
 
     try:
@@ -153,7 +157,7 @@ def _as_lines(ledger: LedgerResult, life: LifeResult) -> Iterator[str]:
 
 
 def _art(life: LifeResult) -> Iterator[str]:
-    """Both pictures beside each other, on a terminal."""
+    """Yield both pictures side by side, if standard output is a terminal."""
     if not sys.stdout.isatty() or not is_capable():
         return
     columns = (min(shutil.get_terminal_size().columns, 120) - _GAP) // 2

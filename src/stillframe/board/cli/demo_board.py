@@ -28,18 +28,19 @@ _PR_SET_PDEATHSIG = 1
 
 
 class DemoBoard:
-    """One board in a process of its own, which ends with ours. Use it as a context manager.
+    """One board in a process of its own, which ends with this one. Use it as a context manager.
 
     Args:
-        directory: for its sockets and log; they are called after ``name``.
-        words: of ``stillframe board run``, besides name, serial line and monitor.
+        directory: for its sockets and log, named after ``name``.
+        words: options of ``stillframe board run``, besides name, serial line and monitor.
     """
 
     def __init__(self, directory: Path, name: str, *words: str) -> None:
-        """Start it, and connect; its guest waits for ``cont``, or for what comes in.
+        """Start the board and connect; its guest waits for ``cont``, or for the incoming stream.
 
         Raises:
-            MachineError: it did not start; its own words. StillframeError: see ``api.connect``.
+            MachineError: it did not start, with its own message.
+            StillframeError: see ``api.connect``.
         """
         self.name = name
         self._log = directory / f"{name}.log"
@@ -93,20 +94,20 @@ class DemoBoard:
         return self._console
 
     def qmp(self, command: str, **arguments: object) -> Any:
-        """Ask its monitor.
+        """Send a command to the board's monitor; return the reply.
 
         Raises:
-            MachineError: it refused, or is gone.
+            MachineError: the monitor refused, or is gone.
         """
         if self._machine is None:
             raise self._failure("has no monitor")
         return self._machine.qmp.execute(command, arguments or None)
 
     def snapshot(self, file: Path) -> Mapping[str, Any]:
-        """Have it take a background snapshot of itself; what ``query-migrate`` says at its end.
+        """Have the board take a background snapshot of itself; return the last ``query-migrate``.
 
         Raises:
-            MachineError: it failed; the board's own words.
+            MachineError: it failed, with the board's own message.
         """
         wanted = {"capability": "background-snapshot", "state": True}
         self.qmp("migrate-set-capabilities", capabilities=[wanted])
@@ -114,10 +115,10 @@ class DemoBoard:
         return self._migrated()
 
     def wait_loaded(self) -> None:
-        """Wait until what comes in is there.
+        """Wait until the incoming stream is loaded.
 
         Raises:
-            MachineError: it failed; the board's own words.
+            MachineError: it failed, with the board's own message.
         """
         self._migrated()
 
@@ -137,7 +138,7 @@ class DemoBoard:
         raise MachineError(f"the migration of board {self.name} does not end")
 
     def close(self) -> None:
-        """End it; never raises."""
+        """End the board; never raises."""
         if self._machine is not None:
             with contextlib.suppress(StillframeError):
                 self.qmp("quit")
@@ -160,13 +161,13 @@ class DemoBoard:
 
 
 class Console:
-    """A guest's serial line: lines with the time at which they came."""
+    """A guest's serial line: its lines and their arrival times."""
 
     def __init__(self, path: Path) -> None:
         """Connect.
 
         Raises:
-            MachineError: nobody listens there.
+            MachineError: the connection fails.
         """
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -188,15 +189,15 @@ class Console:
                     self._more.notify_all()
 
     def lines(self, start: str = "") -> list[tuple[float, str]]:
-        """All lines so far that begin so, with their time (monotonic, seconds)."""
+        """Return all lines so far that begin with ``start``, with arrival times (monotonic, s)."""
         with self._more:
             return [(at, line) for at, line in self._lines if line.startswith(start)]
 
     def wait(self, *starts: str, after: int = 0, timeout_s: float = _ANSWER_S) -> str:
-        """The first line that begins with one of these.
+        """Wait for the first line that begins with one of ``starts``, and return it.
 
         Args:
-            after: so many lines are passed over; ``count`` tells how many there are.
+            after: how many lines to skip; ``count`` tells how many there are.
 
         Raises:
             MachineError: none came in time.
@@ -218,10 +219,10 @@ class Console:
             return len(self._lines)
 
     def ask(self, line: str, *starts: str) -> str:
-        """Send a line, and wait for the answer that begins so.
+        """Send a line, and return the answer that begins with one of ``starts``.
 
         Raises:
-            MachineError: none came in time.
+            MachineError: none came in time, or the serial line is gone.
         """
         before = self.count
         try:
@@ -239,14 +240,14 @@ class Console:
 
 
 def _end_with_parent(parent_pid: int) -> None:
-    """For the new process: be killed when the demo dies (prctl(2)), also if it has died by now."""
+    """In the new process: be killed when the demo dies (prctl(2)), even if it has died by now."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def number(line: str, name: str) -> int:
-    """The number in ``name=NUMBER`` of a guest's line.
+    """Return the number in ``name=NUMBER`` of a guest's line.
 
     Raises:
         MachineError: there is none.

@@ -1,4 +1,4 @@
-"""The demo's first act: money moves between accounts on all of RAM; a snapshot must lose none."""
+"""The demo's first act: money moves between accounts across RAM, and a snapshot must lose none."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Say = Callable[[str], None]
 
 
 class LedgerResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What the first act found. Transfers are the guest's own count.
+    """The first act's results. Transfers are the guest's own count.
 
-    ``numbers``: the migration's statistics, as ``take`` gives them. ``progress``: transfers a
-    second while the snapshot was taken, over those before. ``audits``: the guests' answers.
+    ``numbers``: the migration's statistics, as ``take`` gives them. ``progress``: transfers per
+    second during the snapshot, divided by those before. ``audits``: the guests' answers.
     """
 
     protection: str
@@ -40,13 +40,13 @@ class LedgerResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_ledger(directory: Path, say: Say) -> LedgerResult:
-    """Play it.
+    """Play the first act.
 
     Args:
         directory: for sockets and the snapshot.
 
     Raises:
-        SnapshotFailed: an audit failed. MachineError: a board did not do what it was told.
+        SnapshotFailed: an audit failed. MachineError: a board failed or did not answer.
     """
     file = directory / "ledger.stream"
     words = ("ledger", "--ram", f"{RAM_MIB}M", "--cpus", str(VCPUS))
@@ -93,7 +93,10 @@ def run_ledger(directory: Path, say: Say) -> LedgerResult:
 
 
 def _transfers_per_s(board: DemoBoard, since_s: float, until_s: float) -> float:
-    """Over the ticks in that time, and the two around it: a tick may well be late."""
+    """Return the rate between the last tick before and the first after that time.
+
+    A tick may well be late, so the ticks' own times count.
+    """
     ticks = board.console.lines("tick")
     before = [tick for tick in ticks if tick[0] <= since_s] or ticks[:1]
     after = [tick for tick in ticks if tick[0] >= until_s] or ticks[-1:]

@@ -1,4 +1,4 @@
-"""The demo's second act: the Game of Life, and its picture at the instant and now."""
+"""The demo's second act: the Game of Life, with pictures of the instant and of now."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READY = "life ready"
 
 
 class LifeResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Files of the two pictures, and the same as portable pixmaps for the terminal."""
+    """The two pictures: as PNG files, and as portable pixmaps for the terminal."""
 
     instant_file: str
     now_file: str
@@ -26,13 +26,13 @@ class LifeResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_life(directory: Path, say: Callable[[str], None]) -> LifeResult:
-    """Play it.
+    """Play the second act.
 
     Args:
         directory: for sockets, the snapshot and the pictures.
 
     Raises:
-        MachineError: a board did not do what it was told.
+        MachineError: a board failed or did not answer.
     """
     file = directory / "life.stream"
     width, height = _RESOLUTION

@@ -25,10 +25,10 @@ class Picture:
 
     @classmethod
     def from_ppm(cls, content: bytes) -> Picture:
-        """Of a binary portable pixmap without comments (netpbm's ppm(5)).
+        """Parse a binary portable pixmap without comments (netpbm's ppm(5)).
 
         Raises:
-            ValueError: it is none.
+            ValueError: ``content`` is not one.
         """
         magic, width, height, depth, _ = content.split(maxsplit=4)
         if magic != b"P6" or depth != b"255":
@@ -37,12 +37,12 @@ class Picture:
         return cls(int(width), int(height), content[len(content) - 3 * pixels :])
 
     def pixel(self, x: int, y: int) -> Pixel:
-        """Red, green, blue."""
+        """Return red, green and blue."""
         at = (y * self.width + x) * 3
         return self._rgb[at], self._rgb[at + 1], self._rgb[at + 2]
 
     def mean(self, left: int, top: int, right: int, bottom: int) -> Pixel:
-        """The mean colour of an area, of at most some ten of its pixels."""
+        """Return the mean colour of an area, from a sample of at most 25 of its pixels."""
         xs = range(left, right, max(1, (right - left) // 3))
         ys = range(top, bottom, max(1, (bottom - top) // 3))
         pixels = [self.pixel(x, y) for y in ys for x in xs]
@@ -51,11 +51,13 @@ class Picture:
 
 
 def picture_lines(picture: Picture, columns: int, rows: int, *, colour: bool) -> Iterator[str]:
-    """The picture in at most so many character cells, its shape kept; a line for each row of cells.
+    """Yield the picture in at most ``columns`` by ``rows`` character cells, one line per row.
+
+    The picture keeps its aspect ratio.
 
     Args:
-        colour: 24-bit colours where the terminal says that it has them, else 256; without it,
-            shades of the letters' own colour.
+        colour: 24-bit colours where the terminal announces them, else 256; without it, shades of
+            the text colour.
     """
     width, height = cells(picture, columns, rows)
     for row in range(height):
@@ -67,7 +69,7 @@ def picture_lines(picture: Picture, columns: int, rows: int, *, colour: bool) ->
 
 
 def cells(picture: Picture, columns: int, rows: int) -> tuple[int, int]:
-    """How many columns and rows of character cells a picture takes of so many."""
+    """Return how many of these columns and rows of character cells a picture takes."""
     scale = max(picture.width / columns, picture.height / (2 * rows))
     width = max(1, min(columns, round(picture.width / scale)))
     return width, max(1, min(rows, round(picture.height / scale / 2)))
@@ -99,7 +101,7 @@ def _numbers(pixel: Pixel) -> str:
 
 
 def _of_256(pixel: Pixel) -> int:
-    """The nearest of xterm's 6x6x6 cube."""
+    """Return the nearest colour of xterm's 6x6x6 cube, as if its levels were evenly spaced."""
     red, green, blue = (round(part / 51) for part in pixel)
     return 16 + 36 * red + 6 * green + blue
 
