@@ -1,1 +1,1 @@
-"""Start a machine again from a snapshot."""
+"""Machines started again from a snapshot."""

@@ -1,11 +1,11 @@
-"""Makes a finished snapshot of a domain one of libvirt's own: ``virsh snapshot-list`` shows it, and
-``virsh snapshot-revert`` goes back to it (from libvirt 9.9 on).
+"""The adoption of a finished domain snapshot by libvirt: ``virsh snapshot-list`` shows it, and
+``virsh snapshot-revert`` goes back to it (libvirt 9.9 and newer).
 
 libvirt gets an external snapshot's description (VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE): the memory is
 a save image beside the snapshot file, and the disks of its ``<domain>`` are the copies. A revert
 lays new overlays over those (libvirt ``src/qemu/qemu_snapshot.c``:
-qemuSnapshotRevertExternalPrepare), so they are never written to. Nothing of the running domain is
-changed, and nothing is added to its downtime.
+qemuSnapshotRevertExternalPrepare), so they are never written to. The running domain does not
+change, and its downtime does not grow.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SUFFIX = ".save"
 
 
 def save_as(name: str, output: object, key: DataKey | None) -> Save:
-    """What takes a snapshot and makes it libvirt's, for :func:`begin_take`.
+    """Return a function for :func:`begin_take` that takes a snapshot and makes it libvirt's.
 
     Args:
         name: of libvirt's snapshot. output: of the take; key: of the take.
@@ -76,10 +76,10 @@ def save_as(name: str, output: object, key: DataKey | None) -> Save:
 
 
 def check_adoptable(machine: Machine, name: str) -> None:
-    """Before the snapshot is taken; the guest is not touched.
+    """Check, before the take, that libvirt can adopt the snapshot; the guest is not touched.
 
     Raises:
-        UsageError: the VM is no domain of libvirt, or the name is none or taken.
+        UsageError: the VM is not a libvirt domain, or the name is invalid or taken.
         RefusedError: its libvirt could not revert to the snapshot.
     """
     if not isinstance(machine, LibvirtMachine):
@@ -107,11 +107,12 @@ def adopt(taken: TakenSnapshot, name: str) -> TakenSnapshot:
     """Make a snapshot that was just taken one of libvirt's. The guest runs on.
 
     Returns:
-        The same, with a note of the save image, which libvirt needs as well as the copies.
+        The snapshot, with a note about the save image, which libvirt needs besides the copies.
 
     Raises:
         RefusedError: a disk is not in the snapshot. SinkError: no room for the save image.
-        MachineError: libvirt's own words. The snapshot itself is there then.
+        HostError: the domain's user cannot get access to the files.
+        MachineError: libvirt's own words. The snapshot itself stays in each case.
     """
     file = taken.file
     memory = Path(f"{file}{_SUFFIX}").absolute()
@@ -166,7 +167,7 @@ def _snapshot_xml(snapshot: Snapshot, name: str, memory: Path) -> str:
 
 
 def _let_read(snapshot: Snapshot, file: str, memory: Path, uid: int) -> None:
-    """A session's libvirt is its user, and will make overlays beside the copies."""
+    """Give a session's user the files: its libvirt reads them, and makes overlays beside copies."""
     if uid == os.geteuid():
         return
     labels = [disk_label(disk) for disk in snapshot.manifest.captured_disks]

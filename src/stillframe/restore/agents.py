@@ -1,8 +1,8 @@
-"""Guest agents of VMs that were started from a snapshot; they thaw guests that were frozen.
+"""Guest agents of VMs that were started from a snapshot: they thaw guests that were frozen.
 
-``take --quiesce`` has the agent freeze the guest's file systems around the instant. The guest of
-the instant is frozen, then, and so is one that is restored: every write of its own waits until its
-agent has thawed it, which is to be reached from outside only.
+``take --quiesce`` has the agent freeze the guest's file systems around the instant. So a restored
+guest is frozen, too: each of its writes waits until its agent, which can only be reached from
+outside, has thawed it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _ANSWER_S = 5.0
 _THAW_S = 20.0
 _PAUSE_S = 0.2
 AT_ONCE = 256
-"""One that does not answer costs a thread that waits, and the others need not wait for it."""
+"""An agent that does not answer costs a waiting thread; the others need not wait for it."""
 _FROZEN = "its file systems are frozen, as they were at the instant (--quiesce)"
 
 
 @contextlib.contextmanager
 def agent_of(vm: RestoredVm, *, answer_s: float, frozen: bool = False) -> Iterator[GuestAgent]:
-    """A connection to a running guest's agent.
+    """Connect to a running guest's agent.
 
     Args:
         answer_s: how long it may take to answer. frozen: as of :class:`GuestAgent`.
 
     Raises:
-        RefusedError, BusyError: it has none, or one that does not answer.
+        RefusedError, BusyError: the guest has no agent, or one that does not answer.
         MachineError, HostError: the VM cannot be asked.
     """
     if vm.domain is None:
@@ -52,10 +52,10 @@ def agent_of(vm: RestoredVm, *, answer_s: float, frozen: bool = False) -> Iterat
 
 
 def thaw(vms: Sequence[RestoredVm]) -> list[RestoredVm]:
-    """Have the agents of guests that were frozen at the instant thaw them; their notes, also those
-    of their records, say of which that was not possible. Never raises.
+    """Have the agents of guests that were frozen at the instant thaw them. Where that fails, the
+    notes of the VM and of its record say so. Never raises.
 
-    Takes about twenty seconds for agents that do not answer, for all at once.
+    Takes about twenty seconds if agents do not answer, for all at once.
     """
     with ThreadPoolExecutor(min(AT_ONCE, len(vms)), "stillframe-thaw") as pool:
         notes = list(pool.map(_thaw, vms))
@@ -70,7 +70,7 @@ def thaw(vms: Sequence[RestoredVm]) -> list[RestoredVm]:
 
 
 def _thaw(vm: RestoredVm) -> str:
-    """What there is to say."""
+    """Thaw one guest; return a note if that fails, or an empty text."""
     if vm.state != "running":
         return f"{_FROZEN}: have its guest agent thaw them once it runs ({THAW})"
     deadline_s = time.monotonic() + _THAW_S
@@ -80,8 +80,8 @@ def _thaw(vm: RestoredVm) -> str:
                 agent.thaw()
                 return ""
         except StillframeError as error:
-            # libvirt, and a guest that waits for pages, take a while until the agent is there.
-            # There is no channel, or one that nobody can connect to: that stays so.
+            # Under libvirt, or while the guest waits for pages, the agent takes a while to appear.
+            # A missing channel, or one that accepts no connection, stays as it is.
             is_final = isinstance(error, RefusedError) and error.what != "guest-agent-silent"
             is_late = time.monotonic() > deadline_s
             if (is_final and vm.domain is None) or is_late or not vm.is_running:

@@ -1,8 +1,8 @@
-"""A second reading of the finished command line, by other eyes than the builder's.
+"""A second reading of the finished command line, independent of the builder.
 
-It knows nothing of what the builder meant: it looks for whatever could name a file, a socket, a
-program or an address, at any depth, and says what the plan does not account for. Nothing is shared
-with the builder, so that one mistake does not pass both.
+It knows nothing of what the builder meant: it looks for anything that could name a file, a socket,
+a program or an address, at any depth, and reports what the plan does not account for. It shares
+nothing with the builder, so that one mistake does not pass both.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _DEPTH = 8
 def unaccounted(
     argv: Sequence[str], targets: Iterable[str], *, cwd: str, own: Iterable[str]
 ) -> list[tuple[str, str]]:
-    """(option, text) of what names something of the host that is in none of the ``targets``.
+    """Return (option, text) of what names something on the host that is in none of the ``targets``.
 
     Args:
         argv: with the program. targets: what the plan says that it touches.
-        own: the caller's own words, which are not looked at.
+        own: the caller's own words, which are not checked.
     """
     known = tuple(targets)
     trusted = frozenset(own)
@@ -96,7 +96,7 @@ def _exists(cwd: str, text: str) -> bool:
 
 
 def _leaves(key: str, value: str, depth: int) -> Iterator[tuple[str, str]]:
-    """(key, text) of an option's value, of JSON in it, and of JSON in that."""
+    """Yield (key, text) of an option's value, of JSON in it, and of JSON in that."""
     if depth and not value.startswith("json:"):
         yield key, value
         return
@@ -105,7 +105,7 @@ def _leaves(key: str, value: str, depth: int) -> Iterator[tuple[str, str]]:
         try:
             pairs = list(_json_leaves(json.loads(text.removeprefix("json:")), key))
         except (ValueError, RecursionError):
-            pairs = [(key, f"/{value}")]  # not JSON: somebody else may read it otherwise
+            pairs = [(key, f"/{value}")]  # not JSON: another parser may read it otherwise
     else:
         parts = [part.partition("=") for part in value.replace(",,", "\0").split(",")]
         pairs = [(name if equals else "", (text if equals else name).replace("\0", ","))

@@ -1,4 +1,4 @@
-"""Is there memory for a VM that is to be restored: on the host, and in our memory cgroup."""
+"""The memory that is free for a VM to be restored: on the host, and in our memory cgroup."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def check_memory(needed_bytes: int) -> None:
-    """Refuse what would end in the host's or the cgroup's OOM killer.
+    """Refuse a start that would end in the host's or the cgroup's OOM killer.
 
     Raises:
-        HostError: there is less than the VM takes.
+        HostError: there is less memory than the VM takes.
     """
     for where, free_bytes in (("the host", _host_free()), ("the memory cgroup", _cgroup_free())):
         if free_bytes is not None and free_bytes < needed_bytes:
@@ -27,13 +27,13 @@ def check_memory(needed_bytes: int) -> None:
 
 
 def resident_bytes(pid: int) -> int:
-    """What a process has of memory and of swap (proc_pid_status(5)); 0 if that is not told."""
+    """Return the memory and swap of a process (proc_pid_status(5)), bytes; 0 if unknown."""
     fields = read_fields(Path(f"/proc/{pid}/status"))
     return (fields.get("VmRSS", 0) + fields.get("VmSwap", 0)) << 10
 
 
 def _host_free() -> int | None:
-    """MemAvailable and free swap (proc_meminfo(5)), bytes; None if that is not told."""
+    """Return MemAvailable and free swap (proc_meminfo(5)), bytes; None if unknown."""
     fields = read_fields(_MEMINFO)
     if "MemAvailable" not in fields:
         return None
@@ -41,6 +41,6 @@ def _host_free() -> int | None:
 
 
 def _cgroup_free() -> int | None:
-    """What we and the new VM may still take, bytes; None without a limit."""
+    """Return what this process and the new VM may still take, bytes; None without a limit."""
     rooms = (cgroup.room_bytes() for cgroup in memory_cgroups("self"))
     return min((room for room in rooms if room is not None), default=None)

@@ -1,7 +1,7 @@
-"""Trees of block nodes: what of them Stillframe knows, and what of the host they read.
+"""Trees of block nodes: what Stillframe knows of them, and what they read on the host.
 
-An allow-list. A driver or key that is not here makes the whole tree unknown, at whatever depth it
-is. Sources: QEMU ``qapi/block-core.json`` (BlockdevOptions), ``block.c`` (bdrv_fill_options).
+This is an allow-list: one unknown driver or key, at any depth, makes the whole tree unknown.
+Sources: QEMU ``qapi/block-core.json`` (BlockdevOptions), ``block.c`` (bdrv_fill_options).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ l2-cache-size l2-cache-entry-size refcount-cache-size cache-size cache-clean-int
 throttle-group queue-size reconnect-delay open-timeout bottom
 """
 _TUNING = frozenset(_TUNING_WORDS.split())
-"""Say how an image is opened, not what is in it."""
+"""Keys that say how an image is opened, not what is in it."""
 _WRITABLE = frozenset({"read-only", "auto-read-only"})
 _CONTENT = {
     "raw": "offset size",
@@ -64,15 +64,15 @@ _TEXTS = ("driver", "node-name", "filename")
 
 
 class UnknownNode(Exception):  # noqa: N818 - it is an answer, not a failure
-    """Why a tree is none that Stillframe knows."""
+    """The reason why Stillframe does not know a tree."""
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """What a tree shows.
+    """The image that a tree describes.
 
-    ``base``: path, URL or ``json:{...}``, as QEMU opens it. ``format``: empty if it is probed.
+    ``base``: path, URL or ``json:{...}``, as QEMU opens it. ``format``: empty if QEMU probes it.
     ``files``: absolute paths; ``remotes``: URLs and the like. ``nothing``: it has no content.
-    ``tree``: its nodes by their content alone; empty if it is one URL.
+    ``tree``: its nodes reduced to their content; empty if it is one URL.
     """
 
     base: str
@@ -84,10 +84,10 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def nested(pairs: Iterable[tuple[str, str]]) -> Tree:
-    """A tree from keys with dots, as QEMU makes one.
+    """Build a tree from keys with dots, as QEMU does.
 
     Raises:
-        UnknownNode: a key has a value and keys below it, or what is a text has.
+        UnknownNode: a key has both a value and keys below it, or a text key has keys below it.
     """
     root: Tree = {}
     for key, text in pairs:
@@ -108,13 +108,13 @@ def nested(pairs: Iterable[tuple[str, str]]) -> Tree:
 
 
 class NodeReader:
-    """Reads trees.
+    """A reader of trees.
 
     Args:
         named: the trees of the recorded ``-blockdev``, by node name.
         resolve: makes a path absolute.
-        only_content: a tree may not say that it is opened for writing, as one that becomes QEMU's
-            in the very words that are read.
+        only_content: a tree must not say how it is opened, such as for writing: QEMU gets the very
+            words that are read here.
     """
 
     def __init__(
@@ -129,10 +129,10 @@ class NodeReader:
         self._only_content = only_content
 
     def image(self, tree: Tree) -> Image:
-        """What a tree shows.
+        """Return the image that a tree describes.
 
         Raises:
-            UnknownNode: something in it is not known.
+            UnknownNode: something in it is unknown.
         """
         files: list[str] = []
         remotes: list[str] = []
@@ -162,7 +162,7 @@ class NodeReader:
         )
 
     def _pure(self, tree: Tree, files: list[str], remotes: list[str], depth: int) -> Tree:
-        """The tree by its content alone: without names, filters and tuning."""
+        """Return the tree reduced to its content: without names, filters and tuning."""
         if depth == 0:
             raise UnknownNode("the nodes go in a circle, or too deep")
         driver = tree.get("driver") or ("file" if "filename" in tree else "")
@@ -215,10 +215,10 @@ class NodeReader:
         raise UnknownNode(f"there is no node {child}")
 
     def from_filename(self, file: str) -> Tree | str:
-        """The node, or URL, that a file name of ``-drive`` stands for.
+        """Return the node or URL that a file name of ``-drive`` stands for.
 
         Raises:
-            UnknownNode: a protocol that Stillframe does not know.
+            UnknownNode: malformed JSON, or a protocol that Stillframe does not know.
         """
         if file.startswith("json:"):
             try:
@@ -236,10 +236,10 @@ class NodeReader:
         raise UnknownNode(f"Stillframe does not know the protocol {head}:")
 
     def drive_image(self, tree: Tree, file: str) -> Image:
-        """What a ``-drive`` shows. ``file``: its ``file=``, if any; ``tree``: the rest.
+        """Return the image of a ``-drive``. ``file``: its ``file=``, if any; ``tree``: the rest.
 
         Raises:
-            UnknownNode: something in it is not known.
+            UnknownNode: something in it is unknown.
         """
         if not file:
             return self.image(tree)
@@ -267,7 +267,7 @@ class NodeReader:
 
 
 def _flat(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """(key with dots, text) of all leaves, in the texts of QEMU's options."""
+    """Return (key with dots, text) of all leaves, in the texts of QEMU's options."""
     found: list[tuple[str, str]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"

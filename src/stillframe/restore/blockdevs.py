@@ -1,4 +1,4 @@
-"""Disks given by ``-blockdev``: a qcow2 overlay takes the node's name, the nodes below it are
+"""Disks given by ``-blockdev``: a qcow2 overlay takes the node's name, and the nodes below it are
 opened read-only.
 
 Source: QEMU ``qapi/block-core.json`` (BlockdevOptions).
@@ -24,15 +24,15 @@ _REASON = "so that the first VM's disk is not written"
 
 
 def node_reader(builder: Builder) -> NodeReader:
-    """Reads trees that may name the recorded nodes."""
+    """Return a reader of trees that may name the recorded nodes."""
     return NodeReader(_named(builder), builder.resolve)
 
 
 def touch_image(builder: Builder, option: Option, image: Image) -> None:
-    """Note what of the host an image is in."""
+    """Note where on the host, or beyond it, an image is."""
     seen = {touch.target for touch in builder.touches}
     for file in image.files:
-        if file not in seen:  # else the node below has said so
+        if file not in seen:  # otherwise the node below has noted it
             builder.read_file(file, option)
     for remote in image.remotes:
         builder.touch("network", "connect", remote, option)
@@ -40,7 +40,7 @@ def touch_image(builder: Builder, option: Option, image: Image) -> None:
 
 
 def blockdev(builder: Builder, option: Option) -> None:
-    """``-blockdev``. Whatever the nodes are to each other, all recorded ones are read-only."""
+    """Handle ``-blockdev``. All recorded nodes become read-only, however they are related."""
     value = option.parsed()
     try:
         tree = _tree(option)
@@ -86,7 +86,7 @@ def blockdev(builder: Builder, option: Option) -> None:
 
 
 def _lay_on_captured(builder: Builder, option: Option, tree: Tree, captured: CapturedBase) -> None:
-    """The node becomes an overlay over the disk of the instant; nothing of the old one stays."""
+    """Make the node an overlay over the disk of the instant; nothing of the old node stays."""
     image = captured.image(_readable(builder, tree))
     overlay = builder.replace_disk(
         image.base,
@@ -107,7 +107,7 @@ def _lay_on_captured(builder: Builder, option: Option, tree: Tree, captured: Cap
 
 
 def _shared(captured: CapturedBase) -> Tree:
-    """Its top image, opened without locks; so is what its header names below it."""
+    """Return its top image, opened without locks, as are those that its header names below it."""
     kind = "host_device" if Path(captured.backing).is_block_device() else "file"
     file = {"driver": kind, "filename": captured.backing}
     return {
@@ -116,7 +116,7 @@ def _shared(captured: CapturedBase) -> Tree:
 
 
 def _captured(builder: Builder, tree: Tree) -> CapturedBase | None:
-    """The disk of the instant that stands for a node which the guest writes to."""
+    """Return the disk of the instant for a node that the guest writes to."""
     name = tree.get("node-name", "")
     if not name or not len(builder.captured) or tree.get("read-only") in _ON:
         return None
@@ -145,7 +145,7 @@ def _is_below_captured(builder: Builder, name: str, depth: int) -> bool:
 
 
 def _children(tree: Tree) -> set[str]:
-    """Names of the nodes that a node refers to, at whatever depth."""
+    """Return the names of the nodes that a node refers to, at any depth."""
     found = {tree[key] for key in _CHILD_KEYS if isinstance(tree.get(key), str)}
     for child in tree.values():
         if isinstance(child, dict):
@@ -161,7 +161,7 @@ def _readable(builder: Builder, tree: Tree) -> Image | None:
 
 
 def _make_read_only(value: OptionValue, tree: Tree, *, in_use: bool, path: str = "") -> None:
-    """The node and all nodes in it."""
+    """Make the node and all nodes in it read-only."""
     if tree.get("driver") == "copy-on-read":  # it would write what it reads
         value.set(f"{path}driver", "raw")
         value.drop(f"{path}bottom")
@@ -178,7 +178,7 @@ def _make_read_only(value: OptionValue, tree: Tree, *, in_use: bool, path: str =
 
 
 def _written_nodes(builder: Builder, tree: Tree, path: str = "") -> list[tuple[str, str, Tree]]:
-    """(path, name, tree) of the nodes that an overlay must stand for."""
+    """Return (path, name, tree) of the nodes that an overlay must replace."""
     name = tree.get("node-name", "")
     attached = name in _attached(builder)
     is_root = not path and not _users(builder, name)
@@ -194,7 +194,7 @@ def _written_nodes(builder: Builder, tree: Tree, path: str = "") -> list[tuple[s
 
 
 def _became(builder: Builder, name: str, image: Image) -> str:
-    """Why the recorded disk is not that of the instant, if so."""
+    """Return why the recorded disk is not that of the instant; empty if it is."""
     record = builder.disk_record(name)
     shown = record.filename if record is not None else ""
     if not shown.startswith("/") or shown in map(builder.resolve, image.files):
@@ -203,7 +203,7 @@ def _became(builder: Builder, name: str, image: Image) -> str:
 
 
 def _is_left_over(builder: Builder, tree: Tree) -> bool:
-    """Whether only nodes that the caller replaced used it."""
+    """Whether the node was used only by nodes that the caller replaced."""
     name = tree.get("node-name", "")
     mentioned = any(name in texts for texts in _texts(builder.replaced, "blockdev"))
     return bool(mentioned) and name not in _attached(builder) and not _users(builder, name)
@@ -222,7 +222,7 @@ def _tree(option: Option) -> Tree:
 
 
 def _named(builder: Builder) -> dict[str, Tree]:
-    """All recorded nodes, at whatever depth, by name."""
+    """Return all recorded nodes, at any depth, by name."""
     if builder.nodes is None:
         builder.nodes = {}
         for option in builder.recorded:
@@ -243,7 +243,7 @@ def _collect(tree: Tree, into: dict[str, Tree]) -> None:
 
 
 def _attached(builder: Builder) -> set[str]:
-    """Nodes and drives that a device is given."""
+    """Return the nodes and drives that devices use."""
     options = (*builder.recorded, *builder.own)
     devices = [o.parsed().get("drive") for o in options if o.name == "device"]
     pflash = [t for o in options if o.name in ("machine", "M")
@@ -257,7 +257,7 @@ def _users(builder: Builder, name: str) -> bool:
 
 
 def _texts(options: tuple[Option, ...], name: str, but: str = "") -> list[set[str]]:
-    """The texts that may name other nodes."""
+    """Return, for each option, the texts that may name other nodes."""
     found = []
     for option in options:
         if option.name == name:

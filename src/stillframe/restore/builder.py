@@ -1,4 +1,4 @@
-"""Builds QEMU's new command line: takes a decision about each recorded option in turn."""
+"""The builder of QEMU's new command line: it decides on each recorded option in turn."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _FD_KEYS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sockfd", "fdset", "fd
 _SCALAR = re.compile(
     r"on|off|auto|yes|no|y|n|true|false|split|-?\d+(\.\d+)?[bkmgtpe]?|0x[0-9a-f]+", re.IGNORECASE
 )
-"""Numbers, sizes and switches: they name nothing of the host."""
+"""Numbers, sizes and switches: they name nothing on the host."""
 _SEARCHED = frozenset({"romfile"})
 _RUNS_PROGRAM = re.compile(r"(?:^|[-=:\s])(?:exec|cmd|unixexec):|^\s*\||[:'\"]\s*\|")
 
 
 class Builder(Ledger):
-    """The new command line while it is being written.
+    """The new command line in the making.
 
     Args:
         recorded: the options that stand; ``replaced``: those that the caller's ``own`` replace.
-        unprivileged: it will run without the right to make network interfaces.
-        moves_ports: forwarded ports are to move to free ones.
+        unprivileged: QEMU will run without the right to make network interfaces.
+        moves_ports: move forwarded ports to free ones.
         captured: the snapshot's disks. drive_names: of ``-drive``s, by ``id(option)``.
     """
 
@@ -64,15 +64,15 @@ class Builder(Ledger):
         self.words: list[str] = []
         self._refused: list[Option] = []
 
-    # Decisions. One that was refused stays refused.
+    # Decisions. A refused option stays refused.
 
     def keep(self, option: Option) -> None:
-        """As recorded."""
+        """Write the option as recorded."""
         if option not in self._refused:
             self.words += option.words
 
     def drop(self, option: Option, reason: str) -> None:
-        """Leave it out."""
+        """Leave the option out."""
         self.rewrite(option.text, "", reason)
 
     def replace(self, option: Option, words: Iterable[str], reason: str) -> None:
@@ -94,7 +94,7 @@ class Builder(Ledger):
         self.rewrite("", shown_words(words), reason)
 
     def refuse(self, option: Option, reason: str, remedy: str = OWN) -> None:
-        """It cannot be used, and cannot be left out either."""
+        """Refuse the option: it cannot be used, and cannot be left out either."""
         self._refused.append(option)
         self.refusals.append(Refusal(option=option.text, reason=reason, remedy=remedy))
 
@@ -109,12 +109,12 @@ class Builder(Ledger):
         files: Mapping[str, bool] | Iterable[str] = (),
         host: Iterable[str] = (),
     ) -> None:
-        """Note all that a kept value may name of the host; what is not known is a risk.
+        """Note all that a kept value may name on the host; anything unknown is a risk.
 
         Args:
-            plain: keys whose text names nothing of the host, whatever it is.
-            files: keys that name files which are read.
-            host: keys that name something of the host, in whatever form.
+            plain: keys whose text names nothing on the host, whatever it is.
+            files: keys that name files to read.
+            host: keys that name something on the host, in whatever form.
         """
         plain, files, host = frozenset(plain), frozenset(files), frozenset(host)
         bare = value.bare()
@@ -140,7 +140,7 @@ class Builder(Ledger):
             self.risk(option, f"Stillframe does not know what {key}={text} does")
 
     def disk_record(self, identity: str) -> DiskRecord | None:
-        """What the monitor said of a disk at the instant, by its drive id or node name."""
+        """Return what the monitor told of a disk at the instant, by its drive id or node name."""
         for disk in self.record.disks:
             if identity and identity in (disk.device, disk.node_name):
                 return disk
@@ -149,7 +149,7 @@ class Builder(Ledger):
     # Paths
 
     def resolve(self, path: str) -> str:
-        """A recorded path, absolute; one with ``..`` as the kernel follows it."""
+        """Return a recorded path as an absolute one; follow ``..`` as the kernel does."""
         whole = Path(self.record.cwd or "/", path)
         return os.path.realpath(whole) if ".." in whole.parts else os.path.normpath(whole)
 
@@ -164,7 +164,7 @@ class Builder(Ledger):
         self.touch(kind, "read", resolved, option, required=required)  # type: ignore[arg-type]
 
     def search_file(self, name: str, option: Option) -> None:
-        """Note a file that QEMU looks for among its own ones if it is not there as named (QEMU
+        """Note a file that QEMU looks for among its own files if it is not there as named (QEMU
         ``qemu_find_file``)."""
         if "/" in name or os.path.exists(self.resolve(name)):  # noqa: PTH110 - whatever it is
             self.read_file(name, option, required=False)

@@ -1,7 +1,7 @@
-"""The disks of a snapshot as a restore needs them: what to lay overlays on, and whether it is that.
+"""The disks of a snapshot for a restore: what to lay overlays on, and checks that it is unchanged.
 
 Nothing here writes: a captured image is never written to (invariant 11). The restored VM's overlay
-has ``backing`` and ``backing_format`` below it.
+has ``backing`` below it, in the format ``backing_format``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from stillframe.restore.disk_use import is_written
 
 
 class CapturedBase(msgspec.Struct, frozen=True, kw_only=True):
-    """One disk to be restored.
+    """One disk to restore.
 
     ``backing``: absolute path of its top image; ``virtual_size_bytes``: of the overlay to make;
-    ``files``: ``backing`` and what lies below it.
+    ``files``: ``backing`` and its backing chain.
     """
 
     disk: CapturedDisk
@@ -36,15 +36,15 @@ class CapturedBase(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
 
     def is_of(self, record: DiskRecord) -> bool:
-        """Whether it is this recorded drive's."""
+        """Whether it is the disk of this recorded drive."""
         same = (record.device, record.qdev) == (self.disk.device, self.disk.qdev)
         return same and bool(record.device or record.qdev)
 
     def top(self) -> Image:
-        """Its top image, as a node.
+        """Return its top image, as a node.
 
         Raises:
-            DataError: its format is none of an image.
+            DataError: its format is not that of an image.
         """
         node = {"driver": "file", "filename": self.backing}
         try:
@@ -56,11 +56,11 @@ class CapturedBase(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(image, files=self.files)
 
     def image(self, recorded: Image | None) -> Image:
-        """What the restored VM's overlay lies on.
+        """Return the image below the restored VM's overlay.
 
         Args:
-            recorded: the image that the recorded option describes, where that can be read: a
-                frozen one is opened as it says, and the key of an encrypted one is there.
+            recorded: the image that the recorded option describes, if that can be read: it says how
+                to open a frozen image, and has the key of an encrypted one.
         """
         if recorded is not None and recorded.files and _same(recorded.files[0], self.backing):
             return Image(base=recorded.base, format=recorded.format, files=self.files, remotes=())
@@ -73,7 +73,7 @@ class CapturedBase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CapturedDisks:
-    """The disks that a snapshot holds, while a plan finds out which option each belongs to.
+    """The disks that a snapshot holds, while a plan finds the option of each.
 
     Args:
         records: the drives of the instant.
@@ -92,18 +92,18 @@ class CapturedDisks:
     def find(
         self, name: str, *, devices: Iterable[str] = (), files: Iterable[str] = ()
     ) -> CapturedBase | None:
-        """The disk of one option; the same each time.
+        """Return the disk of one option; each call returns the same.
 
         Args:
             name: the drive's id or the node's name. devices: ids of the guest's devices on it.
-            files: the images that the option names, for a drive whose name tells nothing.
+            files: the images that the option names, for a drive whose name does not identify it.
         """
         if name not in self._found or not name:
             self._found[name] = self._by_name(name, set(devices)) or self._by_file(files)
         return self._found[name]
 
     def unplaced(self) -> list[CapturedBase]:
-        """Those that no option was found of."""
+        """Return the disks without an option."""
         labels = {base.label for base in self._found.values() if base is not None}
         return [base for base in self._bases if base.label not in labels]
 
@@ -124,7 +124,7 @@ class CapturedDisks:
         return found[0] if len(found) == 1 else None
 
     def _originals(self, base: CapturedBase) -> set[str]:
-        """The files that the VM itself had the disk in."""
+        """Return the files that held the disk in the original VM."""
         names = {record.filename for record in self._records if base.is_of(record)}
         if base.disk.kind == "overlay":
             names.update(base.files)
@@ -132,7 +132,7 @@ class CapturedDisks:
 
 
 def captured_bases(manifest: Manifest, snapshot_path: str | os.PathLike[str]) -> list[CapturedBase]:
-    """The disks that a snapshot holds, in the machine's order; none if it is without disks."""
+    """Return the disks that a snapshot holds, in the machine's order; none if it has no disks."""
     found = []
     for disk in manifest.captured_disks:
         files = tuple(str(place_of(file, disk, snapshot_path)) for file in disk.files)
@@ -150,7 +150,8 @@ def captured_bases(manifest: Manifest, snapshot_path: str | os.PathLike[str]) ->
 
 
 def place_of(file: FrozenFile, disk: CapturedDisk, snapshot_path: str | os.PathLike[str]) -> Path:
-    """Where a file of a disk is now: a copy may have been moved, and renamed, with its snapshot."""
+    """Return where a disk's file is now: a copy may have been moved and renamed with its
+    snapshot."""
     snapshot = Path(snapshot_path).absolute()
     if disk.kind == "copy" and file.name_beside:
         own = snapshot.with_name(f"{snapshot.name}.disks") / file.name_beside
@@ -160,7 +161,7 @@ def place_of(file: FrozenFile, disk: CapturedDisk, snapshot_path: str | os.PathL
 
 
 def disk_label(disk: CapturedDisk) -> str:
-    """How a disk is called in plans and messages."""
+    """Return the name of a disk in plans and messages."""
     return disk.device or device_id(disk.qdev) or disk.node_name
 
 
@@ -172,19 +173,19 @@ def check_captured(
     digests: bool = False,
     step: Callable[[], object] | None = None,
 ) -> list[str]:
-    """Check that every image is what the manifest names. The images are only read.
+    """Check that every image is the one that the manifest names. The images are only read.
 
     Args:
-        only: the labels of the disks that are used; else all.
-        digests: read them whole, where a digest was recorded (``--verify-disks``).
+        only: the labels of the disks that are used; default: all.
+        digests: read images in full where a digest was recorded (``--verify-disks``).
         step: called between two reads; may raise to give up.
 
     Returns:
-        Notes: what could not be checked.
+        Notes about what could not be checked.
 
     Raises:
         NotFoundError: an image is gone. DataError: it is another one, or was written to.
-        RefusedError: a program writes to it now, such as a fold.
+        RefusedError: a program, such as a fold, is writing to it.
     """
     notes = []
     for disk in manifest.captured_disks:
@@ -205,7 +206,7 @@ def check_file(
     step: Callable[[], object] | None = None,
     shown_as: str = "",
 ) -> None:
-    """As :func:`check_captured`, of one file. ``shown_as``: its name, if ``path`` is none."""
+    """Check one file, as :func:`check_captured`. ``shown_as``: its name, if ``path`` is not one."""
     shown = shown_as or path
     try:
         found = frozen_file(path, file.format, digest=digests and bool(file.digest), step=step)
@@ -240,7 +241,7 @@ def _difference(found: FrozenFile, file: FrozenFile, *, digests: bool) -> str | 
         return "its first MiB is another one"
     if digests and file.digest:
         return "its digest is another one" if found.digest != file.digest else None
-    # The time of a copy changes when it is copied elsewhere with its snapshot; its digest does not.
+    # Copying a copy elsewhere with its snapshot changes its time, but not its digest.
     if not file.digest and found.mtime_ns != file.mtime_ns:
         return "it was written to since"
     return None

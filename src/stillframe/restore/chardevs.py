@@ -35,7 +35,7 @@ def serial(builder: Builder, option: Option) -> None:
     value = option.value.removeprefix("mon:")
     kind = re.split(r"[:,]", value, maxsplit=1)[0]
     if kind == "pty" or _HARMLESS_LINE.fullmatch(value):
-        line = "pty" if kind == "pty" else value  # without a link to it somewhere
+        line = "pty" if kind == "pty" else value  # without a path for a link to it
         builder.replace(option, option.with_value(line), _OWN_MONITOR)
     elif kind == "file":
         path = builder.private_file(option.name, option)

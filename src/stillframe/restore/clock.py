@@ -1,9 +1,9 @@
 """The guest's real-time clock after a restore.
 
 QEMU's RTC counts the host's time on from its last update (``hw/rtc/mc146818rtc.c``,
-get_guest_rtc_ns), so a restored guest's shows the host's time, as if it had only been stopped. For
-it to go on from the instant, what the saved state holds of the host's time is moved by the time in
-between.
+get_guest_rtc_ns), so a restored guest's RTC shows the host's time, as if the guest had only been
+stopped. To make it go on from the instant, the host times in the saved state are moved by the time
+in between.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TIMES = struct.Struct(">QQqqQ")
 """base_rtc (s), last_update, offset, update_timer (-1 unarmed), next_alarm_time (ns)."""
 _TIMES_OFFSET = 128 + 1 + 28 + 8 + 8 + 24 + 4 + 4
 _HEADER = struct.Struct(">B11sII")
-"""Of the section, behind type and id: name, instance, version (QEMU ``migration/savevm.c``)."""
+"""The section's header after type and id: name, instance, version (QEMU ``migration/savevm.c``)."""
 _VERSION = 3
 _HOSTS_TIME = (
     "its RTC shows the host's time; the guest's own clock goes on from the instant,"
@@ -32,10 +32,10 @@ _INSTANTS_TIME = "its RTC and the guest's own clock go on from the instant"
 
 
 def clock_shift_ns(snapshot: PlanSource, clock: Clock, builder: Builder) -> int:
-    """What the RTC is to be set back by; the plan notes what it will show.
+    """Return how far the RTC is to be set back; the plan notes what it will show.
 
     Raises:
-        RefusedError: the machine has no such RTC as can be set back.
+        RefusedError: the machine has no RTC that can be set back.
     """
     own_clock = any(
         option.name == "rtc" and "clock=" in option.value and "clock=host" not in option.value
@@ -61,7 +61,8 @@ def clock_shift_ns(snapshot: PlanSource, clock: Clock, builder: Builder) -> int:
 
 
 def set_back(piece: bytes, shift_ns: int) -> tuple[bytes, bool]:
-    """A piece of the stream outside of RAM, and whether the RTC was in it, and is set back now."""
+    """Set the RTC back in a piece of the stream outside of RAM; return the piece, and whether the
+    RTC was in it."""
     header = _HEADER.pack(len(_RTC), _RTC.encode(), 0, _VERSION)
     at = piece.find(header)
     start = at + len(header) + _TIMES_OFFSET

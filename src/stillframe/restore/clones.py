@@ -1,4 +1,4 @@
-"""What the clones of one fork have in common: what was asked for, a directory, their names."""
+"""The clones of one fork: the caller's options, their common directory, their names."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CloneKind = Literal["domain", "qemu"]
 
 
 class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a caller may choose about clones; see :func:`stillframe.restore.fork.fork`.
+    """The caller's choices for clones; see :func:`stillframe.restore.fork.fork`.
 
-    ``environment``: for their VMMs, in addition to the caller's. ``kind``: of a domain of
-    libvirt; None is the usual, domains.
+    ``environment``: for their VMMs, in addition to the caller's. ``kind``: for a libvirt domain;
+    None is the default, domains.
 
     Raises:
-        UsageError: the number, or the name, makes no sense.
+        UsageError: an invalid number or name.
     """
 
     count: int = 1
@@ -49,11 +49,11 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError("clones are not named so", remedy="use --name PATTERN before --")
 
     def names(self, vm: str, taken: Collection[str] = ()) -> list[str]:
-        """A name for each clone of a VM; ``{n}`` in the pattern is its number.
+        """Return a name for each clone of a VM; ``{n}`` in the pattern is its number.
 
         Args:
             vm: the VM's name; empty if it has none.
-            taken: names that other VMs have: a pattern that nobody chose goes on behind them.
+            taken: names of other VMs, which the default pattern skips.
         """
         pattern = f"{vm or 'clone'}-{{n}}" if self.name is None else self.name
         if not 1 <= self.count <= MOST_CLONES:
@@ -74,8 +74,8 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ForkDirectory:
-    """A directory in shared memory for what the clones of one fork share; it is there as long as
-    one of them runs. For ``with``, until they have started.
+    """A directory in shared memory for what the clones of one fork share; it exists as long as one
+    of them runs. The ``with`` block holds it until they have started.
 
     Raises:
         HostError: it cannot be made.
@@ -89,11 +89,11 @@ class ForkDirectory:
 
     @property
     def lock(self) -> int:
-        """For the clones to hold."""
+        """The descriptor of its lock, for the clones to hold."""
         return self._lock_fd
 
     def keep(self) -> None:
-        """There are clones now."""
+        """Keep the directory after the ``with`` block: there are clones now."""
         self._is_used = True
 
     def __enter__(self) -> ForkDirectory:
@@ -106,12 +106,12 @@ class ForkDirectory:
 
 
 def names_of_restored() -> set[str]:
-    """What VMs that we started are called."""
+    """Return the names of the running VMs that this user restored."""
     return {vm.name for vm in list_restored()}
 
 
 def plan_clones(source: PlanSource, options: CloneOptions) -> list[RestorePlan]:
-    """A plan for each clone; errors as ``plan_restore``."""
+    """Return a plan for each clone; errors as ``plan_restore``."""
     record = source.manifest.machine
     plans = []
     for name in options.names("" if record is None else record.name, names_of_restored()):

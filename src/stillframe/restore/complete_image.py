@@ -1,9 +1,9 @@
 """VMs on a complete image of the cache: they map its files, and all of RAM is there at once.
 
-The mapping is private, so the files stay as they are; where QEMU can (8.2 and newer), it opens them
-for reading only, so that nobody makes holes in them either (``qapi/qom.json``, property ``rom``).
-It is one of a file on a disk, which the kernel cannot write-protect (``mm/userfaultfd.c``:
-vma_can_userfault), unless the cache is on a tmpfs: such a VM is saved in the mode ``stop`` only.
+The mapping is private, so the files stay as they are; QEMU 8.2 and newer opens them read-only, so
+nothing punches holes in them either (``qapi/qom.json``, property ``rom``). Unless the cache is on a
+tmpfs, the files are on a disk, where the kernel cannot write-protect the mapping
+(``mm/userfaultfd.c``: vma_can_userfault): such a VM can be saved only in the mode ``stop``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _VERSIONED = re.compile(r"-(\d+)\.(\d+)$")
 
 
 class CompleteImage:
-    """A ``Runnable`` that needs nobody. Owns the image of the cache."""
+    """A ``Runnable`` that needs no filler. Owns the image of the cache."""
 
     def __init__(self, image: OpenImage, plan: ImagePlan) -> None:
         """``plan``: for a private mapping."""
@@ -46,12 +46,12 @@ class CompleteImage:
 
     @property
     def inherited(self) -> tuple[int, ...]:
-        """Descriptors for the VMs to hold: nobody removes the image while one has them."""
+        """Descriptors for the VMs to hold: while one has them, the image is not removed."""
         return (self._image.lock, *self.files.values())
 
     @property
     def image_files(self) -> tuple[ImageFile, ...]:
-        """What VMs on it have their RAM from."""
+        """The files behind the RAM of VMs on this image."""
         found = []
         for block in self._image.record.blocks:
             if block.number in self.plan.blocks:
@@ -86,7 +86,7 @@ class CompleteImage:
         return file_system_types(os.getpid()).get((os.major(device), os.minor(device))) == "tmpfs"
 
     def prefetch(self, snapshot: Snapshot, path: str) -> None:
-        """Have the recorded working set read from the disk meanwhile."""
+        """Start reading the recorded working set from the disk."""
         index, files = snapshot.index, self.files
         with contextlib.suppress(OSError):
             for frame in load_working_set(path, snapshot.content_id, index.frame_count):
@@ -102,17 +102,17 @@ class CompleteImage:
         """Nothing to do."""
 
     def check(self) -> None:
-        """Nothing keeps a page from anybody."""
+        """Nothing to raise: no page is missing."""
 
     def close(self) -> None:
-        """The VMs hold what they need."""
+        """Close the image: the VMs hold what they need."""
         self._image.close()
 
 
 def find_complete(plans: Sequence[RestorePlan], snapshot: Snapshot) -> CompleteImage | None:
-    """The image for VMs of a snapshot; None if there is none, or they cannot run on it."""
+    """Return the image for VMs of a snapshot; None if there is none, or they cannot run on it."""
     plan = plans[0]
-    # Another user's QEMU may not open files of ours; a board is handed its RAM in another way.
+    # Another user's QEMU may not open files of ours; a board gets its RAM another way.
     if plan.image.streamed or plan.vmm != "qemu" or plan.run_as is not None:
         return None
     private = plan_image(plan.argv[1:], snapshot.blocks, share=False)
@@ -133,8 +133,8 @@ def find_complete(plans: Sequence[RestorePlan], snapshot: Snapshot) -> CompleteI
 
 
 def _has_rom(machine_type: str) -> bool:
-    """Whether a QEMU that has this machine type has the property ``rom``, too: no QEMU has types of
-    newer versions than its own."""
+    """Whether a QEMU with this machine type also has the property ``rom``: no QEMU has machine
+    types newer than itself."""
     found = _VERSIONED.search(machine_type)
     return found is not None and (int(found[1]), int(found[2])) >= (8, 2)
 
@@ -143,7 +143,7 @@ _NOTE = "on its complete image: 'take' of it needs --mode stop ('--fill' makes o
 
 
 def on_complete(plans: Sequence[RestorePlan], image: CompleteImage) -> list[RestorePlan]:
-    """The plans with their RAM on it."""
+    """Return the plans with their RAM on a complete image."""
     notes = () if image.is_in_memory else (_NOTE,)
     return [
         msgspec.structs.replace(

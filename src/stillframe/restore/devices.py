@@ -70,7 +70,7 @@ backend world socket path blob
 """
 _HOST = frozenset(_HOST_WORDS.split())
 _SHORT_GLOBAL = re.compile(r"([^.=]{1,63})\.([^=]{1,63})=(.*)", re.DOTALL)
-"""Looked at first (QEMU ``qemu_global_option``)."""
+"""The form that QEMU tries first (``qemu_global_option``)."""
 _FIRST_CID = 1 << 16
 
 
@@ -91,8 +91,8 @@ def device(builder: Builder, option: Option) -> None:
         builder.touch("device", "write", "/dev/vhost-vsock", option)
         reason = "the first VM has the context id"
     if driver == "vmgenid":
-        # The spec wants a new one whenever a snapshot is applied; QEMU writes it into the guest's
-        # RAM when it has loaded the state, and tells the guest (hw/acpi/vmgenid.c).
+        # The spec wants a new id whenever a snapshot is applied; QEMU writes it into the guest's
+        # RAM after loading the state, and tells the guest (hw/acpi/vmgenid.c).
         value.set("guid", str(uuid.uuid4()))
         reason = "a new generation id, by which the guest knows that it was restored"
     if value.drop("pcap"):

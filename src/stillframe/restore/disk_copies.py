@@ -1,4 +1,4 @@
-"""Private copies of raw disks, which share their blocks with the disk where file systems can."""
+"""Private copies of raw disks; they share blocks with the disk where the file system can."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _STEP_BYTES = 64 << 20
 def copy_disk(source: str, copy: str) -> None:
     """Make ``copy``, mode 0600, with the content of ``source``; holes stay holes.
 
-    Where the file system can (btrfs, XFS, ...), both share their blocks until one writes
-    (ioctl_ficlone(2)); else all data is copied.
+    Where the file system can (btrfs, XFS, ...), both share their blocks until one is written to
+    (ioctl_ficlone(2)); otherwise all data is copied.
 
     Raises:
         NotFoundError: there is no such disk. HostError: it cannot be read, or the copy not made.
@@ -52,7 +52,7 @@ def _copy(read: int, write: int) -> None:
         fcntl.ioctl(write, _FICLONE, read)
         return
     except OSError:
-        length_bytes = os.fstat(read).st_size  # another file system, or one that cannot
+        length_bytes = os.fstat(read).st_size  # another file system, or one that cannot share
     os.ftruncate(write, length_bytes)
     at = 0
     while at < length_bytes:
@@ -67,7 +67,7 @@ def _copy(read: int, write: int) -> None:
         while at < end and (done := os.sendfile(write, read, at, min(_STEP_BYTES, end - at))):
             at += done
         if at < end:
-            return  # the disk was cut short meanwhile
+            return  # the disk was truncated meanwhile
 
 
 def _failure(source: str, error: OSError) -> HostError:

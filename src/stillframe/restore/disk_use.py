@@ -1,8 +1,8 @@
-"""Whether a disk image is open for writing in some QEMU now.
+"""Detection of disk images that some QEMU has open for writing.
 
-QEMU marks what it does with an image by shared locks on single bytes (QEMU ``block/file-posix.c``:
-RAW_LOCK_PERM_BASE and BLK_PERM_WRITE). The kernel lists all locks, so the image is not opened: an
-open can start a watchdog, or let the writer of a FIFO go.
+QEMU marks its use of an image with shared locks on single bytes (QEMU ``block/file-posix.c``:
+RAW_LOCK_PERM_BASE and BLK_PERM_WRITE). The kernel lists all locks, so the image is not opened:
+opening can start a watchdog, or unblock the writer of a FIFO.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ _PERM_WRITE_BYTE = 100 + 1
 
 
 def is_written(path: str) -> bool:
-    """Whether another program has the image open for writing, as far as may be seen."""
+    """Whether another program has the image open for writing, as far as visible."""
     return any(first <= _PERM_WRITE_BYTE <= last for first, last in _locks_on(path))
 
 
 def is_open(path: str) -> bool:
-    """Whether a QEMU has the image open, be it for reading, as far as may be seen."""
+    """Whether a QEMU has the image open, if only for reading, as far as visible."""
     return any(True for _ in _locks_on(path))
 
 
 def _locks_on(path: str) -> Iterator[tuple[int, int]]:
-    """First and last byte of each lock."""
+    """Yield the first and last byte of each lock."""
     try:
         status = os.stat(path)  # noqa: PTH116 - a path that cannot be read is no error here
         locks = Path("/proc/locks").read_text()
@@ -38,11 +38,12 @@ def _locks_on(path: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_lock_on(fields: list[str], status: os.stat_result) -> bool:
-    """One line of proc_locks(5): ``1: OFDLCK ADVISORY READ -1 08:01:1234 101 101``."""
+    """Whether this line of proc_locks(5) is a lock on the file, such as
+    ``1: OFDLCK ADVISORY READ -1 08:01:1234 101 101``."""
     if len(fields) != 8 or fields[1] != "OFDLCK":
         return False
     major, minor, inode = fields[5].split(":")
     device = os.makedev(int(major, 16), int(minor, 16))
-    # btrfs and overlayfs show another device number, of no hardware either, than stat(2).
+    # btrfs and overlayfs show another device number than stat(2); its major number is 0 as well.
     same = device == status.st_dev or int(major, 16) == os.major(status.st_dev) == 0
     return same and int(inode) == status.st_ino

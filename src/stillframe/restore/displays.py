@@ -95,7 +95,7 @@ def display(builder: Builder, option: Option) -> None:
 
 
 def default_display(builder: Builder) -> None:
-    """What QEMU shows if nothing says so: a window, or VNC (``system/vl.c``)."""
+    """Note QEMU's display if no option names one: a window, or VNC (``system/vl.c``)."""
     names = {option.name for option in (*builder.recorded, *builder.own)}
     if not names & {"display", "vnc", "spice", "nographic", "curses", "sdl"}:
         target = f"{_WINDOW}, or VNC on 127.0.0.1, the first free port from 5900 on"
@@ -108,7 +108,7 @@ def curses(builder: Builder, option: Option) -> None:
 
 
 def audio(builder: Builder, option: Option) -> None:
-    """``-audiodev`` and ``-audio``: a WAV file is one of our own."""
+    """``-audiodev`` and ``-audio``: a WAV file becomes one of our own."""
     value = option.parsed()
     driver = value.get("driver")
     texts = set(_AUDIO_TEXTS)

@@ -1,4 +1,4 @@
-"""The pipe that libvirt reads a save image from, and who writes into it."""
+"""The pipe from which libvirt reads a save image, and its writer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stillframe.errors import StillframeError
 from stillframe.restore.records import RunAs
 
 _READS_HEAD_TWICE = 11_002_000
-"""libvirt that opens a save image once for its head, and once more to start the domain (11.2:
+"""First libvirt that opens a save image once for its head, and once more to start the domain (11.2:
 ``src/qemu/qemu_saveimage.c``, qemuSaveImageGetMetadata)."""
 _POLL_S = 0.002
 
@@ -24,7 +24,7 @@ _POLL_S = 0.002
 class Feed:
     """The writer's end of the pipe.
 
-    Its descriptor reads, too: what is in the pipe stays there while libvirt closes and opens it.
+    Its descriptor reads, too, so the pipe keeps its content while libvirt closes and opens it.
     """
 
     def __init__(self, fd: int, heads: int, given_up: threading.Event) -> None:
@@ -35,14 +35,14 @@ class Feed:
         self._writable.register(fd, select.POLLOUT)
 
     def write_head(self, head: bytes) -> None:
-        """As often as this libvirt reads it; else as ``write``."""
+        """Write the head as often as this libvirt reads it; otherwise as ``write``."""
         self.write(head * self._heads)
 
     def write(self, data: bytes) -> None:
-        """All of it.
+        """Write all of the data.
 
         Raises:
-            BrokenPipeError: nobody reads any more.
+            BrokenPipeError: the reader is gone.
         """
         rest = memoryview(data)
         while rest:
@@ -52,10 +52,10 @@ class Feed:
                 rest = rest[os.write(self._fd, rest) :]
 
     def wait_until_read(self) -> None:
-        """Until all that was written into the pipe is read.
+        """Wait until all that was written into the pipe is read.
 
         Raises:
-            BrokenPipeError: nobody reads any more.
+            BrokenPipeError: the reader is gone.
         """
         while struct.unpack("=i", fcntl.ioctl(self._fd, termios.FIONREAD, bytes(4)))[0]:
             if self._given_up.wait(_POLL_S):
@@ -63,11 +63,11 @@ class Feed:
 
 
 class Feeder(threading.Thread):
-    """Writes a save image into a pipe that libvirt, and then its QEMU, read.
+    """The thread that writes a save image into a pipe for libvirt, and then for its QEMU.
 
     Args:
-        pipe: its name, to be made. write: writes all of it; what it raises is kept in ``failure``.
-        run_as: whose libvirt it is.
+        pipe: its name, to be created. write: writes all of it; ``failure`` keeps its
+            StillframeError. run_as: the user of that libvirt.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Feeder(threading.Thread):
 
     @contextlib.contextmanager
     def feeding(self, libvirt_version: int) -> Iterator[Path]:
-        """The pipe, for as long as the context."""
+        """Make the pipe and write to it, as long as the context lasts."""
         self._heads = 2 if libvirt_version >= _READS_HEAD_TWICE else 1
         os.mkfifo(self._pipe, 0o600)
         if self._run_as is not None:

@@ -1,9 +1,9 @@
 """A libvirt domain's RAM on an image.
 
-libvirt has no word for it, but passes ``<qemu:commandline>`` on: a further memory backend becomes
-the machine's, and the one that libvirt makes stays empty. QEMU opens the image's file by name, in
-the domain's own directory. Afterwards that name leads to the directory of shared memory, where QEMU
-makes a nameless file: so whoever saves the domain (``virsh save``) can start it again.
+libvirt's XML cannot express this, but libvirt passes ``<qemu:commandline>`` on: an additional
+memory backend becomes the machine's, and the one that libvirt makes stays empty. QEMU opens the
+image's file by name, in the domain's own directory. Afterwards that name leads to the directory of
+shared memory, where QEMU makes a nameless file: a saved domain (``virsh save``) can start again.
 Sources: QEMU ``backends/hostmem-file.c``, ``hw/core/machine.c``, ``softmmu/physmem.c``
 (file_ram_open); libvirt ``docs/drvqemu.rst``.
 """
@@ -39,7 +39,7 @@ ElementTree.register_namespace("qemu", _QEMU)
 
 
 def plan_domain_image(words: Sequence[str], blocks: Sequence[BlockRecord]) -> ImagePlan:
-    """Whether the domain can run from an image.
+    """Plan whether the domain can run on an image.
 
     Args:
         words: its command line without the program.
@@ -66,12 +66,12 @@ def _options(words: Sequence[str]) -> Sequence[Option]:
 
 
 def has_own_memory(root: ElementTree.Element) -> bool:
-    """Whether the domain was on an image already."""
+    """Whether the domain was already on an image."""
     return any(arg.get("value") == _MACHINE for arg in root.iter(_ARG))
 
 
 def put_on_place(root: ElementTree.Element, place: Path, size_bytes: int) -> None:
-    """Have the domain's RAM in what ``place`` leads to when QEMU starts."""
+    """Have the domain's RAM in the file that ``place`` leads to when QEMU starts."""
     line = root.find(_COMMANDLINE)
     if line is None:
         line = ElementTree.SubElement(root, _COMMANDLINE)
@@ -94,7 +94,7 @@ def put_on_place(root: ElementTree.Element, place: Path, size_bytes: int) -> Non
 
 
 def renamed(block: BlockRecord) -> Callable[[bytes], bytes]:
-    """Gives the block its new name in the stream's list of blocks (``ram_save_setup``)."""
+    """Return an edit that renames the block in the stream's list of blocks (``ram_save_setup``)."""
 
     def entry(name: str) -> bytes:
         return bytes((len(name),)) + name.encode() + block.used_length_bytes.to_bytes(8, "big")
@@ -103,10 +103,10 @@ def renamed(block: BlockRecord) -> Callable[[bytes], bytes]:
 
 
 class ImagePlace:
-    """Files for an image that libvirt's QEMU may open, for as long as the context.
+    """Image files that libvirt's QEMU may open, until ``close``.
 
     Args:
-        place: the name that it gets.
+        place: the name under which QEMU opens them.
         uid: QEMU's user.
 
     Raises:
@@ -131,7 +131,7 @@ class ImagePlace:
         self._directory.chmod(_PASSABLE)
 
     def make_file(self, number: int) -> int:
-        """As ``RamImage.make`` takes it."""
+        """Make a block's file and return its descriptor, as ``RamImage.make`` wants it."""
         path = self._directory / str(number)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         fd = os.open(path, flags, 0o600)
@@ -140,7 +140,7 @@ class ImagePlace:
         return fd
 
     def is_open(self) -> None:
-        """QEMU has opened it: nobody else is to."""
+        """Lead the name elsewhere: QEMU has opened the file, and nothing else may."""
         lead(self._place, SHARED_MEMORY)
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -150,7 +150,7 @@ class ImagePlace:
 
 
 def lead(place: Path, to: Path) -> None:
-    """Let the name lead there, at once.
+    """Make the name ``place`` lead to ``to``, atomically.
 
     Raises:
         OSError: not possible.
@@ -164,7 +164,7 @@ def lead(place: Path, to: Path) -> None:
 
 @contextlib.contextmanager
 def image_place(place: Path, uid: int, *, needed_bytes: int) -> Iterator[ImagePlace]:
-    """For ``with``."""
+    """Make an :class:`ImagePlace` for a ``with`` block."""
     made = ImagePlace(place, uid, needed_bytes=needed_bytes)
     try:
         yield made

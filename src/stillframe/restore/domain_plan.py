@@ -1,4 +1,4 @@
-"""Plans a snapshot of a libvirt domain as a new domain, or the same one again: its XML.
+"""The plan of a libvirt domain from a snapshot, a new one or the same one again: its XML.
 
 The new domain has a name, UUID, MAC addresses, sockets, ports and disks of its own.
 """
@@ -33,10 +33,10 @@ _RAM_NAME = "ram"
 
 class DomainPlan(msgspec.Struct, frozen=True, kw_only=True):
     """A new domain before it is started, or the same one again. ``xml``: what libvirt gets.
-    ``image``: whether its RAM is on one; ``streamed_xml``: what libvirt gets where that fails.
+    ``image``: whether its RAM is on one; ``streamed_xml``: what libvirt gets if that fails.
 
-    ``directory``: to be made, for its overlays and sockets. ``revert``: the domain of that UUID is
-    ended before. The rest is as in ``RestorePlan``.
+    ``directory``: to be created for its overlays and sockets. ``revert``: end the domain of that
+    UUID first. The rest is as in ``RestorePlan``.
     """
 
     snapshot: str
@@ -57,12 +57,12 @@ class DomainPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ram_path(self) -> Path:
-        """What libvirt's XML calls the file of an image."""
+        """The name of the image's file in libvirt's XML."""
         return Path(self.directory, _RAM_NAME)
 
     @property
     def needs_trust(self) -> tuple[str, ...]:
-        """All that the caller has to answer for with --trust."""
+        """All that the caller must answer for with --trust."""
         if self.taken_here:
             return self.distrust
         named = (f"{risk.option}: {risk.reason}" for risk in self.risks)
@@ -80,14 +80,15 @@ def plan_domain(
     """Rewrite the recorded XML so that the new domain shares nothing with the old one.
 
     Args:
-        name: of the new domain. directory: for sockets and overlays, to be made; else usual places.
+        name: of the new domain. directory: to be created for sockets and overlays; default: the
+            usual places.
         revert: the same domain again; only its disks are other ones, overlays beside the snapshot.
-        stream: all of RAM before it runs, also where that need not be.
+        stream: load all of RAM before it runs, even if an image is possible.
 
     Raises:
-        UsageError: the snapshot is not of a domain, or no name for one. DataError: its XML is
-            malformed. RefusedError: it is for analysis only, has a device that cannot be had
-            twice, or is without a disk that another VM writes to.
+        UsageError: the snapshot is not of a domain, or the name is invalid. DataError: its XML is
+            malformed. RefusedError: the snapshot is for analysis only, or lacks a disk that another
+            VM writes to; or a device of the domain cannot exist twice.
     """
     record = domain_of_snapshot(snapshot)
     snapshot.check_restorable()
@@ -103,7 +104,7 @@ def plan_domain(
     _set_text(root, "uuid", identity)
     machine = snapshot.manifest.machine
     description = snapshot.description
-    if revert and directory is None:  # the domain is on it from now on
+    if revert and directory is None:  # from now on the domain's disks are there
         directory = Path(f"{description}.reverted-{secrets.token_hex(3)}")
     run_as = choose_user(machine.uid) if machine else None
     disks = choose_places(new_name, directory, run_as=run_as).disks
@@ -114,7 +115,7 @@ def plan_domain(
     )
     if revert:
         own_disks(root, live, ledger, captured)
-        captured.find("<nvram>", files=[root.findtext("os/nvram") or ""])  # it is in the stream
+        captured.find("<nvram>", files=[root.findtext("os/nvram") or ""])  # the stream has it
         ledger.note("what the domain had on its disks since is left where it was, and not used")
     else:
         own_devices(root, live, ledger, captured)
@@ -126,7 +127,7 @@ def plan_domain(
         )
     note_touches(root, ledger)
     words = (machine.command_line or machine.argv)[1:] if machine else ()
-    if stream or revert:  # what goes on is the domain that it was, with its own definition
+    if stream or revert:  # a reverted domain goes on with its own definition
         image = ImagePlan(streamed="as you asked")
     else:
         image = plan_domain_image(words, snapshot.blocks)
@@ -136,7 +137,7 @@ def plan_domain(
     if not image.streamed:
         streamed = copy.deepcopy(root)
         put_on_place(root, disks / _RAM_NAME, size_bytes)
-    if has_own_memory(streamed):  # of a domain that was on an image: its block keeps its name
+    if has_own_memory(streamed):  # the domain was on an image: its block keeps its name
         put_on_place(streamed, disks / _RAM_NAME, size_bytes)
     # A recorded URI may run programs (qemu+ext).
     own = session_uri(machine.uid if run_as and machine else os.geteuid())
@@ -161,7 +162,7 @@ def plan_domain(
 
 
 def _ram_bytes(snapshot: Snapshot) -> int:
-    """Of the machine's own RAM."""
+    """Return the length of the machine's own RAM: the largest block."""
     return max((block.used_length_bytes for block in snapshot.blocks), default=0)
 
 

@@ -1,5 +1,5 @@
-"""Has libvirt start one planned domain: from a save image (virDomainRestoreFlags), which it reads
-from a pipe while we write it."""
+"""The start of one planned domain by libvirt: from a save image (virDomainRestoreFlags), which
+libvirt reads from a pipe while this process writes it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _POLL_S = 0.05
 
 
 class DomainStart:
-    """One domain on its way. ``runs``: whether its guest does, once it has started.
+    """The start of one domain. ``runs``: whether its guest runs, once it has started.
 
     Args:
         running: whether the guest is to run.
-        run_as: whose QEMU it is, if not the caller's.
-        record_path: where it is said how its image is filled.
+        run_as: the user of its QEMU, if not the caller.
+        record_path: where the image's fill record goes.
 
     Raises:
         HostError: libvirt is missing.
@@ -69,7 +69,7 @@ class DomainStart:
         self.runs = False
 
     def by_stream(self, on_progress: Callable[[int, int], None] | None) -> None:
-        """All of RAM before it runs."""
+        """Start it after loading all of RAM."""
 
         def write(feed: Feed) -> None:
             sent, total = 0, self._snapshot.manifest.stream_bytes
@@ -85,7 +85,7 @@ class DomainStart:
         self._restore(write)
 
     def on_image(self) -> Filling:
-        """On an image that is being filled from now on.
+        """Start it on an image, and return what fills the image from now on.
 
         Raises:
             HostError, MachineError, RefusedError: not possible; there is no domain.
@@ -108,7 +108,7 @@ class DomainStart:
             )
             on_failure.callback(record_path.unlink, missing_ok=True)
             on_failure.callback(filling.close, keeps_working_set=False)
-            on_failure.callback(self.destroy)  # before: it waits for pages
+            on_failure.callback(self.destroy)  # runs before close: the domain waits for pages
             if filling.snapshot.id != self._snapshot.id:
                 raise DataError(f"{self._plan.snapshot} is another snapshot than a moment ago")
             edit = renamed(self._snapshot.blocks[blocks[0]])
@@ -138,7 +138,7 @@ class DomainStart:
                     took = f"it has not taken the snapshot in after {_LOAD_TIMEOUT_S:g} s"
                     raise MachineError("the domain does not start", why=took, guest_state="none")
         except StillframeError:
-            # It waits for a page that does not come, and libvirt for it.
+            # QEMU waits for a page that does not come, and libvirt waits for QEMU.
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             raise
         finally:
@@ -162,7 +162,7 @@ class DomainStart:
                         self._started.set()
                 state, *_ = connection.lookupByUUIDString(plan.uuid).state()
                 self.runs = state == libvirt.VIR_DOMAIN_RUNNING
-                if persistent:  # last: from then on its disks may not go
+                if persistent:  # last: once it is defined, its disks must stay
                     connection.defineXML(plan.streamed_xml)
         except libvirt.libvirtError as error:
             if feeder.failure is not None:
@@ -177,15 +177,15 @@ class DomainStart:
             ) from error
 
     def destroy(self) -> None:
-        """End it again, if it has started."""
+        """End the domain, if it has started."""
         if not self._is_there:
-            return  # to go back, what has its UUID is the domain from before
+            return  # in a revert, the domain with this UUID is still the one from before
         self._is_there = False
         with contextlib.suppress(StillframeError):
             destroy_domain(DomainRef(uri=self._plan.uri, uuid=self._plan.uuid))
 
     def find_pid(self) -> int:
-        """Its QEMU's; 0 if that is not to be seen from here."""
+        """Return the pid of its QEMU; 0 if it is not visible from here."""
         words = ("-uuid", self._plan.uuid)
         for vm in list_vms():
             if words in zip(vm.argv, vm.argv[1:], strict=False):
@@ -193,7 +193,7 @@ class DomainStart:
         return 0
 
     def _qemus_uid(self) -> int:
-        """As whom libvirt starts QEMU (``<baselabel>`` of the security model ``dac``)."""
+        """Return the user as whom libvirt starts QEMU (``<baselabel>`` of the model ``dac``)."""
         if self._plan.uri != SYSTEM_URI:
             return self._run_as.uid if self._run_as is not None else os.geteuid()
         try:
@@ -210,11 +210,11 @@ class DomainStart:
 
 
 def _end(libvirt: Any, connection: Any, identity: str) -> bool:
-    """End the domain if it runs; whether it is a persistent one."""
+    """End the domain if it runs; return whether it is persistent."""
     try:
         domain = connection.lookupByUUIDString(identity)
     except libvirt.libvirtError:
-        return False  # a transient one that has ended
+        return False  # a transient domain that has ended
     persistent = bool(domain.isPersistent())
     if domain.isActive():
         domain.destroy()

@@ -1,5 +1,5 @@
-"""Rewrites a recorded domain XML so that the new domain shares nothing with the old one, and tells
-what of the host it still names (libvirt ``docs/formatdomain.rst``)."""
+"""A recorded domain XML, rewritten so that the new domain shares nothing with the old one, and what
+it still names on the host (libvirt ``docs/formatdomain.rst``)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 _NETWORK_WORDS = ("network", "bridge", "dev", "portgroup", "pool", "volume", "name", "host",
                   "service", "address", "port")  # fmt: skip
 _FILE_WORDS = ("file", "dir", "path")
-"""Relative ones, too: whatever libvirt makes of them."""
+"""Relative paths too, whatever libvirt makes of them."""
 _OF_THE_OLD_DISK = ("backingStore", "mirror", "shareable", "transient", "auth", "encryption")
 _WITH_COPY = "take it with --disks copy, or restore it while the first domain is off"
 
 
 def own_devices(root: Element, live: Element, ledger: Ledger, captured: CapturedDisks) -> None:
-    """Give the domain disks, sockets, ports and MAC addresses of its own.
+    """Give the domain its own disks, sockets, ports and MAC addresses.
 
     Args:
-        live: the XML of the domain as it ran, which has the devices' ids.
+        live: the XML of the domain as it ran, which has the device ids.
 
     Raises:
-        RefusedError: it has a device that cannot be had twice, or a disk that is being written to.
+        RefusedError: a device cannot exist twice, or a disk is being written to.
     """
     _own_nvram(root, live, ledger, captured)
     devices = root.find("devices")
@@ -56,7 +56,7 @@ def own_devices(root: Element, live: Element, ledger: Ledger, captured: Captured
 
 
 def own_disks(root: Element, live: Element, ledger: Ledger, captured: CapturedDisks) -> None:
-    """As ``own_devices``, of disks alone: for the same domain, which keeps all else.
+    """As ``own_devices``, for disks alone: the same domain keeps all else.
 
     Raises:
         RefusedError: a disk is not in the snapshot, or it is encrypted.
@@ -68,7 +68,7 @@ def own_disks(root: Element, live: Element, ledger: Ledger, captured: CapturedDi
 
 
 def not_captured(disk: Element) -> RefusedError:
-    """For who goes back to the memory of then."""
+    """Return the error for a domain that goes back to its old memory without an old disk."""
     return _refused(
         f"disk {target_of(disk)} is not in the snapshot",
         "the memory of then and the disk of now do not belong together",
@@ -77,30 +77,30 @@ def not_captured(disk: Element) -> RefusedError:
 
 
 def is_writable(disk: Element) -> bool:
-    """Whether there is something in a ``<disk>`` that the guest may write to."""
+    """Whether a ``<disk>`` has a medium that the guest may write to."""
     return disk.find("source") is not None and disk.find("readonly") is None
 
 
 def target_of(disk: Element) -> str:
-    """A ``<disk>``'s name in the guest, such as ``vda``."""
+    """Return a ``<disk>``'s name in the guest, such as ``vda``."""
     target = disk.find("target")
     return (target.get("dev") if target is not None else None) or "disk"
 
 
 def captured_disk(disk: Element, live: Element, captured: CapturedDisks) -> CapturedBase | None:
-    """The snapshot's disk that a ``<disk>`` was. ``live``: the XML with the devices' ids."""
+    """Return the snapshot's disk for a ``<disk>``. ``live``: the XML with the device ids."""
     alias = f"devices/disk/target[@dev='{target_of(disk)}']/../alias"
     return _captured(captured, live, alias, file_of(disk))
 
 
 def file_of(disk: Element) -> str | None:
-    """The file or block device of a ``<disk>``, or None."""
+    """Return the file or block device of a ``<disk>``, or None."""
     source = disk.find("source")
     return (source.get("file") or source.get("dev")) if source is not None else None
 
 
 def put_image(disk: Element, file: str, image_format: str) -> None:
-    """Let a ``<disk>`` be that file."""
+    """Make ``file`` the image of a ``<disk>``."""
     source, driver = disk.find("source"), disk.find("driver")
     if source is None:
         source = SubElement(disk, "source")
@@ -115,7 +115,7 @@ def put_image(disk: Element, file: str, image_format: str) -> None:
 
 
 def note_touches(root: Element, ledger: Ledger) -> None:
-    """All that the XML still names of the host: every path, network, address and program."""
+    """Note all that the XML still names on the host: every path, network, address and program."""
     for element in root.iter():
         where = f"<{element.tag.replace(_QEMU, 'qemu:')}>"
         if element.tag == f"{_QEMU}commandline":
@@ -172,7 +172,7 @@ def _own_disk(disk: Element, live: Element, ledger: Ledger, captured: CapturedDi
 
 
 def _touch_headers(disk: Element, ledger: Ledger) -> None:
-    """What the headers of a disk's image files name."""
+    """Note what the headers of a disk's image files name."""
     source, driver = disk.find("source"), disk.find("driver")
     file = source.get("file") or source.get("dev") if source is not None else None
     if not file:
@@ -198,7 +198,7 @@ def _captured(
 
 
 def _own_nvram(root: Element, live: Element, ledger: Ledger, captured: CapturedDisks) -> None:
-    """UEFI's variables: their content is in the stream, the file is only to be as long."""
+    """Plan a copy of UEFI's variables: their content is in the stream, only the length counts."""
     nvram = root.find("os/nvram")
     source = nvram.find("source") if nvram is not None else None
     if nvram is None:
@@ -240,7 +240,7 @@ def _sockets_of(graphics: Element) -> Iterator[Element]:
 
 
 def _own_line(line: Element, ledger: Ledger) -> None:
-    """A serial line or channel; what pty, spicevmc and the like need, libvirt makes."""
+    """Give a serial line or channel its own end; libvirt makes what pty, spicevmc etc. need."""
     source = line.find("source")
     if source is None:
         return

@@ -1,4 +1,4 @@
-"""How QEMU names a ``-drive`` that has no id, and so how its monitor calls the disk.
+"""The name that QEMU gives a ``-drive`` without an id, by which its monitor calls the disk.
 
 Source: QEMU ``blockdev.c`` (drive_new: bus, unit and the id made of them).
 """
@@ -17,9 +17,9 @@ _PC = ("pc", "q35", "isapc", "xenfv")
 
 
 def drive_names(recorded: Sequence[Option], machine_type: str) -> dict[int, str]:
-    """The names of all ``-drive``, ``-hda`` and the like without an id, by ``id(option)``."""
+    """Return the names of all ``-drive``, ``-hda`` etc. without an id, by ``id(option)``."""
     usual = "ide" if machine_type.startswith(_PC) else "virtio"
-    # A bus of SATA has one place.
+    # A SATA bus has one place.
     units = {"ide": 1 if "q35" in machine_type else 2, "scsi": 7}
     taken: set[tuple[str, int, int]] = set()
     names: dict[int, str] = {}
@@ -42,7 +42,7 @@ def drive_names(recorded: Sequence[Option], machine_type: str) -> dict[int, str]
 def _place(
     value: OptionValue, kind: str, most: int, taken: set[tuple[str, int, int]]
 ) -> tuple[int, int]:
-    """(bus, unit); without an index or a unit, the first free one."""
+    """Return (bus, unit); without an index or a unit, the first free one."""
     bus, unit, index = (_number(value.get(key)) for key in ("bus", "unit", "index"))
     if index is not None:
         return divmod(index, most) if most else (0, index)

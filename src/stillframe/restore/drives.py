@@ -1,4 +1,4 @@
-"""Disks given by ``-drive`` and its short forms: written to an overlay, never to the disk itself.
+"""Disks given by ``-drive`` and its short forms: writes go to an overlay, never to the disk itself.
 
 Sources: QEMU ``blockdev.c`` (drive_new), ``system/vl.c`` (drive options).
 """
@@ -45,7 +45,7 @@ def snapshot(builder: Builder, option: Option) -> None:
 
 
 def drive(builder: Builder, option: Option) -> None:
-    """``-drive``, ``-hda FILE`` and its like, and a bare file name."""
+    """``-drive``, ``-hda FILE`` and the like, and a bare file name."""
     value = as_drive(option)
     shared = value.is_on(_SHARE)  # an overlay of an earlier restore
     value.drop(_SHARE)
@@ -102,7 +102,7 @@ def drive(builder: Builder, option: Option) -> None:
         )
         value.set("file", overlay.overlay)
         value.set("format", "qcow2")
-        # Of the instant and in use: the VM that is being forked writes to it until then.
+        # In use, and of the instant: the VM that is being forked writes to it until then.
         if overlay.in_use or (captured is None and shared):
             value.set(_SHARE, True)
         reason = OVERLAY_REASON if captured is None else f"disk {captured.label} of the instant"
@@ -110,7 +110,7 @@ def drive(builder: Builder, option: Option) -> None:
 
 
 def as_drive(option: Option) -> OptionValue:
-    """The value of the ``-drive`` that a short form stands for."""
+    """Return the value of the ``-drive`` that a short form stands for."""
     if option.name == "drive":
         return OptionValue(option.value, "file", json=False)
     value = OptionValue(SHORT_FORMS[option.name], "file", json=False)
@@ -125,7 +125,7 @@ def _is_of_drive(key: str) -> bool:
 def _of_the_instant(
     builder: Builder, option: Option, value: OptionValue, image: Image | None
 ) -> Image | None:
-    """The image that the VM had at the instant, where the monitor said so."""
+    """Return the image that the VM had at the instant, as far as the monitor told."""
     record = builder.disk_record(value.get("id"))
     temporary = value.is_on("snapshot") or any(o.name == "snapshot" for o in builder.recorded)
     if record is None or (temporary and record.filename):

@@ -28,22 +28,22 @@ _NO_ERROR = re.compile(r"warning:|board .* \(process \d+\), QMP at ")
 
 
 class Emulator:
-    """One started VMM that reads its stream from a pipe. It is in a session of its own.
+    """One started VMM that reads its stream from a pipe, in a session of its own.
 
-    If this process dies, the pipe ends, and a VMM that has not got its whole stream exits. For that
-    it gets the first bytes at once: QEMU waits for data alone, and would not notice the end of an
-    empty pipe (``io/channel-watch.c``; it would poll for ever).
+    If this process dies, the pipe ends, and a VMM without its whole stream exits. For that it gets
+    the first bytes at once: QEMU waits for data alone, and would not notice the end of an empty
+    pipe (``io/channel-watch.c``; it would poll for ever).
 
-    ``sent_bytes``: of its stream, by its start.
+    ``sent_bytes``: what it has of its stream by its start.
     """
 
     sent_bytes = len(STREAM_START)
 
     def __init__(self, plan: RestorePlan, *, inherits: Sequence[int] = ()) -> None:
-        """Start it.
+        """Start the VMM.
 
         Args:
-            inherits: descriptors that it has under the same numbers.
+            inherits: descriptors that it gets under the same numbers.
 
         Raises:
             HostError: it cannot be started.
@@ -82,13 +82,13 @@ class Emulator:
         return self._process.poll() is not None
 
     def wait_end(self, timeout_s: float) -> bool:
-        """Whether it ends within that time."""
+        """Return whether it ends within that time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_s)
         return self.has_ended()
 
     def failure(self, doing: str, why: str | None = None) -> MachineError:
-        """What to say when it ended or failed: its own words, and what helps against them.
+        """Return the error for its end or failure: its own words, and a remedy for them.
 
         Args:
             why: what it said over its monitor.
@@ -106,7 +106,7 @@ class Emulator:
         )
 
     def last_words(self) -> str:
-        """The last lines of its log, on one line."""
+        """Return the last lines of its log, on one line."""
         try:
             with self._log_path.open("rb") as log:
                 size = log.seek(0, os.SEEK_END)
@@ -117,32 +117,32 @@ class Emulator:
         lines = [_SPEAKER.sub("", line) for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if not _NO_ERROR.match(line)]
         shown = errors or lines
-        if len(shown) > _SHOWN_LINES:  # the first one often says what the others come of
+        if len(shown) > _SHOWN_LINES:  # the first one often is the cause of the others
             shown = [shown[0], "...", *shown[1 - _SHOWN_LINES :]]
         return printable(" / ".join(shown))
 
     def close_stream(self) -> None:
-        """End the stream; does nothing the second time."""
+        """End the stream; a second call does nothing."""
         if self.stream_fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self.stream_fd)
             self.stream_fd = -1
 
     def kill(self) -> None:
-        """End it at once, and wait until it is gone."""
+        """Kill it, and wait until it is gone."""
         self.close_stream()
         if not self.has_ended():
-            os.killpg(self.pid, signal.SIGKILL)  # it may be a wrapper of the VMM
+            os.killpg(self.pid, signal.SIGKILL)  # the process may be a wrapper of the VMM
             self.wait_end(_KILL_TIMEOUT_S)
 
     def let_go(self) -> None:
-        """Leave it running; its end is awaited, so that no zombie stays while we live."""
+        """Leave it running; a thread reaps it, so that no zombie stays while this process lives."""
         self.close_stream()
         threading.Thread(target=self._reap, name=f"reaper of {self.pid}", daemon=True).start()
 
     def _reap(self) -> None:
-        # Not by waitpid(2) alone: it would also take the stops of a VM that another thread of ours
-        # has attached to (ptrace(2)), which then waits in vain.
+        # Not by waitpid(2) alone: that would also take the stops of a VM to which another thread of
+        # ours has attached (ptrace(2)), and that thread would wait in vain.
         pidfd = os.pidfd_open(self.pid)
         try:
             poll = select.poll()  # takes descriptors of any number

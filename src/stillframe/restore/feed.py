@@ -1,4 +1,4 @@
-"""Writes the stream into the pipe that the new VM reads."""
+"""The writer of the stream, into the pipe that the new VM reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLL_MS = 200
 _END_TIMEOUT_S = 5.0
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of the stream that were sent, and all of them."""
+"""Called with the stream bytes sent and the stream bytes in all."""
 
 
 def feed(
@@ -32,19 +32,19 @@ def feed(
     *,
     shift_ns: int = 0,
 ) -> None:
-    """Send the stream; each frame's digest is checked before any byte of it is sent.
+    """Send the stream; check each frame's digest before any byte of it is sent.
 
     Args:
-        touched: what of the new VM's RAM is populated; elsewhere zero pages are left out.
-        shift_ns: what the guest's RTC is set back by.
+        touched: the populated parts of the new VM's RAM; elsewhere zero pages are left out.
+        shift_ns: how far the guest's RTC is set back.
 
     Raises:
         DataError: the snapshot is damaged; the VM got none of the damaged frame.
-        MachineError: it ended, or took nothing for a minute.
+        MachineError: the VM ended, or took no data for a minute.
     """
     fd = emulator.stream_fd
     os.set_blocking(fd, False)
-    with contextlib.suppress(OSError):  # beyond the user's limit: the usual size will do
+    with contextlib.suppress(OSError):  # beyond the user's limit: the default size will do
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     total = snapshot.manifest.stream_bytes
     sent = 0

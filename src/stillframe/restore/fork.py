@@ -1,4 +1,4 @@
-"""Starts clones of a snapshot, or of a running VM."""
+"""Clones of a snapshot, or of a running VM."""
 
 from __future__ import annotations
 
@@ -45,31 +45,32 @@ def fork(
 ) -> list[RestoredVm]:
     """Start clones of a snapshot or of a running VM; they share one image of its RAM.
 
-    What they read is in memory once, each owns what it has written. A running VM goes on, after a
-    downtime as of ``take``. Its clones run from the instant on, while their RAM is saved; this
-    returns when all of it is there, and if this process dies before, the clones end. A VM whose
-    RAM cannot be an image's, or whose disks are copied, is saved as a whole first.
+    Pages that the clones only read are in memory once; each clone owns the pages that it wrote. A
+    running VM goes on, after a downtime as of ``take``. Its clones run from the instant on, while
+    their RAM is saved; this returns when all of it is there, and if this process dies before, the
+    clones end. A VM whose RAM no image can hold, or whose disks are copied, is saved as a whole
+    first.
 
     Args:
-        target: a snapshot's file or its name in the store; else a VM, as for ``connect``.
+        target: a snapshot's file or its name in the store; otherwise a VM, as for ``connect``.
         count: how many clones.
-        name: of the clones; ``{n}`` in it is their number, from 1. Else the VM's, and ``-{n}``.
-        keep: of a running VM: where the snapshot is to stay; else there is none.
-        disks: of a running VM: ``copy`` what it writes to, the usual, which leaves it as it is,
-            and the clones run once that is done; or ``overlay``: its disks are frozen, clones run
-            at once, and it goes on in overlays of its own until ``commit``.
-        kind: of a domain of libvirt: ``domain``, the usual: domains again, each with an image of
-            its own, after a snapshot as a whole; or ``qemu``: QEMUs without libvirt.
-        max_drain_ms: of a running VM: as for ``take``.
-        program: else, of a running VM, its own.
-        on_running: called once all clones run, from another thread; must be quick.
-        on_progress: of a running VM: as for ``take``.
+        name: of the clones; ``{n}`` in it is their number, from 1. Default: the VM's, and ``-{n}``.
+        keep: for a running VM: where to keep the snapshot; default: it is not kept.
+        disks: for a running VM: ``copy`` (default) copies the disks that it writes to, leaves the
+            VM as it is, and the clones run once the copies are done; ``overlay`` freezes its disks,
+            the clones run at once, and the VM goes on in overlays of its own until ``commit``.
+        kind: for a libvirt domain: ``domain`` (default) makes domains, each with an image of its
+            own, after a complete snapshot; ``qemu`` makes QEMUs without libvirt.
+        max_drain_ms: for a running VM: as for ``take``.
+        program: default for a running VM: its own.
+        on_running: called once all clones run, for a running VM from another thread; must be quick.
+        on_progress: for a running VM: as for ``take``.
 
     The other arguments are those of ``restore``.
 
     Raises:
-        UsageError: a number or a name that makes no sense. Else as ``take`` and ``restore``: where
-            one clone does not start, none is left, and a running VM runs on.
+        UsageError: an invalid number or name. Otherwise as ``take`` and ``restore``: if one clone
+            does not start, none is left, and a running VM runs on.
     """
     if disks is not None:
         check_choice("disks", disks, ("copy", "overlay"))
@@ -113,7 +114,7 @@ def fork(
 
 
 def _snapshot_file(target: Location, keys: Keys | None) -> Location | None:
-    """The snapshot that a target is; None if it is a VM."""
+    """Return the snapshot that ``target`` names; None if it is a VM."""
     if Path(target).is_file() or is_bucket_url(os.fspath(target)):
         return target
     if os.fspath(target).isdecimal():  # a pid

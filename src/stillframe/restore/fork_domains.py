@@ -1,7 +1,7 @@
-"""Clones of a libvirt domain, as domains: from a snapshot of one, or from one that runs.
+"""Clones of a libvirt domain, as domains: from a snapshot of one, or from a running one.
 
-Each has an image of its own. libvirt gives every domain a balloon, and what one clone gave back of
-an image that it shares, all would lose (``restore.on_image``).
+Each clone has an image of its own. libvirt gives every domain a balloon, and what one clone gave
+back of a shared image, all clones would lose (``restore.on_image``).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from stillframe.store.keys import Keys
 from stillframe.store.locations import Location
 
 _PASSABLE = 0o711
-"""QEMU runs as another user, who has to get to the copies of the disks."""
+"""QEMU runs as another user, and has to reach the copies of the disks."""
 
 
 def is_of_domain(path: Location, keys: Keys | None) -> bool:
-    """Whether a snapshot is of a domain of libvirt.
+    """Whether a snapshot is of a libvirt domain.
 
     Raises:
         DataError and others: as ``open_snapshot``.
@@ -48,15 +48,15 @@ def fork_domains(
     parent: str = "",
     keys: Keys | None = None,
 ) -> list[RestoredVm]:
-    """Start domains of a snapshot, one after the other; where one does not start, none is left.
+    """Start domains from a snapshot, one after the other; if one does not start, none is left.
 
     Args:
-        leases: directories that they need; the last one that is killed takes them along.
-        parent: the running domain that the snapshot is of, where it is not kept.
+        leases: disk directories that they share; killing the last clone removes them.
+        parent: the running domain that the snapshot is of, if the snapshot is not kept.
         keys: for an encrypted snapshot.
 
     Raises:
-        UsageError: an option that only a plain QEMU has. Else as ``restore_domain``.
+        UsageError: an option that only a plain QEMU has. Otherwise as ``restore_domain``.
     """
     if options.extra_args or options.program:
         raise UsageError(
@@ -96,12 +96,12 @@ def fork_running_domain(
     take: Callable[[ProcessMachine, Location], None],
     parent: str,
 ) -> list[RestoredVm]:
-    """Start domains from one that runs, which goes on; it is saved as a whole first.
+    """Start domains from a running one, which goes on; it is saved as a whole first.
 
     Args:
-        keep: where the snapshot is to stay; else the last clone that is killed takes it along.
-        take: makes it, with copies of the disks beside it.
-        parent: the running one, for people.
+        keep: where to keep the snapshot; default: killing the last clone removes it.
+        take: takes the snapshot, with copies of the disks beside it.
+        parent: the running domain, for people.
 
     Raises:
         UsageError and others: as ``take`` and :func:`fork_domains`.
@@ -117,7 +117,7 @@ def fork_running_domain(
 
 @contextmanager
 def _place() -> Iterator[Path]:
-    """For a snapshot and its disks, where large files go; removed on failure."""
+    """Make a place, fit for large files, for a snapshot and its disks; remove it on failure."""
     place = state_directory() / "restored" / f"domains-{secrets.token_hex(6)}"
     try:
         for directory in (place.parent.parent, place.parent, place):

@@ -1,4 +1,4 @@
-"""Clones of a running VM: from the instant on where that can be, else of a snapshot of it."""
+"""Clones of a running VM: from the instant on where possible, otherwise of a snapshot of it."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def fork_running(
 
     Args:
         directory: what they share.
-        keep: where the snapshot is to stay; else there is none.
-        disks: ``copy`` or ``overlay``; where to, is chosen here.
+        keep: where to keep the snapshot; default: it is not kept.
+        disks: ``copy`` or ``overlay``; the place is chosen here.
 
     Raises:
-        UsageError and others: as ``take`` and ``restore``; no clone is left then.
+        UsageError and others: as ``take`` and ``restore``; no clone is left.
     """
     began_s = time.monotonic()
     if options.kind == "domain" and not machine.managed_by:
@@ -112,10 +112,10 @@ def fork_running(
 def plan_live(
     machine: ProcessMachine, options: CloneOptions, *, freezes_disks: bool = False
 ) -> tuple[LiveSource, list[RestorePlan]]:
-    """Plan clones that are to run from the instant on; nothing is touched.
+    """Plan clones that run from the instant on; nothing is touched.
 
-    The plans are empty where that cannot be: there is no image of its RAM, or it writes to disks
-    of which there will be copies of the instant later only.
+    The plans are empty where that is impossible: the VM is not a QEMU, no image can hold its RAM,
+    or it writes to disks whose copies of the instant come only later.
 
     Args:
         freezes_disks: its disks will be frozen, and it goes on in overlays, as the clones do.
@@ -150,7 +150,7 @@ def _take_and_fork(
     on_progress: OnProgress | None,
     parent: str,
 ) -> list[RestoredVm]:
-    """A snapshot first, then clones of it."""
+    """Take a snapshot first, then start clones of it."""
     began_s = time.monotonic()
     if keep is not None:
         _take(machine, keep, SnapshotOptions(disks=disks), on_progress)
@@ -171,12 +171,12 @@ def _take_and_fork(
 
 
 def _name(record: MachineRecord) -> str:
-    """A running VM, for people."""
+    """Return a description of a running VM, for people."""
     return f"{record.name or record.vmm} (pid {record.pid})"
 
 
 def _with_price(vms: list[RestoredVm], taken_s: float) -> list[RestoredVm]:
-    """Where disks were the reason that all was saved first, the clones say so."""
+    """Add a note to the clones if the disks are why everything was saved first."""
     if vms[0].disk_directory is None or vms[0].image_path is None:
         return vms
     note = (
@@ -196,7 +196,8 @@ def _take(
 
 @contextmanager
 def _taken_disks(directory: ForkDirectory) -> Iterator[Path]:
-    """Where copies of a running VM's disks go, in a place for large files; removed on failure."""
+    """Yield a place for copies of a running VM's disks, fit for large files; remove it on
+    failure."""
     disks = state_directory() / "restored" / directory.path.name
     make_parents(disks)
     try:

@@ -1,4 +1,4 @@
-"""Clones of a snapshot: several VMs at once, which share an image."""
+"""Clones of a snapshot: several VMs that start together and share an image."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ def fork_snapshot(
     parent: str = "",
     keys: Keys | None = None,
 ) -> list[RestoredVm]:
-    """Start the clones; where one does not start, none is left.
+    """Start the clones; if one does not start, none is left.
 
     Args:
         directory: what they share.
-        leases: directories of disk images that they need. The last clone that is killed takes
-            them along.
-        parent: the running VM that the snapshot is of, where it is not kept.
+        leases: directories of disk images that they need; killing the last clone removes them.
+        parent: the running VM that the snapshot is of, if the snapshot is not kept.
         keys: for an encrypted snapshot.
 
     Raises:

@@ -1,5 +1,5 @@
-"""The ports of this host that user networks forward to the guest: those of the first VM are taken,
-so each clone gets free ones, which the kernel chooses (port 0) and QEMU tells.
+"""The host's ports that user networks forward to the guest: the first VM has its own, so each clone
+gets free ones, which the kernel chooses (port 0) and QEMU reports.
 
 Sources: QEMU ``net/slirp.c`` (slirp_hostfwd), HMP ``info usernet``.
 """
@@ -21,7 +21,7 @@ _NETWORK = re.compile(r"Hub -?\d+ \((.*)\):")
 
 class Forward(msgspec.Struct, frozen=True, kw_only=True):
     """A forwarded port. ``network``: the id of its ``-netdev``, empty if it has none.
-    ``address``: of this host, empty for all. ``port``: of this host; ``source_port``: that of the
+    ``address``: on this host, empty for all. ``port``: on this host; ``source_port``: that of the
     first VM. ``guest_address``: empty for the network's first one."""
 
     network: str
@@ -34,13 +34,13 @@ class Forward(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rule(self) -> str:
-        """As QEMU takes it, with any free port."""
+        """The rule as QEMU takes it, with any free port."""
         host = f"{self.protocol}:{self.address}:0"
         return f"{host}-{self.guest_address}:{self.guest_port}"
 
 
 def parse_forward(network: str, text: str) -> Forward | None:
-    """A value of ``hostfwd=``; None in a form that is not known, such as a Unix socket's."""
+    """Parse a value of ``hostfwd=``; None for an unknown form, such as a Unix socket's."""
     found = _FORWARD.fullmatch(text)
     if found is None:
         return None
@@ -56,10 +56,10 @@ def parse_forward(network: str, text: str) -> Forward | None:
 
 
 def with_ports(qmp: QmpClient, forwards: Sequence[Forward]) -> tuple[Forward, ...]:
-    """The same with the ports that a new VM's QEMU listens on.
+    """Return the forwards with the ports that a new VM's QEMU listens on.
 
     Raises:
-        MachineError: it does not tell, or does not forward one.
+        MachineError: QEMU does not tell, or does not forward one.
     """
     if not forwards:
         return ()

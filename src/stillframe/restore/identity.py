@@ -1,8 +1,8 @@
-"""What tells clones apart from inside: what was renewed, and what was not, is said.
+"""The identity of clones, as seen from inside; notes say what was renewed, and what was not.
 
-Clones are the same to the byte. New for each are its vmgenid (``devices``), its ports, its places.
-Where the guest's agent answers, it sets the clock and stirs the guest's random numbers. The rest is
-the guest's own.
+Clones are the same to the byte. Each gets its own vmgenid (``devices``), ports and places. If the
+guest's agent answers, it sets the clock and stirs the guest's random numbers. The rest is up to the
+guest.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SAME = "the same in all clones: host name, machine id, SSH keys, MAC addresses"
 
 
 def renew(vms: Sequence[RestoredVm]) -> list[RestoredVm]:
-    """Have the agents of running clones renew what they can; the notes say what was, and what not.
+    """Have the agents of running clones renew what they can; notes say what was, and what was not.
 
-    Takes two seconds for an agent that does not answer, for all at once. Never raises.
+    Takes two seconds if agents do not answer, for all at once. Never raises.
     """
     with ThreadPoolExecutor(min(AT_ONCE, len(vms)), "stillframe-identity") as pool:
         return [
@@ -39,7 +39,7 @@ def renew(vms: Sequence[RestoredVm]) -> list[RestoredVm]:
 
 
 def keep_renewed(vms: Sequence[RestoredVm]) -> list[RestoredVm]:
-    """As :func:`renew`; their records have the notes, too."""
+    """As :func:`renew`; write the notes to the VMs' records, too."""
     renewed = renew(vms)
     for vm in renewed:
         with contextlib.suppress(OSError):  # ended by now, and swept
@@ -80,7 +80,7 @@ def _by_agent(vm: RestoredVm) -> str:
             agent.write_file("/dev/urandom", os.urandom(_ENTROPY_BYTES))
             done.append("it stirred the random numbers")
     except StillframeError as error:
-        # Without the remedy, which is a take's.
+        # Without the remedy, which is meant for a take.
         why = error.why if isinstance(error, RefusedError) else f"{error.what}: {error.why}"
         if not done:
             return f"guest agent: clock and random numbers are the instant's: {why}"

@@ -1,7 +1,7 @@
 """The other files that a disk image names in its own header; QEMU opens them with it.
 
 Sources: QEMU ``docs/interop/qcow2.rst`` and ``qed_spec.rst``, ``block/qcow.c``, ``block/vmdk.c``.
-VHDX, VPC and VDI images with a parent are refused by QEMU itself.
+QEMU itself refuses VHDX, VPC and VDI images with a parent.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _TOO_FAR = "what stands too far behind to be read"
 
 
 class Named(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that a header names. ``role``: the child that it becomes. ``format``: empty if QEMU
-    probes it."""
+    """A file that a header names. ``role``: the child node that it becomes. ``format``: empty if
+    QEMU probes it."""
 
     role: str
     name: str
@@ -39,8 +39,8 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def named_images(image: Image) -> Iterator[tuple[str, Image | str]]:
-    """All that QEMU opens beyond the nodes of ``image``, as headers tell it, however deep: each
-    with the file that names it. A text stands for a name that Stillframe does not know."""
+    """Yield all that QEMU opens beyond the nodes of ``image`` because headers name it, at any
+    depth, each with the file that names it. A text stands for a name unknown to Stillframe."""
     waiting, seen = [image.tree], set(image.files)
     while waiting:
         tree = waiting.pop()
@@ -74,7 +74,7 @@ def named_images(image: Image) -> Iterator[tuple[str, Image | str]]:
 
 
 def named_in(path: str, image_format: str) -> list[Named]:
-    """What the header of an image names; nothing of what is no regular file, or not to be read.
+    """Return what an image's header names; nothing if the file is not regular, or not readable.
 
     Args:
         image_format: empty if QEMU probes it.
@@ -86,16 +86,16 @@ def named_in(path: str, image_format: str) -> list[Named]:
     try:
         return list(reader(head)) if reader is not None else []
     except struct.error:
-        return []  # cut off: QEMU does not open it either
+        return []  # truncated: QEMU does not open it either
 
 
 def _beside(holder: str) -> Callable[[str], str]:
-    """Names are relative to the image that has them."""
+    """Return a resolver: names are relative to the image that has them."""
     return lambda name: os.path.normpath(Path(holder).parent / name)
 
 
 def _head(path: str) -> bytes:
-    """Of a regular file; anything else is not opened, however quickly it takes that name."""
+    """Read a regular file's head; open nothing else, even if it takes that name meanwhile."""
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (OSError, ValueError):
@@ -112,7 +112,7 @@ def _head(path: str) -> bytes:
 
 
 def _qcow(head: bytes) -> Iterator[Named]:
-    """qcow and qcow2."""
+    """Read the header of qcow or qcow2."""
     version, offset, size = struct.unpack_from(">IQI", head, 4)
     features, start = 0, 72
     if version >= 3:
@@ -146,15 +146,15 @@ def _qed(head: bytes) -> Iterator[Named]:
 
 
 def _is_descriptor(head: bytes) -> bool:
-    """Whether the first line that is no comment is the version (``vmdk_probe``)."""
+    """Whether the first line that is not a comment is the version (``vmdk_probe``)."""
     lines = (line.strip() for line in head.splitlines())
     first = next((line for line in lines if line and not line.startswith(b"#")), b"")
     return first.startswith(b"version=")
 
 
 def _vmdk(head: bytes) -> Iterator[Named]:
-    """A descriptor, or a sparse extent that may hold two: one where its header says, and one at
-    512, for the parent. Both are looked for everywhere."""
+    """Read a descriptor, or a sparse extent that may hold two: one where its header says, and one
+    at 512, for the parent. Look for both everywhere."""
     if head.startswith(b"KDMV"):
         offset, size = struct.unpack_from("<QQ", head, 28)
         if (offset + size) * _SECTOR_BYTES > _HEAD_BYTES:

@@ -1,7 +1,7 @@
-"""The ledger of a restore: what of the host it touches, and what was changed for what reason.
+"""The ledger of a restore: what it touches on the host, what was changed, and why.
 
-Whatever touches the host outside the restore's own directories is a risk, by the touch alone: one
-rule, so that nothing can be listed and yet need no trust.
+Anything that it touches outside the restore's own directories is a risk, by the touch alone: with
+this one rule, nothing can be listed and yet need no trust.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ FIRMWARE_DIRECTORIES = (
     "/usr/share/qemu-efi-aarch64/",
     "/usr/lib/ipxe/qemu/",
 )
-"""What distributions install for VMs to read."""
+"""Where distributions install files for VMs to read."""
 
 
 def is_firmware(name: str) -> bool:
-    """Whether a bare name is that of an installed file."""
+    """Whether an installed file has this bare name."""
     places = (d for top in FIRMWARE_DIRECTORIES for d in (top, f"{top}keymaps/"))
     return any(os.path.exists(place + name) for place in places)  # noqa: PTH110 - any text
 
@@ -65,7 +65,7 @@ _VERBS = {
 
 
 class Ledger:
-    """Holds what is decided and learnt while a plan is made."""
+    """The decisions and findings of a plan in the making."""
 
     def __init__(self, places: Places) -> None:
         self.places = places
@@ -89,11 +89,11 @@ class Ledger:
         reason: str = "",
         own: bool = False,
     ) -> None:
-        """Note that something of the host is used; what is no private place is a risk.
+        """Note that something of the host is used, and a risk unless that is harmless.
 
         Args:
-            option: the one that says so. required: the VM cannot start without it.
-            reason: in place of the usual words. own: it is the caller's choice, not the file's.
+            option: the option that says so. required: the VM cannot start without it.
+            reason: replaces the usual words. own: the choice is the caller's, not the file's.
         """
         text = option if isinstance(option, str) else option.text
         entry = Touch(kind=kind, access=access, target=target, option=text, required=required)
@@ -111,12 +111,12 @@ class Ledger:
         private = (f"{self.places.run}/", f"{self.places.disks}/")
         if touch.target.startswith(private):
             return True
-        # By both names, since a link elsewhere may point somewhere else in a moment.
+        # Check both names: a link elsewhere may point somewhere else a moment later.
         names = (touch.target, os.path.realpath(touch.target))
         return touch.access == "read" and all(n.startswith(FIRMWARE_DIRECTORIES) for n in names)
 
     def risk(self, option: Option | str, reason: str) -> None:
-        """It is for a caller to allow who has read it."""
+        """Note a risk, for the caller to read and allow."""
         text = option if isinstance(option, str) else option.text
         risk = Risk(option=text or "the command line", reason=reason)
         if risk not in self.risks:
@@ -127,7 +127,7 @@ class Ledger:
             self.notes.append(text)
 
     def private_path(self, name: str, suffix: str) -> str:
-        """A new name in the restore's own directory."""
+        """Return a new path in the restore's own directory."""
         name = private_name(name)
         candidate, number = f"{name}{suffix}", 1
         while candidate in self._names:
@@ -136,14 +136,14 @@ class Ledger:
         return str(self.places.run / candidate)
 
     def private_socket(self, name: str, option: Option | str) -> str:
-        """A path for a unix socket of our own."""
+        """Return a path for a unix socket of our own."""
         path = self.private_path(name, ".sock")
         check_socket_path(path, made_later=True)
         self.touch("socket", "listen", path, option)
         return path
 
     def private_file(self, name: str, option: Option | str, suffix: str = ".log") -> str:
-        """A path for a file of our own."""
+        """Return a path for a file of our own."""
         path = self.private_path(name, suffix)
         self.touch("file", "create", path, option)
         return path
@@ -161,7 +161,7 @@ class Ledger:
         """Plan an image of our own in place of a disk.
 
         Args:
-            base: path, URL or ``json:{...}``; ``files``: what of it is in files of the host.
+            base: path, URL or ``json:{...}``; ``files``: the host's files that hold it.
             kind: ``overlay`` or ``copy``. captured: the base is this disk of the instant.
         """
         suffix = "qcow2" if kind == "overlay" else "raw"
@@ -192,10 +192,10 @@ class Ledger:
         return overlay
 
     def note_captured(self, base: CapturedBase, option: Option | str) -> None:
-        """A disk of the instant is used; whether its images are there, is checked at the start.
+        """Note that a disk of the instant is used; the start checks whether its images are there.
 
         Raises:
-            DataError: its format is none of an image.
+            DataError: its format is not that of an image.
         """
         for file in base.files:
             self.touch("file", "read", file, option)
@@ -204,7 +204,7 @@ class Ledger:
         self.note(f"disk {base.label} is as it was at the instant ({how}: {base.backing})")
 
     def touch_headers(self, image: Image, option: Option | str) -> None:
-        """Note what the headers of an image's files name: QEMU opens it, too."""
+        """Note what the headers of an image's files name, since QEMU opens that too."""
         for holder, named in named_images(image):
             if isinstance(named, str):
                 self.risk(option, f"the header of {holder} names {named}")
@@ -220,10 +220,10 @@ class Ledger:
         self.rewrites.append(Rewrite(before=before, after=after, reason=reason))
 
     def add_monitor(self, qmp_socket: str | None) -> str:
-        """The path of the new VM's monitor.
+        """Return the path of the new VM's monitor.
 
         Raises:
-            UsageError: a bad path. BusyError: somebody listens there.
+            UsageError: a bad path. BusyError: another process listens there.
         """
         path = str(self.places.qmp if qmp_socket is None else Path(qmp_socket).absolute())
         self.touch("socket", "listen", path, own=True)
@@ -231,7 +231,7 @@ class Ledger:
         return path
 
     def plan(self, snapshot: PlanSource, argv: tuple[str, ...], **fields: Any) -> RestorePlan:
-        """The plan with all of this. ``fields``: those that only the planner knows."""
+        """Return the plan with all of this. ``fields``: those that only the planner knows."""
         self.touch("program", "run", argv[0], own=True)
         self.touch("file", "create", str(self.places.log))
         if any(disk.kind == "overlay" for disk in self.overlays):
@@ -256,5 +256,5 @@ class Ledger:
 
 
 def shown_option(option: str, value: object) -> str:
-    """An option with its value, for people; empty if it is not given."""
+    """Return an option with its value, for people; empty if the value is None."""
     return "" if value is None else shown_words([option, str(value)])

@@ -1,5 +1,5 @@
-"""Clones of a running VM that run from the instant on: their VMMs are started before it, and their
-RAM comes while it is saved (``image.live_image``)."""
+"""Clones of a running VM that run from the instant on: their VMMs start before it, and their RAM
+arrives while it is saved (``image.live_image``)."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from stillframe.still.frames import BytesLike
 
 
 class LiveFork:
-    """An ``EarlyReader`` that starts clones. ``vms`` once the job is done, and ``let_go`` was
-    called; until then, and for ``with``, they are ended on the way out.
+    """An ``EarlyReader`` that starts clones. They are in ``vms`` once the job is done and
+    ``let_go`` was called; leaving the ``with`` block before that ends them.
 
     Args:
-        plans: one for each clone, of an image; checked.
+        plans: one per clone, on an image; checked.
         source: what they were made from.
         kept_in: the snapshot's path, if it is kept.
-        record_path: where others see how far the image is.
+        record_path: the fill record, which shows others how far the image is.
         on_running: called when all clones run.
         owns: descriptors that every clone holds as long as it lives.
         leases: directories of disk images that they need.
-        began_s: of the whole fork (monotonic clock).
+        began_s: start of the whole fork (monotonic clock).
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class LiveFork:
         """Start the clones' VMMs; they get ready while the snapshot job does.
 
         Raises:
-            HostError, BusyError: not possible.
+            HostError, BusyError: they cannot be started.
         """
         planned = self._source.manifest
         assert planned.machine is not None
@@ -116,10 +116,10 @@ class LiveFork:
                 os.close(fd)
 
     def prepare(self, describe: Callable[[], Manifest]) -> None:
-        """Wait until they wait for their stream.
+        """Wait until the clones' VMMs wait for their stream.
 
         Raises:
-            SnapshotFailed: the VM is not what was planned any more.
+            SnapshotFailed: the VM has changed since the clones were planned.
             HostError, MachineError, RefusedError: a clone does not start.
         """
         manifest, planned = describe(), self._source.manifest
@@ -140,7 +140,7 @@ class LiveFork:
     def begin(
         self, parts: StreamFraming, ram: RamCapture, new_asking: Callable[[], Asking]
     ) -> None:
-        """The instant is fixed: a thread lets the clones run."""
+        """Start the thread that lets the clones run: the instant is fixed."""
         self._live.start(parts, ram, new_asking)
         self._thread = threading.Thread(target=self._load, args=(parts,), name="stillframe-fork")
         self._thread.start()
@@ -183,24 +183,24 @@ class LiveFork:
         self._live.pages(raw, runs)
 
     def check(self) -> None:
-        """Raise what keeps a clone from running."""
+        """Raise the error that keeps a clone from running, if there is one."""
         self._live.check()
 
     def stop_asking(self) -> None:
-        """All of RAM is claimed."""
+        """Stop asking for pages: all of RAM is claimed."""
         self._live.stop_asking()
 
     def is_ready(self, timeout_s: float) -> bool:
-        """Whether the clones run, or one does not: that is for :meth:`finish` to raise."""
+        """Whether the clones run, or one has failed, which :meth:`finish` raises."""
         assert self._thread is not None
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def finish(self) -> None:
-        """All of RAM is there, and the clones run.
+        """Note that all of RAM is there and that the clones run.
 
         Raises:
-            HostError, MachineError, RefusedError: one does not.
+            HostError, MachineError, RefusedError: a clone does not run.
         """
         self._live.finish()
         self._until_complete.close()
@@ -208,7 +208,7 @@ class LiveFork:
         self.vms = [msgspec.structs.replace(vm, resident_ms=resident_ms) for vm in self.vms]
 
     def keep(self) -> None:
-        """All went well: from here on they are not ended with the job."""
+        """Note that all went well: from here on the clones do not end with the job."""
         self._is_kept = True
 
     def undo(self) -> None:
@@ -217,7 +217,7 @@ class LiveFork:
             self._on_failure.close()
 
     def let_go(self, taken: TakenSnapshot) -> list[RestoredVm]:
-        """The clones live on without us.
+        """Let the clones live on without this process.
 
         Args:
             taken: the job's result; its id is empty if nothing was kept.

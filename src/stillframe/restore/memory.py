@@ -1,6 +1,6 @@
-"""RAM of the new VM: the one place that says what lies behind it.
+"""RAM of the new VM: the one place that says what backs it.
 
-The stream fills RAM, so no file of the first VM's is wanted: QEMU would make it, or let it grow.
+The stream fills RAM, so no file of the first VM is needed: QEMU would make it, or let it grow.
 Sources: QEMU ``backends/hostmem-file.c``, ``hw/core/machine.c`` (create_default_memdev).
 """
 
@@ -37,7 +37,7 @@ def overcommit(builder: Builder, option: Option) -> None:
 
 
 def memory_file(builder: Builder, option: Option, value: OptionValue) -> None:
-    """``memory-backend-file``: the same amount of nameless memory, under the same id."""
+    """``memory-backend-file``: becomes as much nameless memory, under the same id."""
     path = builder.resolve(value.get("mem-path"))
     huge_bytes = huge_page_bytes(path)
     value.drop(*_FILE_KEYS)
@@ -70,7 +70,7 @@ class _Statfs(ctypes.Structure):
 
 
 def huge_page_bytes(path: str) -> int:
-    """The page size, if a file or directory is on hugetlbfs (statfs(2)), else 0."""
+    """Return the page size if a file or directory is on hugetlbfs (statfs(2)), else 0."""
     found = _Statfs()
     libc = ctypes.CDLL(None, use_errno=True)
     for place in (Path(path), Path(path).parent):

@@ -48,7 +48,7 @@ def network(builder: Builder, option: Option) -> None:
 
 
 def shared_networks(options: Sequence[Option]) -> list[str]:
-    """Of a new command line: networks on which guests may meet, which only a caller can give."""
+    """Return a new command line's networks on which guests may meet: only a caller gives those."""
     found = []
     for option in options:
         if option.name not in ("netdev", "nic", "net"):
@@ -62,7 +62,7 @@ def shared_networks(options: Sequence[Option]) -> list[str]:
 
 
 def default_network(builder: Builder) -> None:
-    """What QEMU adds by itself (``net/net.c``, net_init_clients)."""
+    """Note the network card that QEMU adds by itself (``net/net.c``, net_init_clients)."""
     names = {option.name for option in (*builder.recorded, *builder.own)}
     if not names & {"nodefaults", "net", "nic", "netdev"}:
         _guest_reaches(builder, "QEMU's default network card")
@@ -113,8 +113,8 @@ def _user(builder: Builder, option: Option, value: OptionValue) -> None:
 
 
 def _tap(builder: Builder, option: Option, value: OptionValue) -> None:
-    """An interface of its own. Only a tap offers vnet_hdr, without which the state of a virtio
-    card that was on one does not load."""
+    """Replace it with a tap of its own. Only a tap offers vnet_hdr; without that, the state of a
+    virtio card that was on a tap does not load."""
     if builder.unprivileged:
         builder.refuse(
             option,
@@ -151,7 +151,7 @@ def _is_virtio(builder: Builder, option: Option, value: OptionValue) -> bool:
 
 
 def _isolated(builder: Builder, option: Option, value: OptionValue) -> None:
-    """A hub without a way out."""
+    """Replace it with a hub that leads nowhere."""
     parts = [f"hubport,hubid={_FIRST_HUB + builder.recorded.index(option)}"]
     keys = ("id",) if option.name == "netdev" else ("id", *NIC_KEYS)
     parts += [f"{key}={escape_commas(text)}" for key in keys for text in value.all(key)]

@@ -58,7 +58,7 @@ _PLAIN = {
     "acpi-generic-initiator": "pci-dev",
     "acpi-generic-port": "pci-bus",
 }
-"""Keys with texts that name nothing of the host."""
+"""Keys with texts that name nothing on the host."""
 _FILES = {"rng-random": "filename", "secret": "file", "authz-list-file": "filename"}
 _TLS_DIRECTORY = "dir"
 _KEY_BYTES = 32
@@ -97,8 +97,9 @@ def qom_object(builder: Builder, option: Option) -> None:
 
 
 def _is_lost_master_key(builder: Builder, value: OptionValue) -> bool:
-    """A domain's ``master-key.aes`` decrypts the secrets that libvirt gives by monitor; it is gone
-    once the domain has ended. Where a secret of the command line needs it, nothing replaces it."""
+    """Whether the secret is a domain's ``master-key.aes``, gone and replaceable. It decrypts the
+    secrets that libvirt gives by monitor, and goes when the domain ends. If a secret of the command
+    line needs it, nothing replaces it."""
     path = Path(builder.resolve(value.get("file")))
     used = any(
         option.parsed().get("keyid") == value.get("id")

@@ -1,7 +1,7 @@
-"""Puts a VM's RAM on an image: the memory backends of its command line become mappings of files.
+"""A VM's RAM on an image: the memory backends of its command line become mappings of files.
 
-A backend keeps its id, and so the RAM block its name (QEMU ``backends/hostmem.c``,
-``hw/core/machine.c``). What cannot be mapped is named; the VM is then restored by streaming.
+A backend keeps its id, and thus the RAM block its name (QEMU ``backends/hostmem.c``,
+``hw/core/machine.c``). If RAM cannot be mapped, the plan says why, and the VM is streamed instead.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from stillframe.restore.option_value import OptionValue
 from stillframe.restore.records import Backend, ImagePlan, RestorePlan
 
 _REST_LIMIT_BYTES = 1 << 30
-"""The other blocks' pages are held in memory for the clones."""
+"""Limit of the other blocks, whose pages are held in memory for the clones."""
 _BACKENDS = ("memory-backend-ram", "memory-backend-memfd", "memory-backend-file")
 _NOT_OURS = (
     "align", "discard-data", "hugetlb", "hugetlbsize", "mem-path", "offset", "pmem", "prealloc",
     "prealloc-context", "prealloc-threads", "readonly", "reserve", "rom", "seal", "share", "size",
     "x-use-canonical-path-for-ramblock-id",
 )  # fmt: skip
-"""Of the other kinds of backend, or given anew; nothing may populate RAM before it is watched."""
+"""Properties of other backends, or set anew; nothing may populate RAM before it is watched."""
 _OUTSIDERS = {
     "vhost-user": "another process maps its RAM, and would not wait for a page",
     "x-vhost-user": "another process maps its RAM, and would not wait for a page",
@@ -41,11 +41,11 @@ _CANONICAL = "/objects/"
 
 
 def plan_image(words: Sequence[str], blocks: Sequence[BlockRecord], *, share: bool) -> ImagePlan:
-    """Which blocks of a VM an image can hold.
+    """Plan which blocks of a VM an image can hold.
 
     Args:
         words: the command line without the program.
-        share: one VM alone has the image, so it is that VM's RAM.
+        share: the image belongs to one VM alone, so it is that VM's RAM.
 
     Raises:
         DataError: the command line is malformed.
@@ -86,13 +86,13 @@ def plan_image(words: Sequence[str], blocks: Sequence[BlockRecord], *, share: bo
 
 
 def put_on_image(plan: RestorePlan, files: Mapping[int, int]) -> RestorePlan:
-    """The plan with its RAM on an image's files.
+    """Return the plan with its RAM on an image's files.
 
     Args:
-        files: by block: the descriptor that the VM will inherit.
+        files: by block: the descriptor that the VM inherits.
     """
     argv = (plan.program, *map_image(plan.argv[1:], plan.image, files))
-    # The second reader has read the line without these files: they are all that may be new.
+    # The second reader read the line without these files: nothing but them may be new.
     known = {*plan.argv, *(touch.target for touch in plan.touches)}
     known |= {f"/proc/self/fd/{fd}" for fd in files.values()}
     kept = [word for word in argv if word in plan.argv]
@@ -102,7 +102,7 @@ def put_on_image(plan: RestorePlan, files: Mapping[int, int]) -> RestorePlan:
 
 
 def map_image(words: Sequence[str], plan: ImagePlan, files: Mapping[int, int]) -> list[str]:
-    """The command line with its RAM on an image; arguments as those of :func:`plan_image` and
+    """Return the command line with its RAM on an image; arguments as for :func:`plan_image` and
     :func:`put_on_image`."""
     by_place = {backend.option: backend for backend in plan.backends}
     found: list[str] = []
@@ -138,7 +138,7 @@ def _filled(value: OptionValue, backend: Backend, plan: ImagePlan, files: Mappin
 
 
 def is_memory(option: Option) -> bool:
-    """Whether it says what RAM is made of."""
+    """Whether the option says what RAM is made of."""
     kind = option.value.partition(",")[0].removeprefix("qom-type=")
     return option.name in ("mem-path", "mem-prealloc") or (
         option.name == "object" and (kind.startswith("memory-backend-") or "{" in option.value)
@@ -148,7 +148,7 @@ def is_memory(option: Option) -> bool:
 def _backend(
     block: BlockRecord, number: int, place: int | None, identity: str
 ) -> list[Backend] | str:
-    """None if it is not worth a file; a text why there can be no image."""
+    """Return no backend if the block is not worth a file; a text says why no image is possible."""
     if block.page_size_bytes != PAGE_BYTES:
         return f"RAM block {block.idstr!r} is on huge pages"
     if block.used_length_bytes < SMALLEST_BYTES:
@@ -165,12 +165,12 @@ def _backend(
 
 
 def _is_default(idstr: str) -> bool:
-    """Whether it is RAM that QEMU made for ``-m`` (``default_ram_id`` of the machine types)."""
+    """Whether QEMU made this RAM for ``-m`` (``default_ram_id`` of the machine types)."""
     return "/" not in idstr and idstr.endswith((".ram", ".ddr"))
 
 
 def _users(options: Sequence[Option]) -> dict[str, str]:
-    """What uses a memory backend, by its id."""
+    """Return what uses each memory backend, by its id."""
     users: dict[str, str] = {}
     for option in options:
         if option.name in ("M", "machine"):
@@ -193,7 +193,7 @@ def _outsider(options: Sequence[Option], *, share: bool) -> str:
                 if kind.startswith(prefix):
                     return f"{option.text}: {reason}"
             if not share and kind.startswith("virtio-balloon"):
-                # ram_block_discard_range makes holes in the file, also under a private mapping.
+                # ram_block_discard_range punches holes in the file, even under a private mapping.
                 return f"{option.text}: what one clone gives back, all would lose"
         if option.name == "overcommit" and OptionValue(option.value, "").is_on("mem-lock"):
             return f"{option.text}: {_LOCKED}"

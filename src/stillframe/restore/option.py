@@ -40,7 +40,7 @@ IMPLIED = {
 }
 """The key of a first part without ``=``."""
 JSON_OPTIONS = frozenset({"device", "object", "blockdev", "netdev", "audiodev", "display"})
-"""Their values may be JSON; QEMU takes a brace elsewhere as a key like any other."""
+"""Options whose values may be JSON; elsewhere QEMU takes a brace as a key like any other."""
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +55,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         return shown_words(self.words)
 
     def parsed(self) -> OptionValue:
-        """Its value, by keys.
+        """Return its value, by keys.
 
         Raises:
             DataError: malformed JSON.
@@ -63,22 +63,22 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         return OptionValue(self.value, IMPLIED.get(self.name, ""), json=self.name in JSON_OPTIONS)
 
     def with_value(self, value: str) -> tuple[str, str]:
-        """The same option with another value."""
+        """Return the option's words with another value."""
         return self.words[0], value
 
 
 def takes_value(name: str) -> bool:
-    """Whether QEMU's option is followed by a value, as the one parser of command lines has it."""
+    """Whether a value follows QEMU's option, according to the one parser of command lines."""
     return next(options(["", f"-{name}", "value"]))[1] == "value"
 
 
 def split_options(words: Sequence[str], error: type[StillframeError]) -> list[Option]:
-    """The options of a command line (without the program's name).
+    """Return the options of a command line (without the program's name).
 
     An option without its value would take the next word that we write, and shift all others.
 
     Raises:
-        error: a word that is no option, or an option without its value.
+        error: a word that is not an option, or an option without its value.
     """
     found: list[Option] = []
     rest = list(words)

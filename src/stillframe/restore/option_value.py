@@ -15,11 +15,11 @@ _ON = frozenset({"on", "yes", "y", "true"})
 
 
 def read_json(text: str) -> Any:
-    """The JSON of an option.
+    """Parse the JSON of an option.
 
     Raises:
-        ValueError: malformed, or a text in it is none of QEMU's: with a NUL, or a half of a
-            surrogate pair. RecursionError: nested too deeply.
+        ValueError: malformed, or with a text that QEMU has none of: a NUL, or half of a surrogate
+            pair. RecursionError: nested too deeply.
     """
     value = _json.loads(text)
     if b"\\u0000" in _json.dumps(value, ensure_ascii=False).encode():
@@ -28,7 +28,7 @@ def read_json(text: str) -> Any:
 
 
 def split_commas(text: str) -> list[str]:
-    """The parts between single commas, raw; a doubled comma belongs to its part."""
+    """Return the parts between single commas, raw; a doubled comma belongs to its part."""
     parts: list[str] = []
     start = position = 0
     while position < len(text):
@@ -43,12 +43,12 @@ def split_commas(text: str) -> list[str]:
 
 
 def escape_commas(text: str) -> str:
-    """``text`` as a value, its commas doubled."""
+    """Return ``text`` as a value, its commas doubled."""
     return text.replace(",", ",,")
 
 
 class OptionValue:
-    """One value. Keys of nested JSON objects are joined by dots, as QEMU itself does.
+    """One value. Keys of nested JSON objects are joined by dots, as in QEMU.
 
     Args:
         implied: the key of a first part without ``=``, such as ``driver``.
@@ -82,7 +82,7 @@ class OptionValue:
         return ",".join(self._parts)
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """All (key, value), flat; a part without ``=`` is ``on``."""
+        """Yield all (key, value), flat; a part without ``=`` is ``on``."""
         if self._json is not None:
             yield from _flatten(self._json, "", 0)
             return
@@ -96,13 +96,13 @@ class OptionValue:
                 yield key, "on"
 
     def bare(self) -> set[str]:
-        """Keys without ``=``. QEMU may take the first one for the value of a key that is implied,
-        whatever we know of it."""
+        """Return the keys without ``=``. QEMU may take the first one as the value of an implied
+        key, whatever we know of it."""
         parts = self._parts[1:] if self._implied else self._parts
         return {part for part in parts if "=" not in part}
 
     def get(self, key: str, default: str = "") -> str:
-        """The last value of ``key``: with QEMU, the last one wins."""
+        """Return the last value of ``key``: in QEMU, the last one wins."""
         found = default
         for name, value in self.items():
             if name == key:
@@ -110,18 +110,18 @@ class OptionValue:
         return found
 
     def all(self, key: str) -> list[str]:
-        """Every value of a key that may be repeated."""
+        """Return every value of a key that may be repeated."""
         return [value for name, value in self.items() if name == key]
 
     def is_on(self, key: str) -> bool:
         return self.get(key).lower() in _ON
 
     def names(self) -> set[str]:
-        """All keys, flat."""
+        """Return all keys, flat."""
         return {key for key, _ in self.items()}
 
     def drop(self, *keys: str) -> set[str]:
-        """Take keys out, with all that is nested below them; returns those that were there."""
+        """Remove keys, with all that is nested below them; return those that were there."""
         present = {key for key in keys if any(_is_below(name, key) for name in self.names())}
         if self._json is not None:
             for key in present:
@@ -136,7 +136,7 @@ class OptionValue:
         return present
 
     def append(self, key: str, text: str) -> None:
-        """One more value of a key that may be repeated (a QAPI list of ``String``s)."""
+        """Add one more value of a key that may be repeated (a QAPI list of ``String``s)."""
         if self._json is not None:
             self._json.setdefault(key, []).append({"str": text})
         else:

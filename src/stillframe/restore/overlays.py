@@ -1,4 +1,4 @@
-"""Makes the overlays of a plan with ``qemu-img`` (QEMU ``docs/tools/qemu-img.rst``)."""
+"""The overlays of a plan, made with ``qemu-img`` (QEMU ``docs/tools/qemu-img.rst``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _ImageInfo(msgspec.Struct, rename="kebab"):
 
 
 def make_overlays(overlays: Sequence[DiskOverlay], run_as: RunAs | None = None) -> None:
-    """Make all overlays, as the user of the VM; the disks themselves are only read.
+    """Make all overlays, as the VM's user; the disks themselves are only read.
 
     Raises:
         HostError: ``qemu-img`` is missing, or cannot read a disk or write an overlay.
@@ -34,7 +34,7 @@ def make_overlays(overlays: Sequence[DiskOverlay], run_as: RunAs | None = None) 
     program = find_standard("qemu-img")
     for overlay in overlays:
         info = _info(program, overlay, run_as)
-        # -u: the base is not opened again, which the lock of a running VM would forbid.
+        # -u: do not open the base again, which the lock of a running VM would forbid.
         base = ["-b", overlay.base, "-F", info.format]
         target = [overlay.overlay, str(info.virtual_size)]
         _run(
@@ -61,7 +61,7 @@ def _info(program: str, overlay: DiskOverlay, run_as: RunAs | None) -> _ImageInf
 
 
 def _for_info(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree as far as its size goes: that is told without keys, and without what is below."""
+    """Return the tree as far as its size needs it: without keys, and without what is below."""
     return {
         key: _for_info(value) if isinstance(value, dict) else value
         for key, value in tree.items()

@@ -1,4 +1,4 @@
-"""The caller's own QEMU options, and which recorded ones they take the place of."""
+"""The caller's own QEMU options, and the recorded ones that they replace."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _ID_KEYS = {
     "virtfs": "mount_tag",
     "fw_cfg": "name",
 }
-"""What names one of several."""
+"""The key that names one of several."""
 _COUNTED = frozenset({"device", "drive", "nic", "net", "acpitable", "option-rom", "smbios"})
-"""The first of a kind takes the place of the first recorded one, the second of the second."""
+"""The caller's first of a kind replaces the first recorded one, the second the second."""
 _FORBIDDEN = {
     "daemonize": "Stillframe starts it in the background itself",
     "incoming": "the snapshot comes in",
@@ -41,9 +41,9 @@ _FORBIDDEN = {
 
 
 class Overrides:
-    """Matches the caller's options with recorded ones.
+    """The caller's options, matched with recorded ones.
 
-    ``standing``: the recorded options that nothing takes the place of; ``replaced``: the others.
+    ``standing``: the recorded options that nothing replaces; ``replaced``: the others.
 
     Raises:
         UsageError: an option that a restore cannot work with.
@@ -63,12 +63,12 @@ class Overrides:
             keys = list(keys_of(waiting, own=True))
             waiting = self._match(recorded, list(keys_of(recorded, own=False)), waiting, keys)
         self.rest = waiting
-        """Those that took no recorded option's place."""
+        """The caller's options that replaced no recorded one."""
         self.standing = [o for n, o in enumerate(recorded) if n not in self._words]
         self.replaced = [o for n, o in enumerate(recorded) if n in self._words]
 
     def words_at(self, number: int) -> tuple[str, ...] | None:
-        """The words that come in the place of a recorded option; None if it stands."""
+        """Return the words that replace a recorded option; None if it stands."""
         return self._words.get(number)
 
     def _match(
@@ -94,7 +94,7 @@ class Overrides:
 
 
 Key = tuple[str, ...] | None
-"""What makes an option the same as another; None if nothing does."""
+"""What makes two options the same; None if nothing does."""
 
 
 def _canonical(option: Option) -> str:
@@ -113,8 +113,8 @@ def _by_id(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
 
 
 def _by_place(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
-    """Interface and index of drives, counted as QEMU does (``blockdev.c``, drive_new). Of the
-    caller's, those that say an index."""
+    """Yield interface and index of drives, counted as QEMU does (``blockdev.c``, drive_new); of the
+    caller's, only those with an index."""
     taken: set[Key] = set()
     for option in options:
         value = _value(option) if _canonical(option) == "drive" else OptionValue("if=none", "")
@@ -129,7 +129,7 @@ def _by_place(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
 
 
 def _by_count(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
-    """The first of a kind is the first recorded one, unless it has a name that is not recorded."""
+    """Match the first of a kind with the first recorded one, unless it has an unrecorded id."""
     seen: Counter[Key] = Counter()
     for option in options:
         name = _canonical(option)
@@ -152,7 +152,7 @@ def _by_count(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
 
 
 def _by_name(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
-    """QEMU knows only one of it, or all of the caller's take the place of all recorded ones."""
+    """Match options that QEMU knows only one of, or of which the caller's replace all recorded."""
     several = _ADDED | _COUNTED | _ID_KEYS.keys()
     for option in options:
         name = _canonical(option)
@@ -160,7 +160,7 @@ def _by_name(options: Sequence[Option], *, own: bool) -> Iterator[Key]:
 
 
 def _carried(recorded: Option, own: Option) -> tuple[str, ...]:
-    """The caller's option, with what others know the recorded one by."""
+    """Return the caller's option, with the keys by which others know the recorded one."""
     name = _canonical(own)
     if name not in ("drive", "device", "nic") or own.value.startswith("{"):
         return own.words

@@ -1,4 +1,4 @@
-"""Where a restored VM's sockets, log and overlays go."""
+"""The places of a restored VM's sockets, log and overlays."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
 def choose_places(
     name: str, directory: Path | None, *, log_name: str = "qemu.log", run_as: RunAs | None = None
 ) -> Places:
-    """New names for the directories; nothing is made.
+    """Choose new names for the directories; nothing is created.
 
     Args:
-        name: of the VM, for people who look.
+        name: of the VM, as a hint for people.
         directory: the caller's choice for everything; it must not exist.
         run_as: another user, who must get there.
 
     Raises:
         UsageError: ``directory`` exists.
-        HostError: the usual directory belongs to somebody else.
+        HostError: the usual directory belongs to another user.
     """
     if directory is not None:
         directory = directory.absolute()
@@ -61,7 +61,7 @@ def choose_places(
 
 
 def private_name(name: str) -> str:
-    """``name`` as a part of a file name."""
+    """Return ``name`` as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".")[:24] or "unnamed"
 
 
@@ -69,14 +69,14 @@ def check_socket_path(path: str, *, made_later: bool = False) -> None:
     """Check that a unix socket can be bound there.
 
     Args:
-        made_later: its directory is not there yet.
+        made_later: its directory does not exist yet.
 
-    A socket file on which nobody listens any more counts as free: whoever binds there replaces it,
-    as QEMU does. QEMU would do so also under the nose of a VM that listens there.
+    A socket file on which nothing listens any more counts as free: binding there replaces it, as
+    QEMU does. QEMU would also replace the socket of a VM that still listens.
 
     Raises:
-        UsageError: too long, there is something of that name, or no directory for it.
-        BusyError: somebody listens there.
+        UsageError: too long, something else has that name, or there is no directory for it.
+        BusyError: another process listens there.
     """
     length = len(os.fsencode(path))
     if length > SUN_PATH_BYTES:

@@ -1,7 +1,7 @@
-"""Plans a restore, and says what stands in its way. Nothing is made or started here.
+"""The plan of a restore, and what stands in its way. Nothing is created or started here.
 
-A recorded command line is data from a file, and it is read as such: each option is known and dealt
-with, or it needs the caller's trust.
+A recorded command line is data from a file, and is read as such: each option is known and handled,
+or it needs the caller's trust.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ def plan_restore(
     clones: int = 1,
     forwards: bool = False,
 ) -> RestorePlan:
-    """Say how the snapshot would be started; nothing is made, started, opened or connected to.
+    """Plan how to start the snapshot; nothing is created, started, opened or connected to.
 
     Args:
-        name: of the new VM; else it is called as the old one.
-        qmp_socket: where the new VM's monitor is to listen; else a private place.
-        extra_args: the caller's own options, of QEMU or of ``board run``. One takes the place of
-            the recorded option that it is another value of (docs/reference/restore.md); the
-            others are added. Of an imported stream they are the whole command line.
+        name: of the new VM; default: the old VM's name.
+        qmp_socket: where the new VM's monitor listens; default: a private place.
+        extra_args: the caller's own options, of QEMU or of ``board run``. One replaces the recorded
+            option that it is another value of (docs/reference/restore.md); the others are added.
+            For an imported stream they are the whole command line.
         program: the caller's own choice of QEMU, a name or a path.
         paused: do not let the guest run.
-        directory: for sockets, log and overlays, to be made; else the usual places.
+        directory: to be created for sockets, log and overlays; default: the usual places.
         clock: what the guest's RTC shows: the host's time, or the instant's and on from there.
         stream: send all of RAM through the stream, also where an image could hold it.
-        clones: how many VMs are to share one image.
-        forwards: forward free ports in place of the first VM's; else none is.
+        clones: how many VMs share one image.
+        forwards: forward free ports in place of the first VM's; otherwise forward none.
 
     Raises:
-        RefusedError: the snapshot is for analysis only.
+        RefusedError: the snapshot is for analysis only, or the RTC of such a machine cannot be set
+            back.
         UsageError: a bad name, socket path, directory or option of the caller's, or an imported
             stream without any.
         DataError: the recorded command line is malformed.
-        RefusedError: the RTC of such a machine cannot be set back.
         TrustError: the recorded program is no QEMU. HostError: there is no QEMU.
     """
     snapshot.check_restorable()
@@ -87,17 +87,17 @@ def plan_restore(
 
 
 def _naming(name: str, vmm: str) -> tuple[str, str]:
-    """The option of a VMM that gives a VM a name."""
+    """Return the option with which this VMM names a VM."""
     if not name or "\0" in name:
         raise UsageError("a VM needs a name that is not empty")
     return ("--name", name) if vmm == "board" else ("-name", f"guest={escape_commas(name)}")
 
 
 def check_plan(plan: RestorePlan, *, trust: bool) -> None:
-    """Raise what stands in the way of carrying a plan out.
+    """Raise what prevents a plan from being carried out.
 
     Raises:
-        TrustError: it is for the caller to read the plan first, and ``trust`` was not given.
+        TrustError: the caller must read the plan first, and ``trust`` is not set.
         RefusedError: an option cannot be used. NotFoundError: a file of the VM is gone.
     """
     if plan.needs_trust and not trust:
@@ -126,7 +126,7 @@ def check_plan(plan: RestorePlan, *, trust: bool) -> None:
 
 def check_required(touches: Iterable[Touch]) -> None:
     """Raises:
-    NotFoundError: something that the VM cannot start without is gone.
+    NotFoundError: a file that the VM cannot start without is gone.
     """
     for touch in touches:
         if touch.required and not os.path.exists(touch.target):  # noqa: PTH110 - a name too long
@@ -138,7 +138,7 @@ def check_required(touches: Iterable[Touch]) -> None:
 
 
 def distrust(snapshot: PlanSource) -> tuple[str, ...]:
-    """What makes a file as a whole need the caller's trust."""
+    """Return why the file as a whole needs the caller's trust."""
     if snapshot.owner_uid is None:
         if snapshot.was_taken_here:
             return ()

@@ -1,4 +1,4 @@
-"""What a plan is made from: a snapshot, or a VM that is about to be forked."""
+"""The source of a plan: a snapshot, or a VM that is about to be forked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillframe.still.skeleton import Skeleton
 
 
 class PlanSource(Protocol):
-    """As ``still.snapshot.Snapshot`` has it."""
+    """The part of ``still.snapshot.Snapshot`` that a plan needs."""
 
     @property
     def manifest(self) -> Manifest: ...
@@ -39,7 +39,7 @@ class PlanSource(Protocol):
 
 
 class LiveSource(msgspec.Struct, frozen=True, kw_only=True):
-    """A running VM of this host, before the instant. ``description``: what people call it."""
+    """A running VM of this host, before the instant. ``description``: its name for people."""
 
     manifest: Manifest
     description: str
@@ -55,7 +55,7 @@ class LiveSource(msgspec.Struct, frozen=True, kw_only=True):
         return self.manifest.blocks
 
     def check_restorable(self) -> None:
-        """All of it will be there."""
+        """Always so: all of the VM will be there."""
 
     def skeleton(self) -> Skeleton:
         raise InternalError("a running VM has no device state before the instant")

@@ -1,4 +1,4 @@
-"""Who plans the restore of which machine. A planner makes itself known here; nothing else in this
+"""The planners of restores, by kind of machine. A planner registers here; nothing else in this
 room knows more than one kind of machine."""
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Wishes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Planner(msgspec.Struct, frozen=True, kw_only=True):
-    """How one kind of machine is planned. ``vmm``: as recorded.
+    """The planner of one kind of machine. ``vmm``: the kind, as recorded.
 
-    ``plan``: from a snapshot, its record, what makes it distrusted as a whole, and the wishes.
-    ``imported``: a record for a stream without one; takes the machine type that the stream names.
-    ``machine_prefix``: of the machine types that are this planner's; empty for all others.
+    ``plan``: from a snapshot, its record, the reasons to distrust it as a whole, and the wishes.
+    ``imported``: makes a record for a stream without one; takes the machine type in the stream.
+    ``machine_prefix``: of this planner's machine types; empty for all others.
     """
 
     vmm: str
@@ -48,7 +48,7 @@ class Planner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def planner_for(vmm: str) -> Planner:
-    """The planner of a recorded kind of machine.
+    """Return the planner of a recorded kind of machine.
 
     Raises:
         HostError: there is none.
@@ -64,12 +64,12 @@ def planner_for(vmm: str) -> Planner:
 
 
 def planner_of_type(machine_type: str) -> Planner:
-    """The planner for a stream without a record, by the machine type that it names."""
+    """Return the planner for a stream without a record, by the machine type that it names."""
     return next(p for p in _planners() if machine_type.startswith(p.machine_prefix))
 
 
 def _planners() -> list[Planner]:
-    """Those of the wings, and QEMU's, which takes what is nobody else's."""
+    """Return those of the wings, then QEMU's, which takes all other machines."""
     from stillframe.restore.qemu_plan import PLANNER  # imports this module
 
     return [*hooks("restore"), PLANNER]

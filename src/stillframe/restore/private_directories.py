@@ -1,8 +1,8 @@
 """Private directories: for the sockets and logs of VMs that Stillframe starts, and for work files.
 
-Each belongs to a living process and ends with it: its owner holds a lock in it, and what a killed
-one left is swept away by whoever makes the next. A lock, since a pid may be another process's by
-then.
+Each belongs to a living process and ends with it: the owner holds a lock in it, and the next to
+make a directory sweeps away what killed owners left. It is a lock, since a pid may be another
+process's by then.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from stillframe.restore.records import RunAs
 
 _LOCK = "owner.lock"
 ROOTS_RUN = Path("/run/stillframe")
-"""Root's own; a VM that he restores for another user has a directory there that is the user's."""
+"""Root's own; a VM that root restores for another user has a directory there, of that user."""
 ROOTS_STATE = Path("/var/lib/stillframe")
 
 
 @contextmanager
 def socket_directory(name: str) -> Iterator[Path]:
-    """A directory for a VM's sockets that is there for as long as the context.
+    """Make a directory for a VM's sockets that exists as long as the context.
 
     Args:
-        name: of the VM, for people who look.
+        name: of the VM, as a hint for people.
 
     Raises:
         HostError: it cannot be made.
@@ -44,8 +44,8 @@ def socket_directory(name: str) -> Iterator[Path]:
 
 @contextmanager
 def work_directory(purpose: str) -> Iterator[Path]:
-    """A directory among the temporary files, for as long as the context; what a killed process left
-    for the same purpose is removed.
+    """Make a directory among the temporary files that exists as long as the context; remove what a
+    killed process left for the same purpose.
 
     Raises:
         HostError: it cannot be made.
@@ -67,10 +67,10 @@ def _owned(root: Path, prefix: str, name: str) -> Iterator[Path]:
 
 
 def runtime_root() -> Path:
-    """Where sockets of VMs go that Stillframe starts; it may have to be made.
+    """Return where sockets of VMs go that Stillframe starts; the directory may not exist yet.
 
     Raises:
-        HostError: the usual directory belongs to somebody else.
+        HostError: the usual directory belongs to another user, or is open to others.
     """
     given = os.environ.get("XDG_RUNTIME_DIR", "")
     if given.startswith("/") and _is_own(Path(given)):
@@ -86,18 +86,18 @@ def runtime_root() -> Path:
 
 
 def make_owned(directory: Path, run_as: RunAs | None = None) -> int:
-    """Make it, private, and its parents as needed.
+    """Make a private directory, and its parents as needed.
 
     Args:
-        run_as: another user, whom it is to belong to.
+        run_as: another user, who becomes its owner.
 
     Returns:
-        The descriptor that holds the lock. Who has it or inherits it owns the directory.
+        The descriptor that holds the lock. The process that has or inherits it owns the directory.
 
     Raises:
         HostError: not possible.
     """
-    # It gets its name locked, so that nobody takes it for what somebody left.
+    # It gets its name only when locked, so that no sweep takes it for a leftover.
     nameless = directory.with_name(f".{directory.name}.new")
     make_directory(nameless, run_as)
     lock_fd = -1
@@ -118,7 +118,7 @@ def sweep(root: Path, prefix: str = "") -> None:
     """Remove the directories in ``root`` that are ours and whose owners died. Never raises.
 
     Args:
-        prefix: of their names, where others' are there, too.
+        prefix: of their names, in a root that others use, too.
     """
     with contextlib.suppress(OSError):
         for directory in root.iterdir():
@@ -143,8 +143,8 @@ def _sweep_one(directory: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """With all that is in it; the lock last, so that what is left of an attempt is swept, too.
-    Never raises."""
+    """Remove a directory with all that is in it; the lock goes last, so that a later sweep finds
+    what an attempt left. Never raises."""
     with contextlib.suppress(OSError):
         for entry in directory.iterdir():
             if entry.name == _LOCK:
@@ -158,7 +158,7 @@ def remove(directory: Path) -> None:
 
 
 def make_parents(path: Path) -> None:
-    """Make the directories above it, private, as needed.
+    """Make the directories above ``path``, private, as needed.
 
     Raises:
         HostError: not possible.
@@ -170,10 +170,10 @@ def make_parents(path: Path) -> None:
 
 
 def make_directory(path: Path, run_as: RunAs | None = None) -> None:
-    """Make a private directory; the ones above it as needed.
+    """Make a private directory, and the ones above it as needed.
 
     Args:
-        run_as: another user, whom it is to belong to; he may pass through the one above it.
+        run_as: another user, who becomes its owner and may pass through our roots above it.
 
     Raises:
         HostError: not possible.

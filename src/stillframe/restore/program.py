@@ -24,7 +24,7 @@ _EMULATOR = re.compile(r"qemu-system-[A-Za-z0-9_]+(?:-[A-Za-z0-9_]+)*|qemu-kvm|k
 
 
 def find_emulator(recorded: str, given: str | None = None) -> str:
-    """The QEMU to start.
+    """Return the path of the QEMU to start.
 
     Args:
         recorded: the path in the snapshot; only its last part says which emulator, unless it is
@@ -32,7 +32,7 @@ def find_emulator(recorded: str, given: str | None = None) -> str:
         given: the caller's own choice (name or path), which wins.
 
     Raises:
-        TrustError: the snapshot names something that is no QEMU system emulator.
+        TrustError: the snapshot names a program that is not a QEMU system emulator.
         HostError: there is none on this host, or others could have changed it.
     """
     if given is not None:
@@ -50,11 +50,11 @@ def find_emulator(recorded: str, given: str | None = None) -> str:
 
 
 def program_of(pid: int) -> tuple[str | None, dict[str, str]]:
-    """The emulator that a VM of this host runs, for clones of it; and what of its environment finds
-    that program's libraries (ld.so(8); QEMU ``util/module.c``).
+    """Return the emulator that a VM of this host runs, for clones of it, and the part of its
+    environment that finds the program's libraries (ld.so(8); QEMU ``util/module.c``).
 
     Returns:
-        None and nothing if it has no such file any more, or others could have changed it.
+        None and nothing if that file is gone, has another name, or could be changed by others.
     """
     process = Path(f"/proc/{pid}")
     try:
@@ -70,7 +70,7 @@ def program_of(pid: int) -> tuple[str | None, dict[str, str]]:
 
 
 def find_standard(name: str, *, preferred: str = "") -> str:
-    """A program in the standard directories that only root or the caller can change.
+    """Return a program in the standard directories that only root or the caller can change.
 
     Raises:
         HostError: there is none, or others could have changed it.

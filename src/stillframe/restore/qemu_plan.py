@@ -1,4 +1,4 @@
-"""Plans the restore of a QEMU: the recorded command line, rewritten only where it must be."""
+"""The plan of a QEMU's restore: the recorded command line, rewritten only where it must be."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _KEYMAP = "en-us"
 def plan_qemu(
     snapshot: PlanSource, record: MachineRecord, distrust: tuple[str, ...], wishes: Wishes
 ) -> RestorePlan:
-    """Say how the snapshot of a QEMU would be started; see ``restore.plan.plan_restore``."""
+    """Plan how to start the snapshot of a QEMU; see ``restore.plan.plan_restore``."""
     _check_words(record)
     plan = _plan(snapshot, record, distrust, wishes)
     if snapshot.was_taken_here or plan.risks or record.cwd == "/":
@@ -139,7 +139,7 @@ def _is_directory(path: str) -> bool:
 
 
 def _image(snapshot: PlanSource, builder: Builder, wishes: Wishes) -> ImagePlan:
-    """What of RAM goes on an image; a note says why it does not."""
+    """Plan what RAM goes on an image; a note says why none does, if the caller did not ask."""
     if wishes.stream:
         return ImagePlan(streamed="as you asked")
     own = [option for option in builder.own if is_memory(option)]
@@ -153,7 +153,7 @@ def _image(snapshot: PlanSource, builder: Builder, wishes: Wishes) -> ImagePlan:
 
 
 def imported_qemu(_snapshot: PlanSource, machine_type: str, wishes: Wishes) -> MachineRecord:
-    """A machine for a stream without a recorded command line: the caller's options are it.
+    """Return a machine for a stream without a recorded command line: the caller's options are it.
 
     Raises:
         UsageError: the caller gave none.
@@ -184,8 +184,8 @@ PLANNER = Planner(vmm="qemu", plan=plan_qemu, imported=imported_qemu)
 
 
 def _own_options(recorded: Sequence[Option], words: Sequence[str]) -> list[Option]:
-    """The caller's options; a ``-readconfig`` of theirs as the options in it, each of which takes
-    the place of the recorded one that a file like it became when the snapshot was taken.
+    """Return the caller's options. A ``-readconfig`` is expanded, as it was in the recorded command
+    line: each option in the file takes the place of its recorded counterpart.
 
     Raises:
         UsageError: malformed options, or a file that cannot be read.
@@ -201,7 +201,8 @@ def _own_options(recorded: Sequence[Option], words: Sequence[str]) -> list[Optio
 
 
 def _files_before_qemus_own(builder: Builder, cwd: str) -> None:
-    """What QEMU would find in its working directory before its own files (``qemu_find_file``)."""
+    """Note files that QEMU would find in its working directory before its own
+    (``qemu_find_file``)."""
     names = {_KEYMAP}
     for directory in FIRMWARE_DIRECTORIES:
         with contextlib.suppress(OSError):
@@ -224,7 +225,7 @@ def _check_words(record: MachineRecord) -> None:
 
 
 def _complete(builder: Builder, overrides: Overrides) -> None:
-    """The caller's further options, and the machine type where it was left to QEMU's default."""
+    """Add the caller's other options, and the machine type if that was left to QEMU's default."""
     names = {option.name for option in builder.recorded} | overrides.names
     if builder.record.machine_type and not names & {"machine", "M"}:
         machine = escape_commas(builder.record.machine_type)
@@ -236,7 +237,7 @@ def _complete(builder: Builder, overrides: Overrides) -> None:
 
 
 def _place_all_disks(builder: Builder) -> None:
-    """A disk of the snapshot that no option is known to be of is not left out silently."""
+    """Refuse or note a disk of the snapshot without a known option: none is left out silently."""
     given = any(o.name in ("device", "drive", "blockdev", *SHORT_FORMS) for o in builder.own)
     for base in builder.captured.unplaced():
         if given:
@@ -252,7 +253,7 @@ def _place_all_disks(builder: Builder) -> None:
 
 
 def _check_cpu(builder: Builder) -> None:
-    """A guest that was shown what only that CPU has goes on only on such a one."""
+    """Refuse a guest that was shown what only its CPU has, if this host's CPU differs."""
     recorded, ties = builder.record.host_cpu, builder.record.cpu_ties
     if recorded is not None and ties and (why := difference(recorded, host_cpu())) is not None:
         builder.refusals.append(
@@ -265,7 +266,7 @@ def _check_cpu(builder: Builder) -> None:
 
 
 def _may_administer_networks() -> bool:
-    """Whether we have CAP_NET_ADMIN (proc(5): CapEff)."""
+    """Whether this process has CAP_NET_ADMIN (proc(5): CapEff)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) & _NET_ADMIN)

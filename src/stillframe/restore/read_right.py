@@ -1,6 +1,6 @@
-"""Lets the user of a VM read the copies of its disks, which root took (acl(5)).
+"""The right of a VM's user to read the copies of its disks, which root took (acl(5)).
 
-An ACL names that one user; a group may have others in it. Content and time stay as they are.
+An ACL names that one user; a group may have other members. Content and time stay as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def let_read(
         only: the labels of the disks.
 
     Raises:
-        HostError: the file system has no ACLs. DataError: it is another file than a moment ago.
+        HostError: a copy cannot be opened, or the file system has no ACLs. DataError: it is
+            another file than a moment ago.
     """
     entries = [(_USER_OBJ, _READ_WRITE, _NOBODY), (_USER, _READ, uid), (_GROUP_OBJ, 0, _NOBODY)]
     entries += [(_MASK, _READ, _NOBODY), (_OTHER, 0, _NOBODY)]
@@ -44,10 +45,10 @@ def let_read(
                 raise HostError(f"cannot read {path}", why=error.strerror) from error
             try:
                 status = os.fstat(fd)
-                # One that its owner has shared, or given to somebody, is for him to see to.
+                # A file that its owner has shared, or given away, is the owner's business.
                 if status.st_uid != os.geteuid() or status.st_mode & 0o077:
                     continue
-                # That very file, not what has its name now: the directory may be somebody else's.
+                # Check this very file, not what has its name now: the directory may be another's.
                 check_file(f"/proc/self/fd/{fd}", file, shown_as=str(path))
                 os.setxattr(fd, _ATTRIBUTE, acl)
             except OSError as error:

@@ -1,4 +1,4 @@
-"""What a restore plan is made of."""
+"""The parts of a restore plan."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ TouchKind = Literal["file", "program", "socket", "device", "network"]
 
 
 class Rewrite(msgspec.Struct, frozen=True, kw_only=True):
-    """One change of the recorded command line. ``before`` or ``after`` is empty where there is
-    none: an option was added or left out."""
+    """One change of the recorded command line. ``before`` is empty if an option was added,
+    ``after`` if one was left out."""
 
     before: str
     after: str
@@ -22,9 +22,9 @@ class Rewrite(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Touch(msgspec.Struct, frozen=True, kw_only=True):
-    """Something of the host that the restored VM, or its start, uses.
+    """Something on the host that the restored VM, or its start, uses.
 
-    ``option``: what says so. ``required``: the VM cannot start without it.
+    ``option``: the option that says so. ``required``: the VM cannot start without it.
     """
 
     kind: TouchKind
@@ -35,7 +35,7 @@ class Touch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the recorded command line cannot be used as it is; ``option`` as recorded."""
+    """An option that bars the recorded command line from use as it is; ``option`` as recorded."""
 
     option: str
     reason: str
@@ -43,8 +43,8 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Risk(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that only a caller who has read the command line should allow, unless the VM was
-    run so on this host by this user."""
+    """Something that only a caller who has read the command line should allow, unless this user
+    ran the VM so on this host."""
 
     option: str
     reason: str
@@ -68,7 +68,7 @@ class DiskOverlay(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunAs(msgspec.Struct, frozen=True, kw_only=True):
-    """The user that a restored VM runs as, in place of root who restores it (credentials(7))."""
+    """The user that a restored VM runs as, in place of root, which restores it (credentials(7))."""
 
     uid: int
     gid: int
@@ -87,7 +87,7 @@ class Backend(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImagePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether a VM can run from an image. ``streamed``: why not; then there are no backends.
+    """The image that a VM can run on. ``streamed``: why there is none; then there are no backends.
     ``share``: one VM alone has the image, so it is that VM's RAM. ``readonly``: QEMU may open its
     files for reading only."""
 
@@ -103,24 +103,25 @@ class ImagePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def streamed_note(why: str) -> str:
-    """What is said of a VM that is not on an image."""
+    """Return the note for a VM that is not on an image."""
     return f"all of RAM came before it ran: {why}"
 
 
 class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """How a snapshot would be started. Nothing has been made or started yet.
+    """The plan for starting a snapshot. Nothing has been created or started yet.
 
     ``argv``: the new command line without the incoming stream, which is a pipe whose number is
-    known at the start only (:meth:`argv_with_stream`). ``directory``: made for this restore,
-    mode 0700. ``machine_type``: versioned name. ``vmm``: what runs it; ``vmm_name``: for people.
-    ``incoming_option``: gives the number of the pipe (QEMU ``-incoming fd:N``: ``migration/fd.c``).
-    ``environment``: in addition to the caller's. ``distrust``: why the file as a whole needs the
-    caller's trust. ``risks``: what does in a file from elsewhere; ``taken_here``: it is not from
-    elsewhere. ``run_as``: None for the caller. ``clock_shift_ns``: what the guest's RTC is set back
-    by, for it to go on from the instant. ``image``: what of RAM will be an image's; the command
-    line names its files only at the start (``on_image.put_on_image``).
-    ``complete_image``: the directory of the complete one that it is, if there is one.
-    ``forwards``: ports of this host that will be the guest's; which, is known at the start only.
+    known only at the start (:meth:`argv_with_stream`). ``directory``: to be created for this
+    restore, mode 0700. ``machine_type``: versioned name. ``vmm``: what runs it; ``vmm_name``: for
+    people. ``incoming_option``: takes the number of the pipe (QEMU ``-incoming fd:N``:
+    ``migration/fd.c``). ``environment``: in addition to the caller's. ``distrust``: why the file as
+    a whole needs the caller's trust. ``risks``: what in it needs trust if the file is from
+    elsewhere; ``taken_here``: it is not from elsewhere. ``run_as``: None for the caller.
+    ``clock_shift_ns``: how far to set the guest's RTC back, so that it goes on from the instant.
+    ``image``: the part of RAM that will be on an image; the command line names its files only at
+    the start (``on_image.put_on_image``). ``complete_image``: the directory of the complete image
+    that is used, if there is one.
+    ``forwards``: host ports that will be the guest's; their numbers are known only at the start.
     """
 
     vmm: str = "qemu"
@@ -155,10 +156,10 @@ class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def needs_trust(self) -> tuple[str, ...]:
-        """All that the caller has to answer for with --trust."""
+        """All that the caller must answer for with --trust."""
         risks = () if self.taken_here else self.risks
         return (*self.distrust, *(f"{risk.option}: {risk.reason}" for risk in risks))
 
     def argv_with_stream(self, fd: int) -> list[str]:
-        """The whole command line."""
+        """Return the whole command line."""
         return [*self.argv, self.incoming_option, f"fd:{fd}"]

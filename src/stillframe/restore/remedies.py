@@ -1,4 +1,4 @@
-"""What helps against a QEMU that did not start, by its own words (QEMU 7.2 to 10.2)."""
+"""Remedies for a QEMU that did not start, by its own words (QEMU 7.2 to 10.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MEMORY = re.compile(
 
 
 def remedy_for(words: str, plan: RestorePlan) -> str | None:
-    """What to do about a VM that ended with these words; None if nothing is known to help."""
+    """Return what to do about a VM that ended with these words; None if no remedy is known."""
     if "unsupported machine type" in words:
         return (
             f"the machine is {printable(plan.machine_type)}, recorded from "

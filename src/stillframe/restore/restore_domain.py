@@ -1,4 +1,4 @@
-"""Starts a snapshot of a libvirt domain as a new domain, or as the same one again."""
+"""Snapshots of libvirt domains, started as a new domain or as the same one again."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from stillframe.store.named import open_named
 from stillframe.store.processes import start_ticks
 
 _PASSABLE = 0o711
-"""QEMU runs as another user, who has to get to its own files."""
+"""QEMU runs as another user, and has to reach its own files."""
 
 
 class RestoredDomain(msgspec.Struct, frozen=True, kw_only=True):
     """A running transient domain. ``state``: ``running`` or ``paused``. ``directory``: its overlays
-    and sockets, for the caller to remove once it has ended. ``image_path``: the record of its
-    image; None if all of RAM came before it ran. ``resident_ms``: from the restore's begin; None
+    and sockets; the caller removes it once the domain has ended. ``image_path``: the fill record of
+    its image; None if all of RAM came before it ran. ``resident_ms``: since the restore began; None
     if nobody waited."""
 
     name: str
@@ -73,9 +73,9 @@ def plan_restore_domain(
     keys: Keys | None = None,
     stream: bool = False,
 ) -> DomainPlan:
-    """Say how a snapshot of a libvirt domain would be started as a new domain; nothing is made.
+    """Plan how to start a snapshot of a libvirt domain as a new domain; nothing is created.
 
-    Arguments and errors are those of :func:`restore_domain`, which carries such a plan out.
+    Arguments and errors are those of :func:`restore_domain`, which carries out such a plan.
     """
     where = None if directory is None else Path(directory)
     with open_named(path, keys=keys) as snapshot:
@@ -96,21 +96,21 @@ def restore_domain(
     wait: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RestoredDomain:
-    """Start a new, transient domain of libvirt from a snapshot of one, which is not touched.
+    """Start a new, transient libvirt domain from a snapshot; the original domain is not touched.
 
     Args:
-        name: of the new domain; else the old one's with something added.
-        directory: for its overlays and sockets, to be made; else the usual place.
-        revert: the same domain again instead, with its disks as they were, as overlays beside the
-            snapshot. If it runs it is ended first, and what it did since is lost; its disks of now
-            stay where they are. A persistent domain is defined anew with the overlays.
+        name: of the new domain; default: the old name with a suffix.
+        directory: to be created for its overlays and sockets; default: the usual place.
+        revert: start the same domain again instead, with its disks as they were, as overlays beside
+            the snapshot. A running domain is ended first and loses what it did since; its present
+            disks stay where they are. A persistent domain is redefined with the overlays.
         trust, paused, verify_disks, stream, wait, keys, on_progress: as for ``restore``.
 
     Raises:
         UsageError: the snapshot is not of a domain. TrustError: read the plan first.
-        RefusedError: it has a device that cannot be had twice, or is without a disk in use.
+        RefusedError: a device cannot exist twice, or the snapshot lacks a disk that is in use.
         NotFoundError, DataError: a disk is gone, or is another one; the snapshot is damaged.
-        HostError, MachineError: libvirt is missing, or did not take it. Nothing is left behind.
+        HostError, MachineError: libvirt is missing, or rejected it. Nothing is left behind.
     """
     where = None if directory is None else Path(directory)
     with open_named(path, keys=keys) as snapshot:
@@ -137,24 +137,23 @@ def start_domain(
     parent: str = "",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RestoredDomain:
-    """Make the overlays and the domain; the one that the snapshot is of is not touched.
+    """Create the overlays and the domain; the original domain is not touched.
 
-    To revert, that one is ended once all else is ready; a persistent one is defined anew on its
-    new disks.
+    To revert, end the original once all else is ready; redefine a persistent one on its new disks.
 
-    It runs on an image where that is possible, which a process of its own fills.
+    The domain runs on an image where possible, which a separate process fills.
 
     Args:
         wait: until all of its RAM is there.
-        leases: directories that it needs with others; the last one that is killed takes them along.
-        parent: the running domain that the snapshot is of, where it is not kept.
+        leases: disk directories that it shares; killing the last VM removes them.
+        parent: the running domain that the snapshot is of, if the snapshot is not kept.
 
     Raises:
         TrustError: read the plan first. NotFoundError: a disk is gone.
         HostError: libvirt is missing, or an overlay cannot be made.
         MachineError: libvirt's own words. DataError: the snapshot or a disk of it is damaged.
-        Whatever is raised, no domain and no file is left behind; but a domain that went back and
-        runs is not ended any more.
+        No domain and no file is left behind, whatever is raised; but a domain that was reverted
+        and runs is not ended any more.
     """
     began_s = time.monotonic()
     if plan.needs_trust and not trust:
@@ -173,7 +172,7 @@ def start_domain(
     running = not paused and machine is not None and machine.guest_state == "running"
     if plan.revert:
         snapshot.verify()  # once the domain has ended, it is too late
-    # The system's libvirt is root, and gives its QEMUs their files itself.
+    # The system's libvirt is root, and gives its QEMUs access to their files itself.
     run_as = choose_user(machine.uid) if machine and plan.uri != SYSTEM_URI else None
     sweep_domains()
     records = domains_root() / Path(plan.directory).name
@@ -194,11 +193,11 @@ def start_domain(
             except DataError:
                 raise
             except StillframeError as error:
-                # Whatever is no fault of the image's fails again below.
+                # If the image is not to blame, the stream fails again below.
                 notes = (*notes, streamed_note(str(error)))
         if filling is None:
             starting.by_stream(on_progress)
-        if plan.revert:  # the domain, and its definition, are on these disks from now on
+        if plan.revert:  # from now on, the domain and its definition use these disks
             on_failure.pop_all()
             on_failure.callback(remove, records)
         domain = RestoredDomain(
@@ -211,7 +210,7 @@ def start_domain(
             notes=(*plan.notes, *notes),
             image_path=None if filling is None else str(record_path),
         )
-        # Before somebody else fills.
+        # Before another process fills.
         lent = tuple(str(make_lease(directory, plan.directory)) for directory in leases)
         vm = _as_vm(domain, plan.snapshot, records, lent, keeps_disks=plan.revert, parent=parent)
         vm = msgspec.structs.replace(vm, began_s=began_s)
@@ -228,7 +227,7 @@ def start_domain(
 def _filled_by_another(
     filling: Filling, record_path: Path, on_failure: contextlib.ExitStack, *, wait: bool
 ) -> bool:
-    """Whether another process fills the image from now on; else all of it is there."""
+    """Return True if another process fills the image from now on, False once it is complete."""
     on_failure.callback(filling.close, keeps_working_set=False)
     if not wait:
         with contextlib.suppress(HostError):  # then this process fills
@@ -247,10 +246,10 @@ def _as_vm(
     keeps_disks: bool,
     parent: str,
 ) -> RestoredVm:
-    """For ``ps`` and ``kill``.
+    """Return the domain's record for ``ps`` and ``kill``.
 
     Args:
-        keeps_disks: also once it has ended, as the domain that it was before.
+        keeps_disks: the disks stay after it has ended: it is the domain that it was before.
     """
     return RestoredVm(
         pid=domain.pid,

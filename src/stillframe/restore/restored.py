@@ -1,7 +1,7 @@
-"""VMs that restores started: what is known of them while they run, and their end.
+"""The VMs that restores started: their records while they run, and how to end them.
 
-Each has a record in its private directory. A record counts only if it is its reader's own: what is
-killed and removed by it is never somebody else's word.
+Each VM has a record in its private directory. A reader accepts a record only if its own user owns
+the file, so nobody else can make it kill or remove anything.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stillframe.store.processes import start_ticks
 RECORD_NAME = "restored.json"
 IMAGE_NAME = "image.json"
 LEASE = "used-by-"
-"""Begins the names of files in a directory that clones need together, one for each."""
+"""Prefix of the lease files in a disk directory that clones share: one file per clone."""
 FORKS, FORK_PREFIX = Path("/dev/shm"), "stillframe-fork-"
 _LOG_NAME = "image.log"
 _POLL_S = 0.05
@@ -46,8 +46,8 @@ _MOST_BYTES = 1 << 24
 
 
 class ImageFile(msgspec.Struct, frozen=True, kw_only=True):
-    """The file of an image that was mapped for a RAM block. ``changed_ns``: of one on a disk, its
-    change time: as long as it is that, nobody has written to it."""
+    """The file of an image that is mapped for a RAM block. ``changed_ns``: the change time of a
+    file on a disk; while it stays the same, nothing has written to the file."""
 
     idstr: str
     device: int
@@ -56,25 +56,26 @@ class ImageFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM that was started from a snapshot, and that goes on without us.
+    """A VM that was started from a snapshot, and that runs on without this process.
 
-    ``started``: when, in ticks since boot, as ``/proc/PID/stat`` has it. ``snapshot``: its path;
-    empty if it is a clone of a running VM that was not kept. ``parent``: that VM, for people.
-    ``state``: QEMU's run state, ``running`` or ``paused``. ``qmp_address``: path of its monitor.
-    ``forwards``: ports of this host that are the guest's.
-    ``sockets``: all that it listens on, the monitor among them.
-    ``directory``: its sockets and log; ``disk_directory``: its overlays, if it has any; not those
-    of a domain that went back to its snapshot, which has them for good. Both are
-    removed by :meth:`kill`, else for the caller to remove once the VM has ended. Where the caller
-    chose no directory, the next restore sweeps sockets and log away; the overlays stay, since they
-    hold what the VM wrote.
-    ``image_path``: the record of its image; None if all of RAM came before it ran, or if it runs on
-    a complete image of the cache.
-    ``domain``: of libvirt, if it is one; ``directory`` is that of its records then.
-    ``snapshot_id``: what ``snapshot`` was then. ``image_files``: what it has its RAM from.
-    ``leases``: files in the directories of disks that it needs together with others.
-    ``frozen``: its file systems are, since the instant, and nobody has thawed them.
-    ``began_s``: when the restore did (monotonic clock). ``first_instruction_ms``, ``resident_ms``:
+    ``started``: start time in ticks since boot, as in ``/proc/PID/stat``. ``snapshot``: its path;
+    empty for a clone of a running VM whose snapshot was not kept. ``parent``: that running VM, for
+    people. ``state``: QEMU's run state, ``running`` or ``paused``. ``qmp_address``: path of its
+    monitor. ``forwards``: host ports that are forwarded to the guest.
+    ``sockets``: all sockets that it listens on, including the monitor.
+    ``directory``: its sockets and log; ``disk_directory``: its overlays, if it has any; None for a
+    domain that was reverted to its snapshot, which keeps its overlays for good. :meth:`kill`
+    removes both; otherwise the caller removes them once the VM has ended. Where the caller chose
+    no directory, the next restore sweeps sockets and log away; the overlays stay, since they hold
+    what the VM wrote.
+    ``image_path``: the fill record of its image; None if all of RAM came before it ran, or if it
+    runs on a complete image of the cache.
+    ``domain``: the libvirt domain, if it is one; ``directory`` then holds its records.
+    ``snapshot_id``: the id of ``snapshot`` at the time. ``image_files``: the files behind its RAM.
+    Neither is recorded for a domain.
+    ``leases``: lease files in disk directories that it shares with other VMs.
+    ``frozen``: its file systems have been frozen since the instant; nothing has thawed them.
+    ``began_s``: start of the restore (monotonic clock). ``first_instruction_ms``, ``resident_ms``:
     from then; None if it is paused, or if nobody waited: :meth:`filled_ms` tells later.
     """
 
@@ -104,31 +105,31 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_running(self) -> bool:
-        """Whether its process is still there."""
+        """Whether its process still exists."""
         return start_ticks(self.pid) == self.started
 
     @property
     def is_being_filled(self) -> bool:
-        """Whether a part of its RAM is still to come."""
+        """Whether part of its RAM is still missing."""
         return self.image_path is not None and Path(self.image_path).exists()
 
     @property
     def is_on_image(self) -> bool:
-        """Whether its RAM is an image's, complete or not; else all of it came before it ran."""
+        """Whether its RAM is known to be on an image, complete or not; never so for a domain."""
         return bool(self.image_files)
 
     def wait_resident(self, timeout_s: float | None = None, unlock: Unlock | None = None) -> bool:
-        """Wait until all of its RAM is there. If nobody fills its image any more, we do.
+        """Wait until all of its RAM is there. If no process fills its image any more, fill it here.
 
         Args:
-            unlock: gives the key of an encrypted snapshot, for that case.
+            unlock: gives the key of an encrypted snapshot, should this process have to fill.
 
         Returns:
-            Whether that is so; False after ``timeout_s``.
+            True once all of RAM is there; False after ``timeout_s``.
 
         Raises:
             MachineError: it has ended. DataError, NotFoundError: the snapshot is damaged or gone;
-                the guest waits where it touches what is missing. LockedError: it is encrypted.
+                the guest blocks where it touches a missing page. LockedError: it is encrypted.
                 HostError: not permitted.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -156,7 +157,7 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
         raise MachineError(f"VM {self.pid} has ended", guest_state="none")
 
     def resident(self) -> float | None:
-        """How much of its image is there, 0 to 1; None if that cannot be told."""
+        """Return the share of its image that is there, 0 to 1; None if unknown."""
         if self.image_path is None:
             return 1.0
         try:
@@ -173,18 +174,18 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
             os.close(fd)
 
     def filled_ms(self) -> float | None:
-        """How long after the restore's begin all of its RAM was there, whoever has filled it; None
-        as long as it is not, or if that is not known."""
+        """Return how long after the start of the restore all of its RAM was there, whichever
+        process filled it; None while part of it is missing, or if unknown."""
         if self.resident_ms is not None:
             return self.resident_ms
         moment_s = complete_s(Path(self.image_path)) if self.image_path else None
         return (moment_s - self.began_s) * 1000 if moment_s is not None and self.began_s else None
 
     def kill(self) -> None:
-        """End it, as the power would, and remove its directories with all that it wrote.
+        """End it like a power cut, and remove its directories with all that it wrote.
 
         Raises:
-            MachineError: it does not end. HostError: libvirt, whose it is, is not there.
+            MachineError: it does not end. HostError: it is a domain, and its libvirt is missing.
         """
         if self.domain is not None and self.is_running:
             destroy_domain(self.domain)
@@ -209,25 +210,25 @@ class RestoredVm(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_lease(directory: Path, of: str) -> Path:
-    """Say that the VM with the directory ``of`` needs another one."""
+    """Note in a disk directory that the VM with the directory ``of`` needs it."""
     lease = directory / f"{LEASE}{Path(of).name}"
     lease.touch(mode=0o600)
     return lease
 
 
 def disk_directories_of(vm: RestoredVm) -> list[Path]:
-    """Those that it is to be killed with, unless others need them: its own, and those it shares."""
+    """Return the disk directories that go with it unless others need them: its own, and shared."""
     own = [] if vm.disk_directory is None else [Path(vm.disk_directory)]
     return [*own, *(Path(lease).parent for lease in vm.leases)]
 
 
 def disk_directories(pid: int) -> list[Path]:
-    """Those that clones of a running VM need with it; none of one that is not ours."""
+    """Return the disk directories that clones of a VM need, too; none if it is not one of ours."""
     return [path for vm in list_restored() if vm.pid == pid for path in disk_directories_of(vm)]
 
 
 def _is_needed(directory: Path) -> bool:
-    """Whether a VM that runs, a clone of one, or a snapshot of one has its disks there."""
+    """Whether a running VM, a clone of one, or a snapshot of one has its disks there."""
     return (
         any(directory.glob(f"{LEASE}*"))
         or any(vm.disk_directory == str(directory) for vm in list_restored())
@@ -236,7 +237,7 @@ def _is_needed(directory: Path) -> bool:
 
 
 def write_vm(vm: RestoredVm) -> None:
-    """Write its record, whole, into its directory."""
+    """Write its record into its directory, atomically."""
     new = Path(vm.directory, f".{RECORD_NAME}.new")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with open(new, "wb", opener=lambda name, _: os.open(name, flags, 0o600)) as file:
@@ -245,7 +246,7 @@ def write_vm(vm: RestoredVm) -> None:
 
 
 def domains_root() -> Path:
-    """Where records of domains are, whose QEMU holds no lock of ours.
+    """Return the directory for records of domains, whose QEMUs hold no lock of ours.
 
     Raises:
         HostError: as ``runtime_root``.
@@ -262,7 +263,7 @@ def sweep_domains() -> None:
 
 
 def list_restored() -> list[RestoredVm]:
-    """Those of ours that run."""
+    """Return the running VMs that this user restored, by pid."""
     roots = {ROOTS_RUN} if os.geteuid() == 0 else set()
     with contextlib.suppress(StillframeError):
         roots |= {runtime_root(), domains_root()}
@@ -272,7 +273,7 @@ def list_restored() -> list[RestoredVm]:
 
 def _read_all(root: Path) -> Iterator[RestoredVm]:
     """Raises:
-    HostError: it cannot be looked for them.
+    HostError: ``root`` cannot be listed.
     """
     try:
         found = list(root.glob(f"*/{RECORD_NAME}"))
@@ -287,10 +288,10 @@ def _read_all(root: Path) -> Iterator[RestoredVm]:
 
 
 def find_restored(ref: str) -> RestoredVm:
-    """The one of that name, pid, monitor or directory's name.
+    """Return the running VM with that name, pid, monitor or directory name.
 
     Raises:
-        NotFoundError: none of ours. UsageError: several.
+        NotFoundError: this user restored no such VM. UsageError: several match.
     """
     vms = list_restored()
     for names in (lambda vm: (str(vm.pid), vm.qmp_address, Path(vm.directory).name),
@@ -314,8 +315,8 @@ def kill(*vms: str | int) -> list[RestoredVm]:
         vms: each by its name, pid, or monitor. No other VM is touched.
 
     Raises:
-        NotFoundError: one is none of ours; UsageError: several have that name. None is ended then.
-        MachineError: one does not end.
+        NotFoundError: the caller restored no such VM; UsageError: several have that name. No VM is
+            ended then. MachineError: one does not end.
     """
     found = list({vm.pid: vm for vm in [find_restored(str(ref)) for ref in vms]}.values())
     for vm in found:
@@ -324,13 +325,13 @@ def kill(*vms: str | int) -> list[RestoredVm]:
 
 
 def hand_over(filling: Filling, record_path: Path) -> None:
-    """Let a process of its own fill on, with one that goes on if it dies; HostError if neither
-    starts: this one fills on then."""
+    """Hand the filling to a process of its own, with an heir that goes on if that one dies;
+    HostError if neither starts: this process then fills on."""
     filling.hand_over(log_path=record_path.with_name(_LOG_NAME), heir=True)
 
 
 def adopt_orphans() -> dict[int, StillframeError]:
-    """See that every image of ours is being filled; by pid, why one cannot be."""
+    """Have every image of this user's VMs filled; return, by pid, why one cannot be."""
     failed: dict[int, StillframeError] = {}
     for vm in list_restored():
         path = Path(vm.image_path) if vm.image_path else None
@@ -351,7 +352,7 @@ def adopt_orphans() -> dict[int, StillframeError]:
 
 
 def _share(pid: int, record: FillRecord) -> float | None:
-    """By what the image's files take, as a VM holds them open."""
+    """Estimate the share from the space that the image's files take, which the VM holds open."""
     files = dict.fromkeys(record.files, 0)
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -360,5 +361,5 @@ def _share(pid: int, record: FillRecord) -> float | None:
                 files[status.st_dev, status.st_ino] = status.st_blocks * 512
     if not record.data_bytes:
         return None
-    # Zero pages that the guest touched count, too: it is never said to be complete too early.
+    # Zero pages that the guest touched count too: cap the share, so it is never complete too early.
     return min(0.99, sum(files.values()) / record.data_bytes)

@@ -1,6 +1,6 @@
-"""What becomes of each option of a recorded command line (QEMU ``qemu-options.hx``, 5.2 to 10.2).
+"""The rules for the options of a recorded command line (QEMU ``qemu-options.hx``, 5.2 to 10.2).
 
-An option that is in none of the tables is kept only for a caller who says so (--trust).
+An option in none of the tables is kept only if the caller says so (--trust).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ watchdog-action msg echr sandbox seed dfilter d g prom-env compat
 old-param balloon id
 """
 _TEXT: Final = frozenset(_TEXT_WORDS.split())
-"""Their values are for the guest, or for QEMU alone."""
+"""Options whose values concern the guest, or QEMU alone."""
 _READ_FILES: Final = frozenset({"kernel", "dtb", "shim"})
 _SEARCHED_FILES: Final = frozenset({"bios", "L", "k"})
-"""QEMU looks for them among its own files too, or does without."""
+"""QEMU also looks for these among its own files, or does without them."""
 _JAIL: Final = "the restored VM's own files are outside of it"
 _USER: Final = "it runs as that user from its start"
 _DROPPED: Final = {
@@ -75,7 +75,7 @@ _MACHINE_FILES: Final = ("kernel", "initrd", "dtb", "firmware", "shim")
 
 
 def _keyed(*plain: str, files: tuple[str, ...] = (), implied: str = "") -> Rule:
-    """Known keys with texts or file names; what else is there must be numbers and switches."""
+    """Return a rule: known keys hold texts or file names, all others numbers or switches."""
 
     def rule(builder: Builder, option: Option) -> None:
         value = OptionValue(option.value, implied, json=False)
@@ -147,7 +147,7 @@ def _icount(builder: Builder, option: Option) -> None:
 
 
 def _machine(builder: Builder, option: Option) -> None:
-    """The alias becomes the versioned type; the rest of ``-machine`` is kept."""
+    """Replace the alias with the versioned type; keep the rest of ``-machine``."""
     value = OptionValue(option.value, "type", json=False)
     given, wanted = value.get("type"), builder.record.machine_type
     if value.drop("dumpdtb"):

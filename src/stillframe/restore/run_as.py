@@ -1,4 +1,4 @@
-"""As whom a restored VM runs: never as root what was somebody else's (credentials(7))."""
+"""The user of a restored VM: what was another user's never runs as root (credentials(7))."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NOGROUP = 65534
 
 
 def choose_user(uid: int) -> RunAs | None:
-    """The user that a recorded VM of ``uid`` can be restored as; None if it is the caller, or if
-    the caller is not root and can become nobody else."""
+    """Return the user to restore a recorded VM of ``uid`` as; None if it is the caller, or if the
+    caller is not root and cannot become another user."""
     if uid == os.geteuid() or os.geteuid() != 0 or not 0 < uid < 0xFFFFFFFF:
         return None
     try:
@@ -25,14 +25,15 @@ def choose_user(uid: int) -> RunAs | None:
     groups: tuple[int, ...] = ()
     kvm = Path("/dev/kvm")
     if kvm.exists() and kvm.stat().st_mode & stat.S_IRGRP:
-        # The only group of theirs that a VM may need.
+        # The only one of the user's groups that a VM may need.
         group = kvm.stat().st_gid
         groups = (group,) if group in os.getgrouplist(entry.pw_name, entry.pw_gid) else ()
     return RunAs(uid=uid, gid=entry.pw_gid, groups=tuple(g for g in groups if g))
 
 
 def identity(run_as: RunAs | None) -> dict[str, Any]:
-    """What makes ``subprocess`` give up root's rights before exec: groups, then gid, then uid."""
+    """Return the arguments with which ``subprocess`` drops root's rights before exec: groups, then
+    gid, then uid."""
     if run_as is None:
         return {}
     return {"user": run_as.uid, "group": run_as.gid, "extra_groups": run_as.groups}

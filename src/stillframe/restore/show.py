@@ -1,4 +1,4 @@
-"""A restore plan as people read it."""
+"""A restore plan, as text for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from stillframe.restore.records import RestorePlan
 
 
 def shown_words(words: Iterable[str]) -> str:
-    """A command line for people: quoted as a shell would want it, control characters escaped."""
+    """Return a command line for people: quoted as for a shell, control characters escaped."""
     return " ".join(_shown_word(word) for word in words)
 
 
 def printable(text: str) -> str:
-    """``text`` with everything escaped that a terminal might obey."""
+    """Return ``text`` with everything escaped that a terminal might obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -30,7 +30,7 @@ def _escaped_controls(text: str) -> str:
     for char in text:
         if char.isprintable():
             out.append(char)
-        elif 0xDC80 <= ord(char) <= 0xDCFF:  # a byte that is no UTF-8, as Python keeps it
+        elif 0xDC80 <= ord(char) <= 0xDCFF:  # a byte that is not UTF-8, as Python keeps it
             out.append(f"\\x{ord(char) - 0xDC00:02x}")
         elif ord(char) < 0x100:
             out.append(f"\\x{ord(char):02x}" if ord(char) < 0x80 else f"\\u{ord(char):04x}")
@@ -40,7 +40,7 @@ def _escaped_controls(text: str) -> str:
 
 
 def plan_lines(plan: RestorePlan) -> Iterator[str]:
-    """The plan as lines of text, for ``--dry-run``."""
+    """Yield the plan as lines of text, for ``--dry-run``."""
     yield f"snapshot   {printable(plan.snapshot)}"
     yield f"machine    {printable(plan.machine_type or 'unknown')}"
     yield f"program    {printable(plan.program)}"

@@ -1,4 +1,4 @@
-"""Carries restore plans out: starts the VMs, on an image or by the stream, until they run."""
+"""The execution of restore plans: starting VMs, on an image or by the stream, until they run."""
 
 from __future__ import annotations
 
@@ -64,38 +64,38 @@ def restore(
     keys: Keys | None = None,
     on_progress: Progress | None = None,
 ) -> RestoredVm:
-    """Start a new VM from a snapshot. The VM that it was taken of is not touched.
+    """Start a new VM from a snapshot. The original VM is not touched.
 
-    The new VM runs if the old one ran at the instant and ``paused`` is not set; it needs no
-    process of the caller's afterwards. Its disks are overlays over those that the snapshot holds,
-    else over the recorded ones as they are now. It runs at once on an image: a complete one of the
-    cache, if there is one (``take(image=True)``); else one in memory, which a process of its own
-    fills meanwhile. Where that is not possible, all of RAM comes before it runs, and a note says
-    why.
+    The new VM runs if the old one ran at the instant and ``paused`` is not set; it does not depend
+    on the caller's process afterwards. Its disks are overlays over those that the snapshot holds,
+    otherwise over the recorded ones in their present state. It runs at once on an image: a complete
+    one of the cache, if there is one (``take(image=True)``); otherwise one in memory, which a
+    separate process fills in the background. Where no image is possible, all of RAM comes before
+    the VM runs, and a note says why.
 
     Args:
-        name: of the new VM; else it is called as the old one.
-        qmp_socket: where its monitor is to listen; else a private place.
+        name: of the new VM; default: the old VM's name.
+        qmp_socket: where its monitor listens; default: a private place.
         trust: the caller has read the plan, and answers for a file that is not the caller's
             own, or that comes from elsewhere and touches this host.
-        extra_args: QEMU options of the caller, in place of recorded ones or besides them.
+        extra_args: the caller's QEMU options, which replace recorded ones or add to them.
         program: another QEMU than the recorded one, a name or a path.
-        directory: for sockets, log and overlays, to be made; else the usual places.
+        directory: to be created for sockets, log and overlays; default: the usual places.
         clock: what its RTC shows: the host's time, or the instant's and on from there.
-        verify_disks: read the snapshot's disks whole, to check their digests.
-        stream: have all of RAM come before it runs, in any case.
-        fill: an image in memory, also where the cache has a complete one: a VM on that can be
-            saved while it stands still only. With ``stream`` it says nothing.
-        wait: until all of RAM is there; else ``wait_resident()`` of what is returned does.
-        keys: for an encrypted snapshot: nothing that is not authentic reaches the new VM.
-        on_progress: called with the bytes of the stream done, and the bytes in all.
+        verify_disks: read the snapshot's disks in full to check their digests.
+        stream: load all of RAM before the VM runs, in any case.
+        fill: use an image in memory even if the cache has a complete one: a VM on a complete image
+            can be saved only while it is stopped. No effect with ``stream``.
+        wait: until all of RAM is there; otherwise call ``wait_resident()`` of the returned VM.
+        keys: for an encrypted snapshot: only authentic data reaches the new VM.
+        on_progress: called with the stream bytes done and the stream bytes in all.
 
     Raises:
         NotFoundError: no such snapshot, or a file of the VM is gone.
-        TrustError: read the plan first. RefusedError: an option cannot be used.
+        TrustError: the caller must read the plan first. RefusedError: an option cannot be used.
         UsageError, HostError, DataError: the arguments, the host, the snapshot.
-        LockedError: it is encrypted, and no key that was given opens it.
-        MachineError: QEMU did not take it; its own words. No VM and no file is left behind.
+        LockedError: the snapshot is encrypted, and none of the keys opens it.
+        MachineError: QEMU rejected it; its own words. No VM and no file is left behind.
     """
     began_s = time.monotonic()
     located = locate(path, keys=keys)
@@ -123,14 +123,14 @@ def restore(
 
 
 class Restoring:
-    """Does what plans say that were checked: VMs of one snapshot, which share an image if they can.
+    """The execution of checked plans: VMs of one snapshot, which share an image if they can.
 
     Args:
-        path: the snapshot's. began_s: of the whole restore (monotonic clock).
-        verify_disks: read the snapshot's disks whole, to check their digests.
-        leases: directories that they need; the last one that is killed takes them along.
-        fill: on an image in memory, also where there is a complete one.
-        parent: the running VM that the snapshot is of, where it is not kept.
+        path: of the snapshot. began_s: start of the whole restore (monotonic clock).
+        verify_disks: read the snapshot's disks in full to check their digests.
+        leases: disk directories that the VMs share; killing the last VM removes them.
+        fill: use an image in memory even if there is a complete one.
+        parent: the running VM that the snapshot is of, if the snapshot is not kept.
     """
 
     def __init__(
@@ -163,13 +163,13 @@ class Restoring:
         owns: Sequence[int] = (),
         on_running: Callable[[list[RestoredVm]], None] | None = None,
     ) -> list[RestoredVm]:
-        """Start them all.
+        """Start all the VMs.
 
         Args:
-            record_path: where it is said how the image is filled.
+            record_path: where the image's fill record goes.
             wait: until all of RAM is there.
             owns: descriptors that every VM holds as long as it lives.
-            on_running: called once all run.
+            on_running: called once all VMs run.
 
         Raises:
             HostError, MachineError, DataError, RefusedError: as :func:`restore`; no VM is left.
@@ -208,7 +208,7 @@ class Restoring:
                 for n, one in enumerate(started)
             ]
             for vm in restored:
-                write_vm(vm)  # before somebody else fills, so that it is known whom to help
+                write_vm(vm)  # before another process fills: the record says which VM to help
             if on_running is not None:
                 on_running(restored)
             if filling is not None:
@@ -220,7 +220,7 @@ class Restoring:
     def _start(
         self, complete: CompleteImage | None, record_path: Path, on_progress: Progress | None
     ) -> tuple[Filling | None, tuple[ImageFile, ...], list[Started]]:
-        """By the best way that works; what fills their image, and its files."""
+        """Start the best way that works; return what fills the image, its files, and the VMs."""
         if complete is not None and (started := self._on_complete(complete)):
             return None, complete.image_files, started
         filling, started = self._on_image(record_path)
@@ -230,7 +230,7 @@ class Restoring:
         return None, (), [self._by_stream(number, on_progress) for number in numbers]
 
     def _on_complete(self, complete: CompleteImage) -> list[Started]:
-        """Nothing if they do not start on it: then they are started anew on another one."""
+        """Start on a complete image; if that fails, return nothing: the VMs are started anew."""
         planned = self._set.plans
         try:
             self._set.plans = on_complete(planned, complete)
@@ -250,7 +250,7 @@ class Restoring:
             return []
 
     def _start_over(self, planned: Sequence[RestorePlan]) -> None:
-        """No guest keeps what it did: new VMs on new disks will load the state."""
+        """Kill the VMs and remake their disks: no guest keeps what it did before it starts anew."""
         self._set.kill()
         for plan in planned:
             Path(plan.log_path).unlink(missing_ok=True)
@@ -258,7 +258,8 @@ class Restoring:
         self._set.plans = list(planned)
 
     def _on_image(self, record_path: Path) -> tuple[Filling | None, list[Started]]:
-        """Nothing if they have to be streamed; the plans' notes say why then."""
+        """Start on an image in memory; return nothing if the VMs must be streamed. The plans'
+        notes then say why."""
         image = self._set.plans[0].image
         if image.streamed:
             return None, []
@@ -290,14 +291,14 @@ class Restoring:
                 filling.close(keeps_working_set=False)
             if not isinstance(error, StillframeError) or isinstance(error, DataError):
                 raise
-            # If it was no fault of the image's, the stream fails likewise.
+            # If the image is not to blame, the stream fails the same way.
             record_path.unlink(missing_ok=True)
             note = streamed_note(str(error))
             self._start_over([msgspec.structs.replace(p, notes=(*p.notes, note)) for p in plans])
             return None, []
 
     def _announce(self, files: tuple[ImageFile, ...], image_path: str | None = None) -> None:
-        """So that whoever runs is known, and can be helped, should we die before we tell."""
+        """Write the records early: should this process die, others find the VMs and help them."""
         for number, emulator in enumerate(self._set.emulators):
             begun = Started(
                 pid=emulator.pid, state="inmigrate", ready_ms=0, watched_ms=0, running_ms=None
@@ -341,7 +342,7 @@ class Restoring:
     def _fill(
         self, filling: Filling, record_path: Path, wait: bool, on_progress: Progress | None
     ) -> float | None:
-        """When all is there, if that is awaited; else somebody else fills from now on."""
+        """Return when all of RAM was there; None if another process fills from now on."""
         if not wait:
             try:
                 hand_over(filling, record_path)
@@ -361,10 +362,11 @@ class Restoring:
 def refuse_to_sleep_forever(
     sections_of: Callable[[], Sequence[DeviceSection]], plan: RestorePlan, qmp: QmpClient
 ) -> None:
-    """A QEMU before 9.0 has no suspended guests in migration, and never wakes one that it loads.
+    """Refuse a suspended guest on a QEMU before 9.0: its migration has no suspended guests, and it
+    would never wake one that it loads.
 
     Raises:
-        RefusedError: it is such a QEMU, and such a guest.
+        RefusedError: QEMU is that old, and the guest was suspended.
     """
     if plan.vmm != "qemu" or qmp.version >= (9,):
         return

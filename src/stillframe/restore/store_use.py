@@ -1,4 +1,4 @@
-"""Which VMs need a snapshot of a store: those that are filled from it, or lie on its disks."""
+"""The VMs that need a snapshot of a store: those that are filled from it, or lie on its disks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stillframe.store.store import Store
 
 
 def vms_that_need(store: Store) -> Callable[[Entry], str | None]:
-    """For :meth:`Store.remove`: the VM of this host that needs a snapshot, as far as may be seen.
+    """Return a function for :meth:`Store.remove`: what on this host needs a snapshot, if visible.
 
-    Disks count for whoever has them open; the rest only for VMs that this user restored.
+    Any program that has a disk open counts; otherwise only VMs that this user restored.
     """
 
     def needed_by(entry: Entry) -> str | None:
@@ -42,7 +42,7 @@ def end_if_removed(snapshot: Location, vms: Sequence[RestoredVm]) -> None:
     """End VMs whose snapshot was removed while they were started from it: they could not go on.
 
     Raises:
-        BusyError: so it was.
+        BusyError: the snapshot was removed.
     """
     if not is_there(snapshot):
         for vm in vms:

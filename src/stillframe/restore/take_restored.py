@@ -1,5 +1,5 @@
-"""What a take of a VM that we restored has to know: whether all of its RAM is there, and what it
-has changed since."""
+"""Facts about a restored VM for a take of it: whether all of its RAM is there, and what the VM has
+changed since."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _NO_PROGRESS_S = 120.0
 
 
 def await_resident(ref: str | int, step: Callable[[float], None]) -> None:
-    """Wait until a VM's image is filled, if it is one of ours and runs on one: a snapshot of it
-    would have holes. Where nobody fills, somebody does from now on.
+    """Wait until a VM's image is filled, if this user restored it and it runs on one: a snapshot of
+    it would have holes. If no process fills the image, let one do so from now on.
 
-    To be done before its monitor is asked anything: while a vCPU waits for a page, QEMU's main loop
+    Call this before asking its monitor anything: while a vCPU waits for a page, QEMU's main loop
     may wait for that vCPU.
 
     Args:
-        ref: its pid, monitor or name. Of another VM nothing is known, and nothing awaited.
-        step: called meanwhile with how much is there, 0 to 1; what it raises ends the wait.
+        ref: its pid, monitor or name. For a VM that this user did not restore, return at once.
+        step: called meanwhile with the share that is there, 0 to 1; what it raises ends the wait.
 
     Raises:
-        BusyError: it does not go on. DataError, NotFoundError: the snapshot that it was restored
-            from is damaged or gone, so its RAM will never be whole.
+        BusyError: the filling makes no progress. DataError, NotFoundError: the snapshot that the VM
+            was restored from is damaged or gone, so its RAM will never be whole.
     """
     vm = _restored(ref)
     if vm is None or vm.image_path is None:
@@ -67,7 +67,7 @@ def _see_that_it_is_filled(path: Path) -> None:
 
 
 def own_pages(pid: int, snapshot_id: str) -> OwnPages | None:
-    """What a clone has changed since that snapshot; None if it does not run on its image."""
+    """Return what a clone has changed since that snapshot; None if it is not on its image."""
     vm = _restored(pid)
     if vm is None or vm.snapshot_id != snapshot_id or not vm.image_files:
         return None
@@ -76,13 +76,13 @@ def own_pages(pid: int, snapshot_id: str) -> OwnPages | None:
 
 
 def origin_of(pid: int) -> str | None:
-    """The id of the snapshot that a VM was restored from; None if it is none of ours."""
+    """Return the id of the snapshot that a VM was restored from; None if that is unknown."""
     vm = _restored(pid)
     return None if vm is None else vm.snapshot_id or None
 
 
 def is_frozen(pid: int) -> bool:
-    """Whether a VM was restored from a snapshot of a frozen guest, and not thawed then."""
+    """Whether a VM was restored from a snapshot of a frozen guest, and could not be thawed."""
     vm = _restored(pid)
     return vm is not None and vm.frozen
 

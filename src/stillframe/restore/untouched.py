@@ -1,9 +1,9 @@
-"""What of a new VM's RAM is untouched, and the stream without the zero pages that go there.
+"""The untouched part of a new VM's RAM, and the stream without the zero pages that go there.
 
-QEMU looks at each page that a zero record names, and looking fills shared memory; sent in full,
-a VM would be as large as its RAM however little of it was ever used. A page that the waiting VM
-has not populated reads as zero, whatever kind of memory it is, so its record may be left out.
-What the VM prefilled (``/rom@…``, device RAM, a reused file) is populated, so it is sent.
+QEMU reads each page that a zero record names, and reading fills shared memory: with the full
+stream, a VM would be as large as its RAM, however little of it was ever used. A page that the
+waiting VM has not populated reads as zero, whatever kind of memory it is, so its record may be left
+out. What the VM prefilled (``/rom@…``, device RAM, a reused file) is populated, so it is sent.
 Source: QEMU ``migration/ram.c``: ram_handle_zero.
 """
 
@@ -29,8 +29,8 @@ _BEYOND = 1 << 64
 
 
 def touched_pages(pid: int, qmp: QmpClient) -> Touched:
-    """What a VM that waits for its stream has populated; nothing about blocks that cannot be
-    looked into. The VM is not touched."""
+    """Return what a VM that waits for its stream has populated; nothing about blocks that cannot be
+    inspected. The VM is not touched."""
     try:
         blocks = [block for block in read_ram_blocks(pid, qmp) if block.backing != "file"]
         capture = RamCapture(None, pid, blocks, spill_bytes=0)
@@ -44,11 +44,11 @@ def touched_pages(pid: int, qmp: QmpClient) -> Touched:
         finally:
             capture.close()
     except (StillframeError, OSError):
-        return {}  # everything is sent, which is right too
+        return {}  # everything is sent, which is correct, too
 
 
 def stream_to(snapshot: Snapshot, touched: Touched) -> Iterator[tuple[bytes, int]]:
-    """The snapshot's stream for a VM of which ``touched`` is known.
+    """Yield the snapshot's stream for a VM of which ``touched`` is known.
 
     Yields:
         A piece, and how many bytes of the whole stream it stands for.
@@ -81,7 +81,7 @@ def stream_to(snapshot: Snapshot, touched: Touched) -> Iterator[tuple[bytes, int
 
 
 def _run_bytes(raw: bytes, run: PageRun) -> tuple[int, int]:
-    """(length of the name with its length byte, 0 without one; where the run ends in ``raw``)."""
+    """Return (length of the name with its length byte, 0 without one; the run's end in ``raw``)."""
     named = 0
     if not int.from_bytes(raw[run.raw_offset : run.raw_offset + WORD_BYTES], "big") & _CONTINUE:
         named = 1 + raw[run.raw_offset + WORD_BYTES]
@@ -92,7 +92,7 @@ def _run_bytes(raw: bytes, run: PageRun) -> tuple[int, int]:
 def _with_name(
     records: memoryview, name: str, named_bytes: int, goes_on: bool
 ) -> bytes | memoryview:
-    """The records, whose first names its block where the one before, as sent, is of another."""
+    """Return the records; the first names its block if the record sent before is of another."""
     if named_bytes or goes_on:
         return records
     word = int.from_bytes(records[:WORD_BYTES], "big") & ~_CONTINUE
@@ -103,7 +103,7 @@ def _with_name(
 
 
 def _kept(run: PageRun, touched: Sequence[tuple[int, int]] | None) -> Iterator[tuple[int, int]]:
-    """The parts (first page, pages) of a zero run that must be sent."""
+    """Yield the parts (first page, pages) of a zero run that must be sent."""
     end = run.first_page + run.pages
     if touched is None:
         touched = ((0, _BEYOND),)
@@ -114,7 +114,7 @@ def _kept(run: PageRun, touched: Sequence[tuple[int, int]] | None) -> Iterator[t
 
 
 def memory_needed_bytes(snapshot: Snapshot) -> int:
-    """What the restored VM's RAM takes of ordinary memory at least."""
+    """Return the ordinary memory that the restored VM's RAM takes at least, in bytes."""
     return sum(
         snapshot.index.page_counts(number)[0] * snapshot.index.target_page_bytes
         for number, block in enumerate(snapshot.blocks)

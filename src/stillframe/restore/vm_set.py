@@ -1,4 +1,4 @@
-"""VMs that are started together: their places, their processes, what is known of them."""
+"""VMs that are started together: their places, their processes, their records."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class VmSet:
     """VMs of one snapshot or instant.
 
     Args:
-        plans: one for each, checked.
-        path, snapshot_id: the snapshot's; empty if there is none.
-        parent: the running VM that they are of.
-        began_s: of the whole (monotonic clock).
-        leases: directories that they need; the last one that is killed takes them along.
+        plans: one for each VM, checked.
+        path, snapshot_id: of the snapshot; empty if there is none.
+        parent: the running VM that they are clones of.
+        began_s: start of the whole restore or fork (monotonic clock).
+        leases: disk directories that they share; killing the last VM removes them.
         owns: descriptors that every VM holds as long as it lives.
 
-    ``disk_notes``: what there is to say of their disks.
+    ``disk_notes``: notes about their disks.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class VmSet:
         """Make their directories and disks.
 
         Args:
-            until_started: to be closed when all run. on_failure: when they are not to.
+            until_started: closed once all VMs run. on_failure: closed if they do not.
 
         Raises:
             HostError, BusyError, DataError: not possible.
@@ -78,7 +78,7 @@ class VmSet:
         self.plans = [put_on_image(plan, files) for plan in self.plans]
 
     def start(self, number: int, files: Sequence[int] = ()) -> Emulator:
-        """Start one.
+        """Start one VM.
 
         Args:
             files: descriptors that it inherits.
@@ -91,16 +91,16 @@ class VmSet:
         return self.emulators[-1]
 
     def note_ports(self, start: Start) -> None:
-        """Learn which ports one forwards, whose main loop runs.
+        """Learn which ports a VM forwards, once its main loop runs.
 
         Raises:
-            MachineError: it does not tell.
+            MachineError: its QEMU does not tell.
         """
         number = next(n for n, one in enumerate(self.emulators) if one is start.vmm)
         self._forwards[number] = with_ports(start.qmp, self.plans[number].forwards)
 
     def let_go(self) -> None:
-        """They live on without us."""
+        """Let the VMs live on without this process."""
         for emulator in self.emulators:
             emulator.let_go()
 
@@ -111,7 +111,7 @@ class VmSet:
         image_path: str | None,
         image_files: tuple[ImageFile, ...] = (),
     ) -> RestoredVm:
-        """What there is to know of one that runs."""
+        """Return the record of one VM that runs, and make its leases."""
         plan, emulator = self.plans[number], self.emulators[number]
         words = emulator.last_words() if started.state != "running" else ""
         lead_ms = (emulator.began_s - self.began_s) * 1000
@@ -145,11 +145,11 @@ class VmSet:
         )
 
     def since_begin_ms(self) -> float:
-        """Since the whole began."""
+        """Return the time since the whole restore or fork began."""
         return (time.monotonic() - self.began_s) * 1000
 
     def kill(self) -> None:
-        """End all that were started."""
+        """End all VMs that were started."""
         for emulator in self.emulators:
             emulator.kill()
         self.emulators.clear()
@@ -158,7 +158,7 @@ class VmSet:
 
 
 def image_files(image: ImageFiles) -> tuple[ImageFile, ...]:
-    """What VMs on an image have their RAM from."""
+    """Return the files behind the RAM of VMs on an image."""
     return tuple(
         ImageFile(idstr=block.idstr, device=device, inode=inode)
         for block, (device, inode) in zip(image.blocks, image.identities, strict=True)
@@ -166,7 +166,7 @@ def image_files(image: ImageFiles) -> tuple[ImageFile, ...]:
 
 
 def make_disks(plan: RestorePlan) -> None:
-    """Its overlays and copies, in place of what is there."""
+    """Make a plan's overlays and copies, in place of what is there."""
     for disk in plan.overlays:
         Path(disk.overlay).unlink(missing_ok=True)
     make_overlays([disk for disk in plan.overlays if disk.kind == "overlay"], plan.run_as)
@@ -176,7 +176,8 @@ def make_disks(plan: RestorePlan) -> None:
 
 
 def _make_places(plan: RestorePlan, until_started: ExitStack, on_failure: ExitStack) -> int | None:
-    """Its directories. What is returned is for the new VM to hold: sockets and log belong to it."""
+    """Make a plan's directories. Return the lock for the new VM to hold: sockets and log are its
+    own."""
     directory, disks = Path(plan.directory), Path(plan.disk_directory)
     if disks == directory:  # the caller's choice, and the caller's to remove
         _make(directory, on_failure, plan.run_as)
