@@ -1,1 +1,2 @@
-"""QMP, QEMU's machine protocol: the client (``client``) and the server (``server``)."""
+"""QMP, QEMU's machine protocol: the client (``client``), and parts of our server,
+``board.monitor``."""

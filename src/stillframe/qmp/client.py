@@ -1,12 +1,11 @@
 """A synchronous, thread-safe QMP client.
 
-The thread that asks writes its command itself and waits; one daemon thread per client reads, and
-hands each answer straight to who asked. Commands are kept short, and may be announced, because
-QEMU reads its monitor byte by byte, at about 5 µs each: stop, device state and cont are the
-downtime.
+The calling thread writes its command itself and waits. One daemon thread per client reads, and
+hands each reply straight to its caller. stop, device state and cont make up the downtime, and QEMU
+reads its monitor byte by byte at about 5 µs each: so commands are kept short, and may be announced.
 
-The socket can be inherited by a guard process, which goes on talking to the VM when this process
-dies; so it is never shut down, only closed.
+A guard process can inherit the socket and keep talking to the VM when this process dies; so the
+socket is only closed, never shut down.
 
 Protocol: QEMU ``docs/interop/qmp-spec.rst``; descriptors travel as SCM_RIGHTS on the unix socket
 (``qapi/misc.json``: add-fd).
@@ -47,19 +46,19 @@ Waiter = queue.SimpleQueue[Message | None]
 
 
 class AddedFd(msgspec.Struct, frozen=True, kw_only=True):
-    """A descriptor that the VMM holds now: its set, and its number in the VMM."""
+    """A descriptor that the VMM now holds: its fd set, and its number in the VMM."""
 
     fdset_id: int
     fd: int
 
     @property
     def path(self) -> str:
-        """File name for QMP commands (QEMU ``util/osdep.c``: qemu_open)."""
+        """The file name to use in QMP commands (QEMU ``util/osdep.c``: qemu_open)."""
         return f"/dev/fdset/{self.fdset_id}"
 
 
 class QmpClient:
-    """A connection to one QMP monitor. Use ``connect``; close it, or use it in ``with``."""
+    """A connection to one QMP monitor. Made by ``connect``; close it, or use it in ``with``."""
 
     def __init__(self, address: Address, sock: socket.socket) -> None:
         self._address = address
@@ -88,7 +87,7 @@ class QmpClient:
             NotFoundError: no such socket.
             BusyError: another client holds the monitor (QEMU serves one at a time).
             HostError: no permission.
-            MachineError: nobody listens, no answer, or no QMP behind it.
+            MachineError: nothing listens, no answer, or the server does not speak QMP.
         """
         deadline_s = time.monotonic() + timeout_s
         sock = open_socket(address, timeout_s)
@@ -96,10 +95,10 @@ class QmpClient:
 
     @classmethod
     def over(cls, sock: socket.socket, address: Address, *, timeout_s: float = 5.0) -> QmpClient:
-        """Negotiate over a connected socket, which is the client's from now on.
+        """Negotiate over a connected socket; the client owns it from now on.
 
         Args:
-            address: what errors call it.
+            address: how errors name the monitor.
 
         Raises:
             HostError: no descriptor is left. BusyError, MachineError: as ``connect``.
@@ -122,12 +121,12 @@ class QmpClient:
 
     @property
     def address(self) -> str | tuple[str, int]:
-        """What ``connect`` was given."""
+        """The address that ``connect`` was given."""
         return self._address
 
     @property
     def socket(self) -> socket.socket:
-        """The connected socket: dup it for a guard process, do not read from it here."""
+        """The connected socket: dup it for a guard process, but never read from it."""
         return self._link.socket
 
     def fileno(self) -> int:
@@ -136,7 +135,7 @@ class QmpClient:
 
     @property
     def alive(self) -> bool:
-        """Whether the connection is up, as far as known."""
+        """Whether the connection is up, as far as the client knows."""
         return self._alive
 
     @property
@@ -156,17 +155,17 @@ class QmpClient:
     ) -> object:
         """Run one QMP command and return its ``return`` value. Callable from any thread.
 
-        The guest's state afterwards is what the command makes of it.
+        The command decides the guest's state afterwards.
 
         Args:
             announce: the likely next command; see :meth:`announce`. Its beginning is sent right
                 behind this one, and a QEMU with out-of-band commands reads it meanwhile, in a
-                thread of its own (``monitor/qmp.c``: handle_qmp_command).
+                separate thread (``monitor/qmp.c``: handle_qmp_command).
 
         Raises:
             QmpCommandError: the VMM answered with an error.
-            MachineError: the connection was lost, or no answer came in time (the command may
-                still be carried out: ``guest_state`` is ``unknown``).
+            MachineError: the connection was lost, or no answer came in time (the VMM may still run
+                the command: ``guest_state`` is ``unknown``).
             UsageError: the arguments cannot be written as JSON.
         """
         if threading.get_ident() == self._thread.ident:
@@ -178,7 +177,7 @@ class QmpClient:
         with self._state_lock:
             if not self._alive:
                 raise self._lost_error(command)
-            # The id of a timed-out command stays reserved: its answer may still come.
+            # The id of a timed-out command stays reserved: its reply may still come.
             command_id = next(n for n in itertools.count() if n not in self._waiters)
             self._waiters[command_id] = waiter
         with self._losing(command):
@@ -200,7 +199,7 @@ class QmpClient:
         return reply.get("return")
 
     def hmp(self, command_line: str, *, timeout_s: float = 30.0) -> str:
-        """Run a command of the human monitor and return its text (errors come as text, too).
+        """Run a human monitor command and return its output; errors are part of that text.
 
         Raises:
             MachineError: as ``execute``.
@@ -220,8 +219,8 @@ class QmpClient:
     def announce(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
         """Send the beginning of the likely next command; it does not run yet.
 
-        ``execute`` of the same command and arguments then only has to complete it; any other one
-        makes the VMM forget it first. The guest is not touched.
+        ``execute`` of the same command and arguments then only has to complete it; any other
+        command makes the VMM drop it first. The guest is not touched.
 
         Raises:
             MachineError: the connection was lost.
@@ -233,7 +232,7 @@ class QmpClient:
 
     @contextmanager
     def _losing(self, command: str) -> Iterator[None]:
-        """What cannot be sent ends the connection."""
+        """End the connection if sending fails."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -255,7 +254,7 @@ class QmpClient:
             self._events.note(message)
             return
         waiter = self._waiters.pop(message.get("id"), None)
-        if waiter is not None:  # else: nobody waits for it any more
+        if waiter is not None:  # else: its caller timed out
             waiter.put(message)
 
     def _end(self) -> None:
@@ -270,7 +269,7 @@ class QmpClient:
 
     @property
     def passes_fds(self) -> bool:
-        """Whether descriptors can be handed over (unix sockets only)."""
+        """Whether the connection can pass descriptors (unix sockets only)."""
         return self._link.socket.family == socket.AF_UNIX
 
     def send_fd(self, fd: int, *, timeout_s: float = 5.0) -> None:
@@ -287,7 +286,7 @@ class QmpClient:
             )
         if not self._alive:
             raise self._lost_error("send_fd")
-        # QEMU accepts descriptors with any byte, and ignores blanks between commands.
+        # QEMU accepts descriptors with any byte, and ignores whitespace between commands.
         with self._losing("send_fd"):
             self._writer.write(b" ", time.monotonic() + timeout_s, (fd,))
 
@@ -305,8 +304,9 @@ class QmpClient:
     def remove_fd(self, added: AddedFd) -> None:
         """Make the VMM close a descriptor given by ``add_fd``.
 
-        QEMU does so only while the guest runs; of a paused one, when it runs again and another
-        descriptor is removed, or the monitor is disconnected (QEMU ``monitor/fds.c``).
+        QEMU closes it at once only while the guest runs. Otherwise it does so when, with the guest
+        running again, another descriptor is removed or the monitor disconnects (QEMU
+        ``monitor/fds.c``).
 
         Raises:
             MachineError: as ``execute``.
@@ -316,7 +316,8 @@ class QmpClient:
     # Events
 
     def subscribe(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
-        """Call ``callback`` for each event in the client's thread; returns the unsubscriber.
+        """Call ``callback`` for each event, in the client's thread; return a function that
+        unsubscribes.
 
         The callback must be quick and must not run QMP commands.
         """
@@ -327,8 +328,8 @@ class QmpClient:
     def close(self) -> None:
         """Disconnect and end the thread; never raises, and does nothing the second time.
 
-        The guest is left as it is; a process that inherited the socket keeps its connection. Not
-        for event callbacks: the thread that runs them cannot wait for its own end.
+        The guest stays as it is; a process that inherited the socket keeps its connection. Do not
+        call it from an event callback: the thread that runs callbacks cannot wait for its own end.
         """
         with self._state_lock:
             if self._closed:

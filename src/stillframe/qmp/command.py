@@ -1,4 +1,4 @@
-"""One QMP command: what is sent, and the error that may come back."""
+"""One QMP command: its wire format, and the error that may answer it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Command = tuple[str, Mapping[str, object]]
 
 
 class QmpCommandError(MachineError):
-    """The VMM answered a command with an error. The guest's state is unchanged.
+    """The VMM answered a command with an error, which leaves the guest as it was; ``guest_state``
+    is ``unknown``, as the client does not know that state.
 
-    ``command``: what was asked. ``error_class``: QMP's class, usually ``GenericError``.
+    ``command``: the command's name. ``error_class``: QMP's class, usually ``GenericError``.
     ``description``: the VMM's own words.
     """
 
@@ -27,7 +28,7 @@ class QmpCommandError(MachineError):
 
 
 def command_body(command: str, arguments: Mapping[str, object] | None) -> bytes:
-    """A command without its id and its end.
+    """Encode a command as JSON, without its id and closing brace.
 
     Raises:
         UsageError: the arguments cannot be written as JSON.

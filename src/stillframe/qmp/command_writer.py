@@ -1,6 +1,6 @@
-"""Writes commands to a monitor, and the beginning of one that is likely to follow.
+"""A writer of commands to a monitor, which can send the beginning of the likely next one ahead.
 
-QEMU reads its monitor byte by byte, at about 5 µs each; what was announced it has read already.
+QEMU reads its monitor byte by byte, at about 5 µs each; it has already read what was announced.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from stillframe.qmp.link import Link
 
 
 class CommandWriter:
-    """One link's; callable from any thread. After an error nothing more can be sent: a part of a
-    command may be out, and the VMM could not parse what follows."""
+    """The writer of one link; callable from any thread. After an error it cannot send any more:
+    half a command may be out, and the VMM could not parse what follows."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -20,8 +20,8 @@ class CommandWriter:
         self._announced: bytes | None = None
 
     def announce(self, body: bytes, deadline_s: float) -> None:
-        """Send the beginning of a command; :meth:`write` of the same one completes it, any other
-        one makes the VMM forget it first. Errors as :meth:`Link.send`."""
+        """Send the beginning of a command. :meth:`write` of the same command completes it; any
+        other one makes the VMM drop it first. Errors as :meth:`Link.send`."""
         with self._lock:
             self._link.send(self._forgetting() + body, deadline_s)
             self._announced = body
@@ -37,8 +37,8 @@ class CommandWriter:
         """Send a whole command; errors as :meth:`Link.send`.
 
         Args:
-            fds: descriptors to go with it.
-            behind: the beginning of the likely next command, announced in the same breath.
+            fds: descriptors to send with it.
+            behind: the beginning of the likely next command, announced in the same send.
         """
         with self._lock:
             announced = self._announced
@@ -50,9 +50,9 @@ class CommandWriter:
             self._announced = behind
 
     def _forgetting(self) -> bytes:
-        """Bytes that make the VMM drop an announced command, if any.
+        """Return the bytes that make the VMM drop an announced command, if there is one.
 
-        The byte ends any JSON; the VMM answers with an error that nobody waits for (QEMU
+        0xff ends any JSON; the VMM answers with an error that no caller waits for (QEMU
         ``docs/interop/qmp-spec.rst``, synchronization).
         """
         announced, self._announced = self._announced, None

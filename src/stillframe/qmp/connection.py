@@ -1,4 +1,4 @@
-"""Opens the socket of a QMP connection, with clear errors."""
+"""The socket of a QMP connection: opened, or refused with a clear error."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ HUMAN_REMEDY = (
     "say 'migrate \"exec:cat >/PATH/FILE\"' and then 'cont' in its human monitor, and"
     " 'stillframe import /PATH/FILE -o SNAPSHOT'"
 )
-"""The human monitor saves no device state (``xen-save-devices-state`` is QMP's), but migrates; the
-guest stands still at the end of it until ``cont``."""
+"""The human monitor cannot save device state (``xen-save-devices-state`` is QMP's), but it can
+migrate; the guest stays paused from the migration's end until ``cont``."""
 
 
 def address_text(address: Address) -> str:
-    """The address as text."""
+    """Return the address as text."""
     if isinstance(address, str):
         return address
     host, port = address
@@ -52,7 +52,7 @@ def open_socket(address: Address, timeout_s: float) -> socket.socket:
     """Connect a stream socket to a monitor.
 
     Raises:
-        NotFoundError, BusyError, HostError, MachineError, UsageError: as the reason is.
+        NotFoundError, BusyError, HostError, MachineError, UsageError: depending on the reason.
     """
     if "\0" in address if isinstance(address, str) else not 0 < address[1] < 65536:
         raise UsageError(f"bad monitor address {address!r}")
@@ -82,7 +82,7 @@ def _open_unix(path: str, timeout_s: float) -> socket.socket:
 
 @contextlib.contextmanager
 def socket_name(path: str) -> Iterator[str]:
-    """A name for a unix socket's path that fits a ``sockaddr_un``, valid inside the ``with``.
+    """Yield a name for a unix socket's path that fits a ``sockaddr_un``, valid inside the ``with``.
 
     Raises:
         OSError: there is no such directory.
@@ -90,7 +90,7 @@ def socket_name(path: str) -> Iterator[str]:
     if len(os.fsencode(path)) <= _SUN_PATH_BYTES:
         yield path
         return
-    # Too long: reach it through its directory's descriptor.
+    # Too long: go through a descriptor of its directory.
     directory, name = os.path.split(path)
     directory_fd = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -100,7 +100,7 @@ def socket_name(path: str) -> Iterator[str]:
 
 
 def _connect_unix(sock: socket.socket, path: str, timeout_s: float) -> None:
-    """Connect, and wait while the listener's short queue is full of clients that came before."""
+    """Connect, and wait while other clients fill the listener's short queue."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -139,7 +139,8 @@ def _connect_error(address: Address, error: OSError) -> StillframeError:
 
 
 def _may_be_socket(address: Address) -> bool:
-    """connect(2) refuses alike where there is a file of another kind, and where nobody listens."""
+    """Return whether it may be a socket: connect(2) refuses another kind of file and a socket
+    without a listener alike."""
     try:
         return not isinstance(address, str) or stat.S_ISSOCK(Path(address).stat().st_mode)
     except OSError:
@@ -149,7 +150,8 @@ def _may_be_socket(address: Address) -> bool:
 def greeting_error(
     address: Address, cause: OSError | EOFError, timeout_s: float, *, greeted: bool
 ) -> StillframeError:
-    """Error for a monitor that did not send its greeting; best guess at why."""
+    """Return the error for a monitor that did not complete the negotiation, with the likeliest
+    cause."""
     where = address_text(address)
     if isinstance(cause, TimeoutError):
         if greeted:
@@ -172,7 +174,7 @@ def greeting_error(
 
 
 def no_qmp_error(address: Address) -> MachineError:
-    """Error: whatever listens there is no QMP server."""
+    """Return the error for a listener that is no QMP server."""
     return MachineError(
         f"{address_text(address)} does not speak QMP",
         remedy=f"name a -qmp (or -mon mode=control) socket; a VM without one: {HUMAN_REMEDY}",
@@ -180,7 +182,7 @@ def no_qmp_error(address: Address) -> MachineError:
 
 
 def has_client(address: Address) -> bool:
-    """Whether a unix socket has an accepted connection now (/proc/net/unix, state 03)."""
+    """Return whether a unix socket has an accepted connection now (/proc/net/unix, state 03)."""
     if not isinstance(address, str):
         return False
     names = {address}

@@ -1,4 +1,4 @@
-"""Errors of QMP commands."""
+"""Errors that a QMP server sends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Literal
 ErrorClass = Literal[
     "GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"
 ]
-"""QEMU ``qapi/error.json``: QapiErrorClass. Anything new is a GenericError."""
+"""QEMU ``qapi/error.json``: QapiErrorClass. New errors are GenericError."""
 
 
 class QmpError(Exception):
-    """A command failed, or what came is no command: the reply's ``class`` and ``desc``.
+    """A command failed, or the input is no command: the reply's ``class`` and ``desc``.
 
     The guest's state is what it was before the command, unless the command says otherwise.
     """

@@ -26,7 +26,7 @@ class QmpEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventSubscribers:
-    """Passes events on; subscribe from any thread."""
+    """The subscribers to a client's events; subscribe from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -45,7 +45,7 @@ class EventSubscribers:
                 logger.exception("a subscriber failed at event %s", event.name)
 
     def subscribe(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
-        """Call ``callback`` for each event from now on; returns the function that undoes it."""
+        """Call ``callback`` for each event from now on; return a function that unsubscribes."""
         with self._lock:
             self._subscribers.append(callback)
 

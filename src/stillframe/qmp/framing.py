@@ -1,7 +1,7 @@
-"""Splits a byte stream into QMP messages (QEMU ``docs/interop/qmp-spec.rst``).
+"""A splitter of a server's byte stream into QMP messages (QEMU ``docs/interop/qmp-spec.rst``).
 
-A server ends each message with CR LF. Between them a plain monitor sends one line, and a
-``-qmp-pretty`` one sends many, of which only the last begins with the closing brace.
+A server ends each message with CR LF. A plain monitor sends each message as one line; a
+``-qmp-pretty`` one sends many lines, of which only the last begins with the closing brace.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class FramingError(Exception):
 
 
 class Framer:
-    """Incremental parser of messages."""
+    """An incremental parser of messages."""
 
     def __init__(self) -> None:
         self._rest: list[bytes] = []
@@ -26,10 +26,10 @@ class Framer:
         self._held_bytes = 0
 
     def feed(self, data: bytes) -> list[dict[str, object]]:
-        """Messages completed by ``data``, in order.
+        """Return the messages that ``data`` completes, in order.
 
         Raises:
-            FramingError: what came is no message, or an absurdly long one.
+            FramingError: the input is no message, or an absurdly long one.
         """
         messages: list[dict[str, object]] = []
         *ends, last = data.split(b"\n")
@@ -45,7 +45,7 @@ class Framer:
         return messages
 
     def _line(self, line: bytes) -> dict[str, object] | None:
-        """The message that this line completes, if any."""
+        """Return the message that this line completes, if any."""
         if not self._lines:
             if not line.strip():
                 return None

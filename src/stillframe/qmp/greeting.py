@@ -1,4 +1,4 @@
-"""The beginning of a QMP connection: the greeting, and what we ask for (QEMU
+"""The beginning of a QMP connection: the greeting, and the capabilities that we enable (QEMU
 ``docs/interop/qmp-spec.rst``, capabilities negotiation)."""
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _NEGOTIATION_ID = "stillframe-negotiation"
 
 
 def negotiate(link: Link, address: Address, timeout_s: float) -> Mapping[str, object]:
-    """Read the greeting, and enter command mode; returns the greeting.
+    """Read the greeting and enter command mode; return the greeting.
 
     Args:
-        address: what errors call it.
+        address: how errors name the monitor.
 
     Raises:
         BusyError: another client holds the monitor. MachineError: no answer, or no QMP.
@@ -39,15 +39,15 @@ def negotiate(link: Link, address: Address, timeout_s: float) -> Mapping[str, ob
 
 
 def version_of(greeting: Mapping[str, object]) -> tuple[int, int, int]:
-    """The VMM's version: (major, minor, micro)."""
+    """Return the VMM's version: (major, minor, micro)."""
     numbers = as_map(as_map(greeting.get("version")).get("qemu"))
     major, minor, micro = (as_int(numbers.get(k)) for k in ("major", "minor", "micro"))
     return (major, minor, micro)
 
 
 def _read_greeting(link: Link, address: Address, deadline_s: float) -> Mapping[str, object]:
-    """The greeting. What a client before us did not read any more may come first: QEMU keeps
-    what its socket did not take (``monitor/monitor.c``: monitor_flush_locked)."""
+    """Return the greeting. Output for an earlier client may come first: QEMU keeps what that
+    client's socket did not take (``monitor/monitor.c``: monitor_flush_locked)."""
     while True:
         for message in link.receive(deadline_s):
             greeting = message.get("QMP")
@@ -58,8 +58,8 @@ def _read_greeting(link: Link, address: Address, deadline_s: float) -> Mapping[s
 
 
 def _first_answer(link: Link, deadline_s: float) -> Message:
-    """What answers the negotiation. An event may come just before, or what QEMU says to the
-    last words of a client before us, such as half a command."""
+    """Return the answer to the negotiation. An event may come first, or QEMU's answer to the last
+    input of an earlier client, such as half a command."""
     while True:
         for message in link.receive(deadline_s):
             if message.get("id") == _NEGOTIATION_ID:
@@ -67,7 +67,8 @@ def _first_answer(link: Link, deadline_s: float) -> Message:
 
 
 def _request(greeting: Mapping[str, object]) -> bytes:
-    """Out-of-band commands make QEMU read the next command while one runs."""
+    """Return the negotiation command. With out-of-band commands, QEMU reads the next command while
+    one runs."""
     offered = greeting.get("capabilities")
     oob = isinstance(offered, list) and "oob" in offered
     arguments = {"enable": ["oob"]} if oob else None

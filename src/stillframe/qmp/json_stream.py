@@ -1,9 +1,9 @@
-"""Incremental JSON parser for a QMP client's untrusted byte stream.
+"""An incremental JSON parser for a QMP client's untrusted byte stream.
 
 A server cannot go by lines as a client can (``framing``): a client may send half a command now and
 the rest later, or several in one packet. A value ends with its last bracket; one without brackets
-ends with a blank. The byte 0xff, which no JSON contains, and a control character in a string
-end whatever was half said, with an error, as in QEMU (``docs/interop/qmp-spec.rst``, section 2.6).
+ends with whitespace. The byte 0xff, which no JSON contains, and a control character in a string end
+an unfinished value with an error, as in QEMU (``docs/interop/qmp-spec.rst``, section 2.6).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from stillframe.qmp.errors import QmpError
 
 MESSAGE_MAX_BYTES = 64 << 20
 NESTING_MAX = 512
-"""QEMU's limit is 1024; Python's decoder gives up before."""
+"""QEMU's limit is 1024; Python's decoder gives up earlier."""
 
 _IN_STRING = re.compile(rb'\\[^\x00-\x1f\xff]|["\x00-\x1f\xff]')
 _OUTSIDE = re.compile(rb'[{}\[\]"\xff]|(?<![ \t\r\n])[ \t\r\n]')
 
 
 class JsonStream:
-    """Incremental parser; yields values and errors in order."""
+    """An incremental parser; yields values and errors in order."""
 
     def __init__(self) -> None:
         self._message = bytearray()
@@ -34,12 +34,12 @@ class JsonStream:
         self._skipping = False
 
     def feed(self, data: bytes) -> Iterator[object]:
-        """JSON values completed by ``data``, and a ``QmpError`` for malformed input.
+        """Yield the JSON values that ``data`` completes, and a ``QmpError`` for malformed input.
 
-        Use the iterator up before the next call. It never raises.
+        Exhaust the iterator before the next call. It never raises.
         """
         for part in re.split(rb"(?<=[\n\xff])", data):
-            if self._skipping:  # up to the end of the line, after a message that is too long
+            if self._skipping:  # an oversized message: to the end of the line
                 self._skipping = not part.endswith((b"\n", b"\xff"))
                 continue
             self._message += part
@@ -52,7 +52,7 @@ class JsonStream:
                 yield QmpError(f"JSON {limit} limit exceeded")
 
     def _find_end(self) -> int | None:
-        """End of the value at the start of the message, if complete."""
+        """Return the end of the value at the start of the buffer, or None if it is incomplete."""
         message = self._message
         while True:
             pattern = _IN_STRING if self._in_string else _OUTSIDE

@@ -1,6 +1,6 @@
-"""Sends and receives whole QMP messages, with deadlines.
+"""The transport of whole QMP messages over one socket, with deadlines.
 
-The socket's description may be shared with a guard process, so it is never shut down.
+A guard process may share the socket's open file description, so it is never shut down.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Message = dict[str, object]
 
 
 class Link:
-    """One connected stream socket. One thread at a time sends, and one receives."""
+    """One connected stream socket. One thread at a time may send, and one may receive."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -29,11 +29,11 @@ class Link:
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
 
     def send(self, data: bytes, deadline_s: float, fds: tuple[int, ...] = ()) -> None:
-        """Send all of it, the descriptors with the first byte (unix(7): SCM_RIGHTS).
+        """Send all of ``data``, with the descriptors on the first byte (unix(7): SCM_RIGHTS).
 
         Raises:
-            OSError: the connection is broken, or it took too long (TimeoutError).
-            ValueError: it is closed.
+            OSError: the connection is broken, or the deadline passed (TimeoutError).
+            ValueError: the link is closed.
         """
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         while data:
@@ -46,11 +46,11 @@ class Link:
             data, rights = data[sent:], []
 
     def receive(self, deadline_s: float) -> list[Message]:
-        """The next messages, at least one.
+        """Return the next messages, at least one.
 
         Raises:
-            EOFError: the other side hung up. TimeoutError, OSError.
-            FramingError: what came is no QMP.
+            EOFError: the peer hung up. TimeoutError, OSError.
+            FramingError: the input is no QMP.
         """
         messages: list[Message] = []
         while not messages:
@@ -86,7 +86,7 @@ class Link:
         os.eventfd_write(self._stop_fd, 1)
 
     def close(self) -> None:
-        """Close the socket; no thread may be receiving."""
+        """Close the socket; no thread may be in ``receive``."""
         self.socket.close()
         os.close(self._stop_fd)
 

@@ -1,4 +1,4 @@
-"""Sockets on which a QMP server listens."""
+"""The listening sockets of a QMP server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RETRY_S = 0.02
 
 
 class Listener:
-    """A listening socket; a unix socket's file goes when it is closed. Made by ``listen``."""
+    """A listening socket, made by ``listen``. Closing it removes a unix socket's file."""
 
     def __init__(self, sock: socket.socket, address: Address, made: tuple[int, int] | None) -> None:
         self.socket = sock
@@ -38,13 +38,13 @@ class Listener:
 
 
 def listen(address: Address) -> Listener:
-    """Listen on a unix socket, which only our user may connect to, or on (host, port).
+    """Listen on (host, port), or on a unix socket that only our user may connect to.
 
-    A socket file on which nobody listens any more is replaced. Port 0 takes any free one.
+    Replaces a stale socket file, one on which nothing listens any more. Port 0 takes any free port.
 
     Raises:
-        BusyError: somebody listens there.
-        UsageError: the path is something else than a socket, or no good address.
+        BusyError: another server listens there.
+        UsageError: the path exists and is no socket, or the address is malformed.
         HostError: the system refuses.
     """
     try:
@@ -65,8 +65,8 @@ def _listen_unix(path: str) -> Listener:
         raise ValueError("no path of a socket")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # The file gets the mode of the socket itself (Linux net/unix/af_unix.c: unix_bind_bsd), so
-        # there is no moment in which others may connect.
+        # The file takes the mode of the socket itself (Linux net/unix/af_unix.c: unix_bind_bsd), so
+        # at no moment may other users connect.
         os.fchmod(sock.fileno(), 0o600)
         with _directory_lock(Path(path).parent), socket_name(path) as name:
             try:
@@ -87,8 +87,8 @@ def _listen_unix(path: str) -> Listener:
 
 @contextlib.contextmanager
 def _directory_lock(directory: Path) -> Iterator[None]:
-    """Of two servers that start at once, neither may take the other's socket for a stale one
-    before it listens."""
+    """Lock the directory: of two servers that start at once, neither may take the other's socket
+    for stale before it listens."""
     directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline_s = time.monotonic() + _LOCK_S
@@ -106,13 +106,13 @@ def _directory_lock(directory: Path) -> Iterator[None]:
 
 
 def check_free(path: str) -> None:
-    """Check that ``listen`` could take a path: there is nothing, or a socket file on which nobody
-    listens any more. Nothing is removed.
+    """Check that ``listen`` could take a path: nothing is there, or a stale socket file. Removes
+    nothing.
 
     Raises:
-        BusyError: somebody listens there.
-        UsageError: the path is something else than a socket.
-        HostError: it cannot be looked at.
+        BusyError: another server listens there.
+        UsageError: the path exists and is no socket.
+        HostError: the path cannot be examined.
     """
     try:
         with socket_name(path) as name:
