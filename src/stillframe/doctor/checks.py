@@ -11,15 +11,16 @@ from stillframe.errors import StillframeError
 CheckStatus = Literal["ok", "warn", "fail"]
 BEING_FILLED: Final = "its image is being filled: take, fork and watch wait until all is there"
 _OF_FILLER: Final = frozenset({"userfaultfd", "second-mapper"})
-"""Blockers of a VM while its image is filled: the filler maps RAM, and waits for faults."""
+"""Blockers of a VM whose image is still being filled: the filler maps its RAM and serves its
+faults."""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was looked at.
+    """One finding.
 
-    ``subject``: ``host`` or ``vm``. ``name``: short and stable. ``status``: ``fail`` if no
-    background snapshot can be taken because of it. ``found``: what there is. ``remedy``: what
-    to do, empty if it is fine.
+    ``subject``: ``host`` or ``vm``. ``name``: short and stable. ``status``: ``fail`` if it rules
+    out background snapshots. ``found``: what the doctor saw. ``remedy``: what to do, empty if all
+    is well.
     """
 
     subject: Literal["host", "vm"]
@@ -35,11 +36,11 @@ def from_error(
     error: StillframeError,
     status: CheckStatus = "fail",
 ) -> Check:
-    """The finding that an error states."""
+    """Return the finding that an error states."""
     found = f"{error.what}: {error.why}" if error.why else error.what
     return Check(subject=subject, name=name, status=status, found=found, remedy=error.remedy or "")
 
 
 def is_of_filler(blocker: str) -> bool:
-    """Whether a blocker of that name goes with what fills a VM's image."""
+    """Return whether the filler of a VM's image causes a blocker of that name."""
     return blocker in _OF_FILLER

@@ -1,4 +1,4 @@
-"""The host's part: kernel features, permissions, programs. Each is tried, not guessed."""
+"""The checks of the host: kernel features, permissions, programs. Each is tried, not guessed."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Look = Callable[[], Check]
 
 
 class KindChecks(Protocol):
-    """What a wing's VMs need of the host (``stillframe.wings``).
+    """What VMs of a wing's kind need from the host (``stillframe.wings``).
 
-    ``vmm``: their kind. ``always``: checks besides our own, by name. ``alone``: those in place of
-    our own where only such a VM is to be snapshotted.
+    ``vmm``: their kind. ``always``: checks added to our own, by name. ``alone``: checks that
+    replace ours of the same name when only such a VM is to be snapshotted.
     """
 
     vmm: str
@@ -48,7 +48,7 @@ class KindChecks(Protocol):
 
 
 def host_checks(directory: Path, *, vmm: str | None = None) -> list[Check]:
-    """Look at everything. No guest is touched.
+    """Check the whole host. No guest is touched.
 
     Args:
         directory: where snapshots would go.
@@ -214,10 +214,10 @@ def _space(directory: Path) -> Check:
 
 @contextmanager
 def waiting_child(*, filtered: bool = False) -> Iterator[int]:
-    """A small process of ours that waits; to be attached to as a VM would be.
+    """Start a small process of ours that waits, to attach to as to a VM; yield its pid.
 
     Args:
-        filtered: put a seccomp filter on it, which allows everything.
+        filtered: put a seccomp filter on it that allows everything.
     """
     try:
         process = subprocess.Popen(
@@ -239,7 +239,7 @@ def waiting_child(*, filtered: bool = False) -> Iterator[int]:
 
 
 def _wait_until_it_runs(process: subprocess.Popen[bytes]) -> None:
-    """Wait until it answers: then its libraries are mapped."""
+    """Wait until the child answers: then its libraries are mapped."""
     if process.stdin is None or process.stdout is None:
         raise InternalError("a pipe is missing")
     process.stdin.write(b".")
@@ -251,7 +251,7 @@ def _wait_until_it_runs(process: subprocess.Popen[bytes]) -> None:
 
 
 def _filter_ourselves() -> None:
-    """Put a filter of one instruction, "allow", on the calling process (seccomp(2))."""
+    """Put a one-instruction "allow" filter on the calling process (seccomp(2))."""
     program = ctypes.create_string_buffer(struct.pack("=HBBI", *_BPF_ALLOW))
     header = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(program)))
     libc = ctypes.CDLL(None, use_errno=True)

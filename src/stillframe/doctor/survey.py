@@ -26,13 +26,14 @@ _AT_ONCE = 8
 class SurveyedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A running VM, and whether a background snapshot of it can be taken.
 
-    ``version``: of its VMM, None if its monitor did not answer.
-    ``snapshotable``: None if it cannot be told, for instance because its monitor is busy.
-    ``without_disks``: only if its disks are left out. ``reasons``: why not, why without disks, or
-    why it cannot be told. ``restored_from``: the snapshot, or the VM that it is a
-    clone of, if we started it; ``resident``: how much of its RAM's image is there, 0 to 1;
-    ``resident_ms``: how long after the restore's begin all was.
-    ``forwards``: ports of this host that are its guest's.
+    ``version``: its VMM's, None if the monitor did not answer. ``snapshotable``: None if unknown,
+    for instance because the monitor is busy. ``without_disks``: a snapshot must leave its disks
+    out. ``reasons``: why it cannot be snapshotted, why its disks are left out, or why that is
+    unknown. ``forwards``: ports of this host that lead to its guest.
+
+    Only for a VM that we started: ``restored_from``: the snapshot, or the VM that it is a clone of;
+    ``resident``: the share of its RAM's image that is filled, 0 to 1; ``resident_ms``: how long
+    after the restore began the image was complete.
     """
 
     pid: int
@@ -56,7 +57,7 @@ class SurveyedVm(msgspec.Struct, frozen=True, kw_only=True):
 def survey() -> list[SurveyedVm]:
     """Look at all VMs of the host, several at a time. The guests are not touched.
 
-    Where nobody fills a restored VM's image any more, somebody does after this.
+    If the filler of a restored VM's image has died, this call starts another one.
     """
     vms = list_vms()
     if not vms:
@@ -87,7 +88,7 @@ def _with_origin(
 
 
 def _while_filled(seen: SurveyedVm) -> SurveyedVm:
-    """Without what only its filler is the reason for: a take waits for that."""
+    """Drop the refusals that only the filler causes: a take waits until it is done."""
     others = tuple(reason for reason in seen.reasons if not is_of_filler(reason.partition(":")[0]))
     can = True if seen.snapshotable is False and not others else seen.snapshotable
     return msgspec.structs.replace(seen, snapshotable=can, reasons=others)
