@@ -1,1 +1,1 @@
-"""QEMU's migration stream: bytes and records, no I/O."""
+"""QEMU's migration stream as bytes and records, without I/O."""

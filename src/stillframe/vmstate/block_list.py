@@ -15,12 +15,12 @@ _PAGE_SIZE_RANGE_BYTES = range(1 << 10, (1 << 40) + 1)
 
 
 class BlockListReader:
-    """Reads the block list, whose form depends on the stream's capabilities.
+    """A reader of the block list, whose form depends on the stream's capabilities.
 
     Args:
         page_bytes: the target's page size.
         addresses: capability x-ignore-shared is on.
-        page_sizes: postcopy was advised, so blocks may have their page size with them.
+        page_sizes: postcopy was advised, so a block's page size may follow its length.
         mapped: capability mapped-ram is on.
     """
 
@@ -45,7 +45,7 @@ class BlockListReader:
         """Fill ``blocks`` (and ``mapped_blocks``) up to ``total_bytes`` of RAM.
 
         Raises:
-            DataError: truncated, or a name or size that no VM has, or the sum is not met.
+            DataError: the list is truncated, has a name or size that no VM has, or misses that sum.
         """
         source = self._source
         if not 0 < total_bytes <= RAM_LIMIT_BYTES:
@@ -94,10 +94,10 @@ class BlockListReader:
                 )
 
     def _page_size(self) -> int | None:
-        """A block's page size; sent only if it differs from the host's.
+        """Return a block's page size, which QEMU sends only if it differs from the host's.
 
-        What else may follow is the next block's name, whose length is not 0, or the EOS
-        record, whose value is no page size.
+        Otherwise the next block's name follows, whose length is not 0, or the EOS record, whose
+        value is no page size.
         """
         source = self._source
         if source.peek() != 0:

@@ -1,4 +1,4 @@
-"""COMMAND records: informational ones pass, others are refused by name.
+"""COMMAND records: informational ones are accepted, all others are refused by name.
 
 Source: QEMU ``migration/savevm.c``, ``qemu_vm_cmd`` and ``mig_cmd_args``.
 """
@@ -21,7 +21,7 @@ _LENGTHS = {
     CommandCode.POSTCOPY_RESUME: (0,),
     CommandCode.SWITCHOVER_START: (0,),
 }
-"""Data lengths of commands with a fixed length."""
+"""Data lengths of the commands that have a fixed one."""
 
 _INFORMING = frozenset(
     {
@@ -35,7 +35,7 @@ _INFORMING = frozenset(
 
 
 def take_command(source: StreamSource) -> Command:
-    """Read any command; its type byte has been consumed.
+    """Read any command, after its type byte.
 
     Raises:
         DataError: truncated, malformed or unknown.
@@ -45,11 +45,12 @@ def take_command(source: StreamSource) -> Command:
 
 
 def read_command(source: StreamSource) -> Command:
-    """Like :func:`take_command`, for a stored stream, whose commands cannot be answered.
+    """Read a command as :func:`take_command`, but from a stored stream, where no reader can answer
+    it.
 
     Raises:
-        DataError: truncated, malformed, unknown, or a command of a postcopy or COLO stream,
-            whose pages come on request only and so are not all in the stream.
+        DataError: truncated, malformed, unknown, or a command of a postcopy or COLO stream, which
+            sends pages on request only and so does not hold them all.
     """
     code, start, length = _head(source)
     if code not in _INFORMING:
@@ -63,7 +64,7 @@ def read_command(source: StreamSource) -> Command:
 
 
 def _head(source: StreamSource) -> tuple[CommandCode, int, int]:
-    """Command code, offset of the record, data length."""
+    """Return the command code, the offset of the record and the data length."""
     start = source.offset - 1
     number = source.u16("a command")
     length = source.u16("a command")

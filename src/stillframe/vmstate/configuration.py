@@ -17,10 +17,10 @@ _PREFIX = "configuration/"
 
 
 def read_configuration(source: StreamSource) -> Configuration:
-    """Read the section; its type byte has been consumed.
+    """Read the section, after its type byte.
 
     Raises:
-        DataError: truncated, malformed, or with a subsection or capability that is not known.
+        DataError: truncated, malformed, or with an unknown subsection or capability.
     """
     length = source.u32("the configuration section")
     if not 0 < length <= NAME_LIMIT_BYTES:

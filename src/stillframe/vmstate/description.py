@@ -1,4 +1,4 @@
-"""Locates the vmdescription in the stream's tail and reads section lengths from it.
+"""The vmdescription in the stream's tail, and the section lengths that it states.
 
 Sources: QEMU ``migration/savevm.c`` (``qemu_savevm_state_vmdesc``), ``migration/vmstate.c``
 (``vmsd_desc_field_start``), ``scripts/analyze-migration.py``.
@@ -16,12 +16,12 @@ from stillframe.vmstate.wire import SectionType
 
 DESCRIPTION_LIMIT_BYTES = 64 << 20
 PARSE_LIMIT_BYTES = 16 << 20
-"""Larger descriptions are kept but not parsed; real ones have a few MB at most."""
+"""Larger descriptions are kept but not parsed; real ones take a few MB at most."""
 
 _HEAD_BYTES = 5
 _TEXT_BYTES = bytes(range(0x20, 0x100))
 _SUBSECTION_HEAD_BYTES = 6
-"""Type byte, name length, version; without the name itself."""
+"""Type byte, name length and version, without the name itself."""
 
 
 class _Field(msgspec.Struct):
@@ -51,14 +51,14 @@ def split_description(tail: bytes, *, tail_offset: int) -> tuple[int, bytes | No
 
     Args:
         tail: the stream from its first device section, or from EOF, to its end.
-        tail_offset: where the tail is in the stream, for errors.
+        tail_offset: the tail's offset in the stream, for errors.
 
     Returns:
         The offset of the EOF byte in ``tail``, and the description's text or None.
 
     Raises:
-        DataError: the stream is truncated, something follows it, or the description is
-            larger than any is.
+        DataError: the stream is truncated, something follows it, or the description is larger than
+            any real one.
     """
     # JSON text has no control characters: the last one belongs to the header before it.
     last_control = len(tail.rstrip(_TEXT_BYTES))
@@ -93,13 +93,13 @@ Sizes: TypeAlias = dict[tuple[str, int], list[int]]
 
 
 def described_sizes(text: bytes, *, text_offset: int) -> Sizes | None:
-    """Payload lengths from the description; None if it is too large.
+    """Return the payload lengths that a description states; None if it is too large to parse.
 
     Args:
-        text_offset: where the text is in the stream, for errors.
+        text_offset: the text's offset in the stream, for errors.
 
     Raises:
-        DataError: it is not JSON, or not of a description's shape.
+        DataError: it is not JSON, or does not have a description's shape.
     """
     if len(text) > PARSE_LIMIT_BYTES:
         return None

@@ -1,8 +1,8 @@
-"""A device's saved state field by field, as far as the stream's vmdescription tells.
+"""A device's saved state field by field, as far as the stream's vmdescription describes it.
 
 Source: QEMU ``migration/vmstate.c`` (``vmstate_save_state_v``, ``vmsd_desc_field_start``) and
-``scripts/analyze-migration.py``. Devices that are saved by old-style functions, and those of
-``xen-save-devices-state``, which writes no description, are one field of bytes.
+``scripts/analyze-migration.py``. A device that an old-style function saves is one field of bytes;
+so is each one from ``xen-save-devices-state``, which writes no description.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stillframe.vmstate.x86_cpu import CPU_IDSTR, parse_x86_cpu
 
 Value = int | bool | str
 Fields = dict[str, Value]
-"""Values by path, such as ``pcihost.config[3]``; other bytes than numbers are in hexadecimal."""
+"""Values by path, such as ``pcihost.config[3]``; bytes that are no number are in hexadecimal."""
 
 _NUMBER = re.compile(r"(u?)int(8|16|32|64)")
 _SUBSECTION: Final = 5
@@ -54,10 +54,9 @@ class _Description(msgspec.Struct):
 def device_fields(
     sections: Sequence[DeviceSection], description: bytes | None
 ) -> dict[tuple[str, int], Fields]:
-    """The fields of each device, by name and instance. One whose payload is not as described, or
-    that is not described, has the field ``bytes`` only; of a vCPU of x86-64, its registers are
-    told in any case.
-    """
+    """Return the fields of each device, by (name, instance). A device that is not described, or
+    whose payload does not match, has only the field ``bytes``; an x86-64 vCPU then has its
+    registers, too."""
     described: dict[tuple[str, int], _Device] = {}
     try:
         devices = msgspec.json.decode(description or b'{"devices":[]}', type=_Description).devices
@@ -94,7 +93,7 @@ def _is_one_buffer(device: _Device) -> bool:
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Value]]:
-    """Leaves of nested objects and lists, by path."""
+    """Yield the leaves of nested objects and lists, by path."""
     if isinstance(value, dict):
         for name, part in value.items():
             yield from _flat(part, f"{path}.{name}" if path else name)
@@ -106,17 +105,17 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Value]]:
 
 
 class _Reader:
-    """Reads a payload by its description. All numbers are big-endian."""
+    """A reader of a payload by its description. All numbers are big-endian."""
 
     def __init__(self, payload: bytes) -> None:
         self._payload = payload
         self.at = 0
 
     def structure(self, told: _Structure, path: str, depth: int) -> Iterator[tuple[str, Value]]:
-        """The fields, in their order.
+        """Yield the fields in order.
 
         Raises:
-            DataError: the payload is not as described.
+            DataError: the payload does not match the description.
         """
         if depth > _DEPTH_MAX:
             raise DataError("a device's description is too deep")

@@ -1,4 +1,4 @@
-"""Device sections: split device state, patch the run state, describe sections.
+"""Device sections: build them, split device state into them, change the run state, describe them.
 
 Sources: QEMU ``migration/savevm.c`` (``qemu_save_device_state``, ``save_section_header``),
 ``migration/global_state.c``, ``scripts/analyze-migration.py``.
@@ -21,10 +21,10 @@ EARLY_SUFFIX = "virtio-mem-device-early"
 
 GLOBAL_STATE_IDSTR = "globalstate"
 GLOBAL_STATE_BYTES = 104
-"""be32 length of the name with its NUL, then 100 bytes, in all versions."""
+"""be32 length of the name with its NUL, then 100 bytes, in all versions of QEMU."""
 _ESSENTIAL = frozenset({GLOBAL_STATE_IDSTR, "cpu", "vmcoreinfo"})
 RUN_STATE_LIMIT_BYTES = 31
-"""Since QEMU 9.0 the name has 32 of the 100 bytes, including its NUL."""
+"""Since QEMU 9.0 the name takes 32 of the 100 bytes, including its NUL."""
 
 _STREAM_HEADER = Struct(">II")
 _U32 = Struct(">I")
@@ -49,7 +49,7 @@ class DeviceSection(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_footer(self) -> bool:
-        """Whether a footer ends it; none does with ``send-section-footer`` off."""
+        """Whether the section ends with a footer; with ``send-section-footer`` off, none does."""
         header_bytes = _HEAD.size + len(self.idstr) + _TAIL.size
         return len(self.raw) == header_bytes + len(self.payload) + FOOTER_BYTES
 
@@ -89,7 +89,7 @@ def make_section(
 def section_header(
     kind: SectionType, *, section_id: int, idstr: str, instance_id: int, version_id: int
 ) -> bytes:
-    """A section header of any kind; PART and END carry the id only.
+    """Build a section header of any kind; PART and END carry the id only.
 
     Raises:
         UsageError: a number does not fit its field, or the name is empty, too long or not ASCII.
@@ -108,12 +108,12 @@ def section_header(
 
 
 def section_footer(section_id: int) -> bytes:
-    """The footer that follows every section."""
+    """Build the footer that ends a section."""
     return bytes((SectionType.FOOTER,)) + _U32.pack(section_id)
 
 
 def encode_name(name: str) -> bytes:
-    """A section's or block's name as bytes, without its length byte.
+    """Encode a section's or block's name, without its length byte.
 
     Raises:
         UsageError: empty, longer than 255 bytes, or not ASCII.
@@ -128,7 +128,7 @@ def encode_name(name: str) -> bytes:
 
 
 def section_from_span(data: bytes, span: SectionSpan) -> DeviceSection:
-    """The section of ``data`` at ``span``."""
+    """Return the section of ``data`` at ``span``."""
     header = span.header
     return DeviceSection(
         section_id=header.section_id,
@@ -141,16 +141,16 @@ def section_from_span(data: bytes, span: SectionSpan) -> DeviceSection:
 
 
 def split_description(data: bytes) -> tuple[bytes, bytes]:
-    """A device state up to its EOF, and the vmdescription section behind it; empty if none is.
+    """Split off the vmdescription section behind device state's EOF; it is empty if there is none.
 
     Raises:
-        DataError: it ends with neither.
+        DataError: the data ends with neither.
     """
     if data[-1:] == bytes((SectionType.EOF,)):
         return data, b""
     marker = bytes((SectionType.EOF, SectionType.VMDESCRIPTION))
     at = data.rfind(marker)
-    while at >= 0:  # its text has no NUL, its length may
+    while at >= 0:  # the text has no NUL, but the length may
         (length,) = _U32.unpack(data[at + 2 : at + 6].ljust(4, b"\0"))
         if at + 6 + length == len(data):
             return data[: at + 1], data[at + 1 :]
@@ -165,11 +165,11 @@ def split_description(data: bytes) -> tuple[bytes, bytes]:
 def split_device_state(data: bytes) -> tuple[DeviceSection, ...]:
     """Split the output of ``xen-save-devices-state`` into sections, in order.
 
-    The data is the stream header, FULL sections and an EOF byte; see
-    :mod:`stillframe.vmstate.footers` for how the sections' ends are found.
+    The data is the stream header, FULL sections and an EOF byte; :mod:`stillframe.vmstate.footers`
+    says how to find where a section ends.
 
     Raises:
-        DataError: not such data, damaged, or ambiguous.
+        DataError: the data is something else, damaged, or ambiguous.
     """
     start = _STREAM_HEADER.size
     if len(data) < start + 1:
@@ -204,24 +204,24 @@ def split_device_state(data: bytes) -> tuple[DeviceSection, ...]:
 
 
 def is_early_idstr(idstr: str) -> bool:
-    """Whether a section of this name belongs before the RAM pages."""
+    """Return whether a section of this name belongs before the RAM pages."""
     return idstr.endswith(EARLY_SUFFIX)
 
 
 def is_early(section: DeviceSection) -> bool:
-    """Whether the section belongs before the RAM pages."""
+    """Return whether the section belongs before the RAM pages."""
     return is_early_idstr(section.idstr)
 
 
 def is_essential(idstr: str) -> bool:
-    """Whether we parse or move this section instead of passing it through."""
+    """Return whether we parse or move a section of this name instead of passing it through."""
     return idstr in _ESSENTIAL or is_early_idstr(idstr)
 
 
 def find_section(
     sections: Iterable[DeviceSection], idstr: str, instance_id: int = 0
 ) -> DeviceSection | None:
-    """The section with this name and instance, or None."""
+    """Return the section with this name and instance, or None."""
     for section in sections:
         if section.idstr == idstr and section.instance_id == instance_id:
             return section
@@ -229,7 +229,7 @@ def find_section(
 
 
 def run_state(sections: Iterable[DeviceSection]) -> str:
-    """The run state in the ``globalstate`` section: the VM's state after loading.
+    """Return the run state in the ``globalstate`` section: the VM's state after loading.
 
     Raises:
         DataError: there is no such section, or it is malformed.
@@ -243,7 +243,7 @@ def run_state(sections: Iterable[DeviceSection]) -> str:
 
 
 def pack_run_state(state: str) -> tuple[int, bytes]:
-    """The size and the 32 bytes of name with which ``globalstate`` stores a run state.
+    """Return the size and the 32-byte name field that store a run state in ``globalstate``.
 
     Raises:
         UsageError: the name is empty, too long or not ASCII.
@@ -255,10 +255,10 @@ def pack_run_state(state: str) -> tuple[int, bytes]:
 
 
 def unpack_run_state(size: int, field: bytes) -> str:
-    """The name of ``size`` bytes, with its NUL, at the start of ``field``.
+    """Return the name of ``size`` bytes, including its NUL, at the start of ``field``.
 
     Raises:
-        DataError: it is not such a name.
+        DataError: no such name is there.
     """
     name = field[:size]
     if (
@@ -272,7 +272,7 @@ def unpack_run_state(size: int, field: bytes) -> str:
 
 
 def make_global_state(state: str, *, section_id: int, footer: bool = True) -> DeviceSection:
-    """A ``globalstate`` section that stores a run state.
+    """Build a ``globalstate`` section that stores a run state.
 
     Raises:
         UsageError: the state's name is empty, too long or not ASCII.
@@ -289,10 +289,10 @@ def make_global_state(state: str, *, section_id: int, footer: bool = True) -> De
 
 
 def with_run_state(section: DeviceSection, state: str) -> DeviceSection:
-    """A copy of the ``globalstate`` section that stores another run state.
+    """Copy the ``globalstate`` section with another run state.
 
-    A restored VM starts by itself only if ``running`` is stored; anything else becomes its
-    run state.
+    A restored VM starts by itself only if ``running`` is stored; any other state becomes its run
+    state.
 
     Raises:
         DataError: ``section`` is not a globalstate section of 104 bytes.
@@ -324,10 +324,10 @@ def _check_global_state(section: DeviceSection) -> None:
 
 
 def describe(sections: Sequence[DeviceSection], *, target_page_bytes: int) -> dict[str, Any]:
-    """A vmdescription for these sections, with one ``buffer`` field for each payload.
+    """Build a vmdescription of these sections, with one ``buffer`` field for each payload.
 
-    ``xen-save-devices-state`` writes no description. With this one QEMU's loader is silent
-    and QEMU's ``scripts/analyze-migration.py`` reads the file to its end.
+    ``xen-save-devices-state`` writes no description. Given this one, QEMU's loader prints no
+    warning and QEMU's ``scripts/analyze-migration.py`` reads the file to its end.
     """
     return {
         "page_size": target_page_bytes,

@@ -1,6 +1,6 @@
-"""Device sections before the RAM pages, which must be cut without the rest of the stream.
+"""Device sections before the RAM pages, which must be cut before the rest of the stream arrives.
 
-Only virtio-mem has one (QEMU 8.0 and later), and its own fields tell its length: QEMU
+Only virtio-mem has one (QEMU 8.0 and later). Its own fields state its length: QEMU
 ``hw/virtio/virtio-mem.c``, ``vmstate_virtio_mem_device_early``.
 """
 
@@ -21,7 +21,8 @@ _KNOWN_VERSION = 1
 def read_early_section(
     source: StreamSource, *, limit_bytes: int, footer: bool
 ) -> DeviceSection | None:
-    """Take the FULL section that starts here if it is an early one, else leave it there.
+    """Take the FULL section that starts here if it is an early one; otherwise leave it and return
+    None.
 
     Args:
         footer: whether the stream's sections have footers.

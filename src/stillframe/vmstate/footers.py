@@ -1,10 +1,10 @@
-"""Cuts a stream's tail into device sections.
+"""The boundaries of device sections in a stream's tail.
 
-The stream has no section lengths. A section ends with a footer (``7e`` and its own id,
-big-endian) unless the machine has ``send-section-footer`` off, as all machine types up to 2.3
-have. Guest data in a payload may look like a footer or a header, so a single footer proves
-nothing; a chain of sections up to the very end of the data does. Format: QEMU
-``migration/savevm.c``, ``save_section_header`` and ``save_section_footer``.
+The stream states no section lengths. A section ends with a footer (``7e`` and its own id,
+big-endian) unless the machine has ``send-section-footer`` off, as all machine types up to 2.3 have.
+Guest data in a payload may look like a footer or a header, so a single footer proves nothing; a
+chain of sections up to the very end of the data does. Format: QEMU ``migration/savevm.c``,
+``save_section_header`` and ``save_section_footer``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SectionHeader(NamedTuple):
 
 
 class SectionSpan(NamedTuple):
-    """A whole section: header, where its payload ends, and where the next thing starts."""
+    """A whole section: its header, the end of its payload, and the start of what follows it."""
 
     header: SectionHeader
     payload_end: int
@@ -60,7 +60,7 @@ class _Boundary(NamedTuple):
 
 
 def read_header(data: bytes | memoryview, start: int) -> SectionHeader | None:
-    """Parse the START or FULL header at ``start``; None if it is not a plausible one."""
+    """Parse the START or FULL header at ``start``; None if it is not plausible."""
     fixed_end = start + _HEAD.size
     if fixed_end > len(data):
         return None
@@ -90,21 +90,21 @@ def cut_sections(
 ) -> tuple[SectionSpan, ...]:
     """Cut the FULL sections that follow each other from ``start`` to ``eof``.
 
-    If the data can be read in several ways, one of those with the fewest repeated names is
-    taken: QEMU up to 7.2 registers every user network as ``slirp``, instance 0. The bytes and
-    their order are the same in all of them.
+    If the data has several readings, take one of those with the fewest repeated names: QEMU up to
+    7.2 registers every user network as ``slirp``, instance 0. The bytes and their order are the
+    same in all readings.
 
     Args:
         data: everything from the first section to the end of the stream.
         start: byte offset of the first section's type byte.
         eof: byte offset of the EOF byte that ends the device sections.
-        essential: whether the section of this name must be the same in all readings.
+        essential: whether a section of this name must be the same in all readings.
         footers: whether sections have footers; None to find out.
-        data_offset: where ``data`` is in the stream, for errors.
+        data_offset: the offset of ``data`` in the stream, for errors.
 
     Raises:
-        DataError: there is no reading, or they differ in an essential section (a guest may have
-            planted one in a device's buffer), or there are unreasonably many.
+        DataError: there is no reading, or the readings differ in an essential section (a guest may
+            have planted one in a device's buffer), or there are unreasonably many.
     """
     first = read_header(data, start)
     if first is None or data[start] != SectionType.FULL:
@@ -133,18 +133,18 @@ def cut_sections(
 
 
 class _ChainSearch:
-    """All possible boundaries of the data, and which of them lead to its end.
+    """All possible boundaries in the data, and which of them lead to its end.
 
-    Boundaries are looked at from the last to the first, so for each it is known at once
-    whether any chain leads on from it: time is linear in the data and ``n log n`` in the
-    boundaries, whatever the data holds.
+    The search goes from the last boundary to the first, so it knows at once whether any chain leads
+    on from one: time is linear in the data and ``n log n`` in the boundaries, whatever the data
+    holds.
     """
 
     def __init__(self, data: bytes, start: int, eof: int, data_offset: int) -> None:
         self.data = data
         self.data_offset = data_offset
         self.ways: dict[int, list[_Boundary]] = {}
-        """Boundaries that lead to the end, by the footer's id, last one first."""
+        """Boundaries that lead to the end, by the footer's id, the last one first."""
         self._positions: dict[int, list[int]] = {}
         last = eof - FOOTER_BYTES
         if data[last] == SectionType.FOOTER:
@@ -160,7 +160,7 @@ class _ChainSearch:
         self._positions.setdefault(section_id, []).append(-footer)
 
     def _candidates(self, start: int, eof: int) -> list[_Boundary]:
-        """Footers that another section's header follows."""
+        """Return the footers that another section's header follows."""
         found: list[_Boundary] = []
         for match in _BOUNDARY.finditer(self.data, start, eof):
             footer = match.start()
@@ -172,11 +172,12 @@ class _ChainSearch:
         return found
 
     def leads_on(self, header: SectionHeader) -> bool:
-        """Whether any chain goes from this section to the data's end."""
+        """Return whether any chain goes from this section to the data's end."""
         return self._count(header) > 0
 
     def onward(self, header: SectionHeader) -> Iterator[_Boundary]:
-        """Where this section may end so that the chain still reaches the data's end."""
+        """Yield each place where this section may end so that the chain still reaches the data's
+        end."""
         boundaries = self.ways.get(header.section_id, [])
         for index in reversed(range(self._count(header))):
             yield boundaries[index]
@@ -187,7 +188,7 @@ class _ChainSearch:
 
 
 def _chains(search: _ChainSearch, first: SectionHeader) -> list[tuple[SectionSpan, ...]]:
-    """All chains in which section ids are unique."""
+    """Return all chains in which section ids are unique."""
     chains: list[tuple[SectionSpan, ...]] = []
     headers = [first]
     ends: list[int] = []
@@ -236,7 +237,7 @@ def _choose(
 
 
 def _headers(data: bytes, first: SectionHeader, eof: int, data_offset: int) -> list[SectionHeader]:
-    """Whatever looks like a section's header outside of other headers, each id once."""
+    """Return whatever looks like a section's header outside of other headers, each id once."""
     found = [first]
     ids = {first.section_id}
     for number, match in enumerate(_HEADER.finditer(data, first.payload_start, eof)):
@@ -261,13 +262,14 @@ def _spans_between(headers: list[SectionHeader], eof: int) -> tuple[SectionSpan,
 
 
 def _any_footer(data: bytes, headers: list[SectionHeader], eof: int) -> bool:
-    """Whether a footer is where one must be if there were any."""
+    """Return whether any section ends with a footer."""
     ids = {header.section_id for header in headers}
     return any(_footer_id(data, end) in ids for end in (*(h.start for h in headers[1:]), eof))
 
 
 def _last_with_footer(data: bytes, headers: list[SectionHeader]) -> SectionHeader:
-    """The section where the chain broke: the first that has no footer before the next header."""
+    """Return the section at which the chain broke: the first without a footer before the next
+    header."""
     for header, following in pairwise(headers):
         if _footer_id(data, following.start) != header.section_id:
             return header
@@ -275,7 +277,7 @@ def _last_with_footer(data: bytes, headers: list[SectionHeader]) -> SectionHeade
 
 
 def _footer_id(data: bytes, end: int) -> int | None:
-    """The id in the footer that ends at ``end``; None if none does."""
+    """Return the id in the footer that ends at ``end``; None if no footer ends there."""
     footer = data[max(end - FOOTER_BYTES, 0) : end]
     is_footer = len(footer) == FOOTER_BYTES and footer[0] == SectionType.FOOTER
     return int.from_bytes(footer[1:], "big") if is_footer else None

@@ -1,7 +1,7 @@
-"""RAM at fixed places in the file: capability mapped-ram, QEMU 9.0 and later.
+"""RAM at fixed offsets in the file: capability mapped-ram, QEMU 9.0 and later.
 
-Source: QEMU ``docs/devel/migration/mapped-ram.rst``, ``migration/ram.c``. The bitmap is in
-the byte order of the host that wrote it; only little-endian ones are read.
+Source: QEMU ``docs/devel/migration/mapped-ram.rst``, ``migration/ram.c``. The bitmap has the byte
+order of the host that wrote it; only little-endian is supported.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _RUN = re.compile(r"1+|0+")
 
 
 class MappedBlock(NamedTuple):
-    """Where a block's bitmap and pages are: absolute byte offsets in the file.
+    """The place of a block's bitmap and pages: absolute byte offsets in the file.
 
-    ``pages_offset`` is 0 for a block that was left out (x-ignore-shared).
+    Both are 0 for a block that was left out (x-ignore-shared).
     """
 
     bitmap_offset: int
@@ -79,17 +79,17 @@ def read_mapped_header(
 
 
 def bitmap_bytes(pages: int) -> int:
-    """Size of a bitmap: whole 64-bit words."""
+    """Return the size of a bitmap: whole 64-bit words."""
     return -(-pages // 64) * 8
 
 
 def read_mapped_pages(
     source: StreamSource, block_index: int, block: MappedBlock, page_bytes: int
 ) -> Iterator[Pages | ZeroRun]:
-    """The block's pages in address order; the source's position is lost.
+    """Yield the block's pages in address order; the source's position is lost.
 
-    A page without its bit is zero, or the loading machine's own content, which QEMU does not
-    tell apart.
+    A page without its bit is zero, or keeps the loading machine's own content; QEMU does not tell
+    the two apart.
 
     Raises:
         DataError: the file ends before the bitmap or a page.

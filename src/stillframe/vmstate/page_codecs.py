@@ -8,13 +8,13 @@ from stillframe.errors import DataError
 
 
 def apply_xbzrle(delta: bytes, page: bytes, *, offset_bytes: int) -> bytes:
-    """Apply an XBZRLE delta to a page's content before it (QEMU ``docs/xbzrle.txt``).
+    """Apply an XBZRLE delta to a page's earlier content (QEMU ``docs/xbzrle.txt``).
 
-    The delta is a sequence of pairs: the length of a run that stays as it is, then the length
-    of a run that changes, followed by its new bytes. Lengths are ULEB128 of at most two bytes.
+    The delta is a sequence of pairs: the length of an unchanged run, then the length of a changed
+    run, followed by its new bytes. Lengths are ULEB128 of at most two bytes.
 
     Args:
-        offset_bytes: where the delta is in the stream, for errors.
+        offset_bytes: the delta's offset in the stream, for errors.
 
     Raises:
         DataError: the delta is malformed or goes beyond the page.
@@ -53,7 +53,7 @@ def _malformed(offset_bytes: int, why: str) -> DataError:
 
 
 def inflate_page(packed: bytes, page_bytes: int, *, offset_bytes: int) -> bytes:
-    """Unpack a page that was sent with capability ``compress`` (QEMU 2.4 to 9.0).
+    """Unpack a page sent with capability ``compress`` (QEMU 2.4 to 9.0).
 
     Raises:
         DataError: it is no zlib stream, or does not hold exactly one page.
@@ -75,5 +75,5 @@ def inflate_page(packed: bytes, page_bytes: int, *, offset_bytes: int) -> bytes:
 
 
 def packed_limit_bytes(page_bytes: int) -> int:
-    """The longest zlib stream of one page (zlib's ``compressBound``)."""
+    """Return the length of the longest zlib stream of one page (zlib's ``compressBound``)."""
     return page_bytes + (page_bytes >> 12) + (page_bytes >> 14) + (page_bytes >> 25) + 13

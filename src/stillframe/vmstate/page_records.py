@@ -1,4 +1,4 @@
-"""Page records of QEMU's ``ram`` section, encoded in runs: pure functions that return bytes.
+"""Page records of QEMU's ``ram`` section, encoded in runs by pure functions that return bytes.
 
 Source: QEMU ``migration/ram.c``, ``save_page_header`` and ``save_zero_page``.
 """
@@ -25,12 +25,12 @@ _CONTINUE = int(RamFlag.CONTINUE)
 def page_records(
     offset_bytes: int, data: bytes | memoryview, *, block: str | None, page_bytes: int = 4096
 ) -> bytes:
-    """Neighbouring pages with their content.
+    """Encode adjacent pages with their content.
 
     Args:
         offset_bytes: of the first page, in its block.
         data: a whole number of target pages.
-        block: the block's name, or None for the block of the record before.
+        block: the block's name, or None for the block of the previous record.
 
     Raises:
         UsageError: the offset or the length is no multiple of a page, or the name is malformed.
@@ -51,7 +51,7 @@ def page_records(
 def zero_records(
     offset_bytes: int, pages: int, *, block: str | None, page_bytes: int = 4096
 ) -> bytes:
-    """Neighbouring pages full of zeroes; arguments as for :func:`page_records`."""
+    """Encode adjacent zero pages; arguments as for :func:`page_records`."""
     words = _words(offset_bytes + page_bytes, pages - 1, page_bytes, _ZERO | _CONTINUE)
     rest = bytearray(_ZERO_RECORD_BYTES * (pages - 1))
     for position in range(_WORD_BYTES):
@@ -62,10 +62,10 @@ def zero_records(
 def detected_records(
     offset_bytes: int, data: bytes, *, block: str | None, page_bytes: int = 4096
 ) -> tuple[bytes, int]:
-    """Records of neighbouring pages, those full of zeroes as such.
+    """Encode adjacent pages, and the zero pages among them as such.
 
     Returns:
-        The records, and how many of the pages are full of zeroes.
+        The records, and the number of zero pages.
     """
     zero_page = bytes(page_bytes)
     pages = len(data) // page_bytes
@@ -88,7 +88,7 @@ def detected_records(
 
 
 def _words(first_bytes: int, pages: int, page_bytes: int, flags: int) -> bytes:
-    """First words of records of neighbouring pages."""
+    """Return the first words of the records of adjacent pages."""
     words = array(
         "Q", range(first_bytes | flags, (first_bytes | flags) + pages * page_bytes, page_bytes)
     )

@@ -21,7 +21,7 @@ PageLookup: TypeAlias = Callable[[int, int], bytes]
 """Returns a page's current content by (block index, byte offset)."""
 
 RUN_LIMIT_BYTES = 1 << 20
-"""Adjacent pages are yielded in runs of up to this many bytes."""
+"""The reader yields adjacent pages in runs of up to this many bytes."""
 ZERO_RUN_LIMIT_PAGES = 1 << 18
 
 _WORD = Struct(">Q")
@@ -52,7 +52,7 @@ RamEvent: TypeAlias = RamBlocks | Pages | ZeroRun
 
 
 class RamReader:
-    """Parser state that persists across the RAM section's parts."""
+    """A parser of the RAM section; its state persists across the section's parts."""
 
     def __init__(
         self, source: StreamSource, *, page_bytes: int, page_lookup: PageLookup | None
@@ -106,10 +106,10 @@ class RamReader:
             source.seek(resume, stream_offset=resume_offset)
 
     def read_records(self) -> Iterator[_Run]:
-        """Read records up to and with EOS, in runs of neighbouring pages.
+        """Read records up to and including EOS, in runs of adjacent pages.
 
         Raises:
-            DataError: truncated, malformed, or of a kind that is not read.
+            DataError: truncated, malformed, or of an unsupported kind.
         """
         for run in self._read_runs():
             if isinstance(run, ZeroRun):
@@ -121,11 +121,11 @@ class RamReader:
     def check_complete(self) -> None:
         """Refuse a stream whose data pages went through other channels.
 
-        QEMU up to 8.0 does not mark multifd streams; but it sends the zero pages, and only
-        these, in the main one. No VM has a block that is partly sent and not a byte of data.
+        QEMU up to 8.0 does not mark multifd streams, but sends only the zero pages in the main one.
+        In no other stream is a block partly sent without a byte of data.
 
         Raises:
-            DataError: this is such a stream.
+            DataError: the stream is a multifd one.
         """
         if self._data_came or self.blocks is None:
             return
@@ -158,7 +158,8 @@ class RamReader:
             yield self._read_page(kind, index, offset_bytes)
 
     def _read_page_runs(self) -> Iterator[_Run]:
-        """Whole and zero pages of the same block as the last; this loop must be fast."""
+        """Yield whole and zero pages of the same block as the last record; this loop must be
+        fast."""
         if self._block_index is None or self.blocks is None:
             return
         source = self._source

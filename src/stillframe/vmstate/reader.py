@@ -1,10 +1,10 @@
-"""Strict parser for QEMU's migration stream, version 3; memory is bounded.
+"""A strict parser of QEMU's migration stream, version 3, with bounded memory.
 
-Streams of QEMU 6 to 10.2 are read: configuration, RAM with whole, zero, XBZRLE and compressed
-pages, mapped-ram, device sections, informing commands, description. Refused by name, since
-the stream does not hold the whole VM: postcopy, COLO, RDMA, multifd, other iterable sections
-(``block``, ``dirty-bitmap``, VFIO). A multifd stream is known by its flush records (QEMU 8.1 and
-later), by its channels' magic, or by having nothing but a part of the zero pages (up to 8.0).
+It reads streams of QEMU 6 to 10.2: configuration, RAM with whole, zero, XBZRLE and compressed
+pages, mapped-ram, device sections, informational commands, description. It refuses by name what
+does not hold the whole VM: postcopy, COLO, RDMA, multifd, other iterable sections (``block``,
+``dirty-bitmap``, VFIO). A multifd stream is recognized by its flush records (QEMU 8.1 and later),
+by its channels' magic, or by holding only zero pages, and not all pages (up to 8.0).
 
 Sources: QEMU ``migration/savevm.c`` (``qemu_loadvm_state``), ``migration/ram.c``.
 """
@@ -56,14 +56,14 @@ _EARLY_LIMIT = 4096
 
 
 class StreamReader:
-    """Parses one stream, once.
+    """A parser of one stream, for one pass.
 
     Args:
-        source: read to its end, never further than needed; a file or pipe at the stream's
-            start. With ``seek`` and ``tell`` mapped-ram is read too.
-        page_lookup: gives a page's content from the pages yielded so far, for XBZRLE.
+        source: a file or pipe at the stream's start, read to its end, never further than needed.
+            With ``seek`` and ``tell`` it may hold mapped-ram.
+        page_lookup: returns a page's content after the pages yielded so far, for XBZRLE.
         device_limit_bytes: how much of device sections may be held in memory.
-        page_bytes: the target's page size, unless the stream tells it.
+        page_bytes: the target's page size, unless the stream states it.
     """
 
     def __init__(
@@ -91,20 +91,20 @@ class StreamReader:
 
     @property
     def footers(self) -> bool | None:
-        """Whether sections have footers; None until the first RAM section was read."""
+        """Whether sections have footers; None before the first RAM section was read."""
         return self._footers
 
     @property
     def ram_section_id(self) -> int:
-        """Of the RAM sections; 0 before the first."""
+        """The id of the RAM sections; 0 before the first."""
         return self._ram_id
 
     def events(self) -> Iterator[Event]:
         """Yield the stream's content in order while reading it.
 
         Raises:
-            DataError: the stream is damaged, truncated, hostile or of a kind that is refused;
-                with the offset where it was noticed.
+            DataError: the stream is damaged, truncated, hostile or of a refused kind; with the
+                offset at which the reader noticed.
         """
         source = self._source
         yield read_stream_header(source)
@@ -209,7 +209,8 @@ class StreamReader:
         self._footer()
 
     def _footer(self) -> None:
-        """All sections have footers or none does; the first RAM section tells."""
+        """Read a RAM section's footer. All sections have one or none has; the first RAM section
+        decides."""
         source = self._source
         has_footer = source.peek() == SectionType.FOOTER
         if self._footers is None:
@@ -228,7 +229,7 @@ class StreamReader:
             )
 
     def _tail(self) -> Iterator[Event]:
-        """Everything from the first device section after RAM to the end of the stream."""
+        """Read everything from the first device section after RAM to the end of the stream."""
         if self._ram is not None:
             self._ram.check_complete()
         source = self._source

@@ -1,4 +1,4 @@
-"""Events of the stream reader, as frozen records."""
+"""The events of the stream reader, as frozen records."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration section.
 
-    ``name``: the machine's class name without ``-machine``. ``capabilities``: those that the
-    stream depends on. ``target_page_bits``: None if not sent (the target's legacy minimum).
+    ``name``: the machine's class name without ``-machine``. ``capabilities``: those that the stream
+    depends on. ``target_page_bits``: None if absent (the target's legacy minimum).
     """
 
     name: str
@@ -31,8 +31,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 class StreamBlock(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of the RAM block list.
 
-    ``page_size_bytes``: only sent with postcopy. ``address``: only sent with
-    x-ignore-shared, the region's offset in its container.
+    ``page_size_bytes``: only sent with postcopy. ``address``: the region's offset in its container,
+    only sent with x-ignore-shared.
     """
 
     idstr: str
@@ -42,7 +42,7 @@ class StreamBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RamBlocks(msgspec.Struct, frozen=True, kw_only=True):
-    """The list of RAM blocks, to which ``block_index`` of later events refers."""
+    """The list of RAM blocks, which ``block_index`` of later events indexes."""
 
     blocks: tuple[StreamBlock, ...]
 
@@ -50,7 +50,7 @@ class RamBlocks(msgspec.Struct, frozen=True, kw_only=True):
 class Pages(msgspec.Struct, frozen=True):
     """A run of adjacent pages with content.
 
-    A later run may hold a page again; the later one counts.
+    A later run may hold a page again; the last one counts.
     """
 
     block_index: int
@@ -67,7 +67,7 @@ class ZeroRun(msgspec.Struct, frozen=True):
 
 
 class Device(msgspec.Struct, frozen=True):
-    """One device section; the early ones come before the RAM pages."""
+    """One device section; early ones come before the RAM pages."""
 
     section: DeviceSection
 
@@ -86,9 +86,8 @@ class Eof(msgspec.Struct, frozen=True):
 class Description(msgspec.Struct, frozen=True, kw_only=True):
     """The vmdescription after EOF.
 
-    ``text``: its JSON, UTF-8. ``sizes_agree``: whether it describes every device section with
-    exactly the length that it has, so that tools which go by it can read the stream; None if
-    it is too large to be looked at.
+    ``text``: its JSON, UTF-8. ``sizes_agree``: whether it states the true length of every device
+    section, so that tools that rely on it can read the stream; None if it is too large to parse.
     """
 
     text: bytes

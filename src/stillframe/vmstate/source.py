@@ -15,14 +15,13 @@ _U64 = Struct(">Q")
 
 
 class Source(Protocol):
-    """Where the stream comes from: a binary file, a pipe, a decompressor.
+    """The stream's origin: a binary file, a pipe, a decompressor.
 
-    A source that also has ``seek`` and ``tell`` (and whose ``seekable()`` says so) lets
-    mapped-ram streams be read.
+    Mapped-ram streams also need ``seek`` and ``tell``, and a ``seekable()`` that returns true.
     """
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; none at all at the end."""
+        """Return up to ``size`` bytes; none at the end."""
         ...
 
 
@@ -33,13 +32,13 @@ class _SeekableSource(Source, Protocol):
 
 
 class StreamSource:
-    """Reads bytes and integers from a source and tracks the offset for errors.
+    """A reader of bytes and integers from a source, which tracks the offset for errors.
 
     ``buffer`` and ``position`` are open to the RAM loop, which is too hot for calls.
 
     Args:
-        live: the writer may wait for an answer before it sends on, so nothing beyond the next
-            record may be waited for.
+        live: the writer may wait for an answer before it sends more, so never wait for anything
+            beyond the next record.
     """
 
     def __init__(self, source: Source, *, live: bool = False) -> None:
@@ -60,7 +59,7 @@ class StreamSource:
         return len(self.buffer) - self.position
 
     def prefetch(self, size: int) -> bool:
-        """Try to have ``size`` bytes in the buffer; False if the source ends before."""
+        """Try to have ``size`` bytes in the buffer; return False if the source ends first."""
         missing = size - self.available
         if missing <= 0:
             return True
@@ -77,7 +76,7 @@ class StreamSource:
         return missing <= 0
 
     def prefetch_if_stored(self, size: int) -> bool:
-        """Like ``prefetch``, but never waits for a live writer; allows longer runs."""
+        """Call ``prefetch``, which allows longer runs, unless the source is a live writer."""
         return not self._live and self.prefetch(size)
 
     def _read(self, size: int) -> bytes:
@@ -92,7 +91,7 @@ class StreamSource:
         """Have ``size`` bytes in the buffer.
 
         Raises:
-            DataError: the stream ends before.
+            DataError: the stream ends first.
         """
         if not self.prefetch(size):
             raise DataError(
@@ -102,14 +101,14 @@ class StreamSource:
             )
 
     def take(self, size: int, what: str) -> bytes:
-        """Exactly ``size`` bytes."""
+        """Consume and return exactly ``size`` bytes."""
         self.need(size, what)
         start = self.position
         self.position = start + size
         return self.buffer[start : start + size]
 
     def peek(self) -> int | None:
-        """The next byte, or None at the end of the stream."""
+        """Return the next byte, or None at the end of the stream, and leave it there."""
         if not self.prefetch(1):
             return None
         return self.buffer[self.position]
@@ -127,11 +126,11 @@ class StreamSource:
         return int(_U64.unpack(self.take(8, what))[0])
 
     def name(self, what: str) -> str:
-        """A length-prefixed name: 1 to 255 printable ASCII characters."""
+        """Read a length-prefixed name: 1 to 255 printable ASCII characters."""
         return self.text(self.u8(what), what)
 
     def text(self, size: int, what: str) -> str:
-        """``size`` printable ASCII characters."""
+        """Read ``size`` printable ASCII characters."""
         start = self.offset
         raw = self.take(size, what)
         if not raw or not raw.isascii() or not raw.decode("ascii").isprintable():
@@ -139,7 +138,7 @@ class StreamSource:
         return raw.decode("ascii")
 
     def rest(self, limit_bytes: int, what: str) -> bytes:
-        """Everything up to the end of the source.
+        """Read everything up to the end of the source.
 
         Raises:
             DataError: that is more than ``limit_bytes``.
@@ -165,18 +164,18 @@ class StreamSource:
         return b"".join(parts)
 
     def seekable(self) -> bool:
-        """Whether :meth:`seek` works."""
+        """Return whether :meth:`seek` works."""
         probe = getattr(self._source, "seekable", None)
         return callable(probe) and bool(probe())
 
     def file_position(self) -> int:
-        """The absolute position in the source's file of the next byte to be taken."""
+        """Return the absolute position, in the source's file, of the next byte to take."""
         return cast(_SeekableSource, self._source).tell() - self.available
 
     def seek(self, file_offset: int, *, stream_offset: int) -> None:
-        """Go on at an absolute position of the source's file.
+        """Continue at an absolute position in the source's file.
 
-        ``stream_offset``: what :attr:`offset` shall be there.
+        ``stream_offset``: the value of :attr:`offset` there.
         """
         try:
             cast(_SeekableSource, self._source).seek(file_offset)

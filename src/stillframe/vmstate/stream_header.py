@@ -1,4 +1,4 @@
-"""The stream header; recognizes other file types by their magic.
+"""The stream header, and the magic of other file types.
 
 Source: QEMU ``migration/savevm.c``, ``qemu_loadvm_state_header``.
 """
@@ -28,7 +28,7 @@ def read_stream_header(source: StreamSource) -> Header:
     """Read magic and version.
 
     Raises:
-        DataError: it is something else (named, if it is known) or another version.
+        DataError: the data is something else (named, if known) or another version.
     """
     source.prefetch(8)
     begin = source.buffer[:4]

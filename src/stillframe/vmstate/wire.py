@@ -1,4 +1,4 @@
-"""Numbers of QEMU's migration stream, version 3.
+"""The constants of QEMU's migration stream, version 3.
 
 Sources: QEMU ``migration/savevm.h``, ``migration/ram.c``, ``migration/multifd.h``,
 ``migration/savevm.c`` (``enum qemu_vm_cmd``). All integers in the stream are big-endian.
@@ -14,7 +14,7 @@ STREAM_START = STREAM_MAGIC.to_bytes(4, "big")
 STREAM_VERSION = 3
 
 MULTIFD_MAGIC = 0x11223344
-"""First word of every packet on a multifd channel, which carries pages and nothing else."""
+"""First word of every packet on a multifd channel, which carries only pages."""
 
 NAME_LIMIT_BYTES = 255
 """Names of sections and RAM blocks have a one-byte length."""
@@ -28,7 +28,7 @@ XBZRLE_ENCODING = 0x01
 
 
 class SectionType(IntEnum):
-    """First byte of everything on the top level of the stream."""
+    """First byte of each item on the top level of the stream."""
 
     EOF = 0x00
     START = 0x01

@@ -1,9 +1,9 @@
-"""Encoder for the pieces of QEMU's migration stream, version 3: pure functions.
+"""An encoder of the parts of QEMU's migration stream, version 3: pure functions.
 
 A whole stream is, in this order: :func:`stream_header`, :func:`configuration_section`,
-:func:`ram_start_section`, early device sections, RAM parts (:func:`ram_part_prefix`, page
-records, :func:`ram_part_suffix`), :func:`ram_end_section`, the other device sections' ``raw``,
-:func:`eof`, :func:`vmdescription`.
+:func:`ram_start_section`, early device sections, RAM parts (:func:`ram_part_prefix`, page records,
+:func:`ram_part_suffix`), :func:`ram_end_section`, the other device sections' ``raw``, :func:`eof`,
+:func:`vmdescription`.
 
 Sources: QEMU ``migration/savevm.c``, ``migration/ram.c``. All integers big-endian.
 """
@@ -29,7 +29,7 @@ from stillframe.vmstate.wire import (
 )
 
 PREFERRED_RAM_SECTION_ID = 2
-"""What QEMU itself uses: block 1, ram 2, dirty-bitmap 3, devices from 4 on."""
+"""QEMU's own choice: block 1, ram 2, dirty-bitmap 3, devices from 4 on."""
 
 _U32 = Struct(">I")
 _U64 = Struct(">Q")
@@ -40,16 +40,16 @@ _ID_LIMIT = 0xFFFFFFFF
 
 
 def stream_header() -> bytes:
-    """Magic and version."""
+    """Encode magic and version."""
     return _U32.pack(STREAM_MAGIC) + _U32.pack(STREAM_VERSION)
 
 
 def configuration_section(machine_type: str) -> bytes:
-    """The configuration section, without subsections.
+    """Encode the configuration section, without subsections.
 
     Args:
-        machine_type: the machine's class name without ``-machine``, never an alias:
-            ``pc-q35-7.2`` and not ``q35``. The loading QEMU compares it with its own.
+        machine_type: the machine's class name without ``-machine``, never an alias: ``pc-q35-7.2``
+            and not ``q35``. The loading QEMU compares it with its own.
 
     Raises:
         UsageError: the name is empty, too long, not ASCII, or ends with ``-machine``.
@@ -63,7 +63,7 @@ def configuration_section(machine_type: str) -> bytes:
 def ram_start_section(
     blocks: Sequence[tuple[str, int]], *, section_id: int, footer: bool = True
 ) -> bytes:
-    """The START section of RAM: the list of all blocks, without any page.
+    """Encode the START section of RAM: the list of all blocks, without any page.
 
     Args:
         blocks: (idstr, used length in bytes) of every migratable block.
@@ -71,8 +71,8 @@ def ram_start_section(
         footer: whether the stream's sections have footers.
 
     Raises:
-        UsageError: a name is malformed or there twice, a length is no multiple of the smallest
-            page, or the section id is 0 (which QEMU's loader takes for another section).
+        UsageError: a name is malformed or repeated, a length is no multiple of the smallest page,
+            or the section id is 0 (which QEMU's loader takes for another section).
     """
     _check_section_id(section_id)
     return b"".join(
@@ -91,14 +91,14 @@ def ram_start_section(
 
 
 def ram_block_list(blocks: Sequence[tuple[str, int]]) -> bytes:
-    """The payload of RAM's START section: the list of all blocks, and EOS.
+    """Encode the payload of RAM's START section: the list of all blocks, and EOS.
 
     Args:
         blocks: (idstr, used length in bytes) of every migratable block.
 
     Raises:
-        UsageError: a name is malformed or there twice, or a length is no multiple of the
-            smallest page.
+        UsageError: a name is malformed or repeated, or a length is no multiple of the smallest
+            page.
     """
     names = [idstr for idstr, _ in blocks]
     if len(set(names)) != len(names):
@@ -112,24 +112,24 @@ def ram_block_list(blocks: Sequence[tuple[str, int]]) -> bytes:
 
 
 def ram_eos() -> bytes:
-    """The EOS record: the end of every RAM section's payload."""
+    """Encode the EOS record, which ends every RAM section's payload."""
     return _word(0, RamFlag.EOS)
 
 
 def ram_part_prefix(section_id: int) -> bytes:
-    """The header of a RAM part; page records follow it."""
+    """Encode the header of a RAM part; page records follow it."""
     _check_section_id(section_id)
     return _TYPE_ID.pack(SectionType.PART, section_id)
 
 
 def ram_part_suffix(section_id: int, *, footer: bool = True) -> bytes:
-    """The end of a RAM part: EOS record and footer."""
+    """Encode the end of a RAM part: EOS record and footer."""
     _check_section_id(section_id)
     return ram_eos() + (section_footer(section_id) if footer else b"")
 
 
 def ram_end_section(section_id: int, *, footer: bool = True) -> bytes:
-    """A whole END section of RAM, without page records."""
+    """Encode a whole END section of RAM, without page records."""
     suffix = ram_part_suffix(section_id, footer=footer)
     return _TYPE_ID.pack(SectionType.END, section_id) + suffix
 
@@ -151,12 +151,12 @@ def ram_zero_record(offset_bytes: int, *, block: str | None) -> bytes:
 
 
 def eof() -> bytes:
-    """The end of the sections."""
+    """Encode the end of the sections."""
     return bytes((SectionType.EOF,))
 
 
 def vmdescription(description: Mapping[str, Any]) -> bytes:
-    """The description that follows EOF, as QEMU's compact JSON writer writes it."""
+    """Encode the description that follows EOF, as QEMU's compact JSON writer does."""
     text = json.dumps(description, separators=(", ", ": "), ensure_ascii=True).encode("ascii")
     # scripts/analyze-migration.py looks for the JSON's start after the last NUL.
     while b"{" in _U32.pack(len(text)):
@@ -165,10 +165,9 @@ def vmdescription(description: Mapping[str, Any]) -> bytes:
 
 
 def choose_section_id(device_sections: Iterable[DeviceSection]) -> int:
-    """A non-zero section id that no device section uses; QEMU's own for RAM if free.
+    """Return a non-zero section id that no device section uses; QEMU's own for RAM if free.
 
-    QEMU's loader matches RAM parts by this id alone, and an entry that was not loaded yet
-    has id 0 there.
+    QEMU's loader matches RAM parts by this id alone, and an entry not loaded yet has id 0 there.
     """
     taken = {section.section_id for section in device_sections}
     if PREFERRED_RAM_SECTION_ID not in taken:

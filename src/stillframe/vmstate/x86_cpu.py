@@ -1,8 +1,8 @@
 """Registers of an x86-64 vCPU, from the payload of a ``cpu`` section.
 
 Source: QEMU ``target/i386/machine.c``, ``vmstate_x86_cpu``, versions 11 and 12, x86-64 target
-(``CPU_NB_REGS`` 16, 64-bit ``target_ulong``): the same first fields in QEMU 6 to 10.2.
-What follows them (MSRs, MTRRs, AVX state, subsections) is left alone.
+(``CPU_NB_REGS`` 16, 64-bit ``target_ulong``): the same first fields in QEMU 6 to 10.2. The rest
+(MSRs, MTRRs, AVX state, subsections) is not parsed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _XMM = Struct(">QQ")
 _SYSTEM = Struct(">6Q")
 
 _A20_MASKS = frozenset({-1, ~(1 << 20)})
-"""A20 enabled or masked; any other value is no x86-64 CPU's."""
+"""A20 enabled or masked; no x86-64 CPU has any other value."""
 
 
 class X86Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +92,7 @@ class X86CpuState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Fields:
-    """Reads consecutive structures from the payload."""
+    """A reader of consecutive structures from the payload."""
 
     def __init__(self, payload: bytes) -> None:
         self._payload = payload
