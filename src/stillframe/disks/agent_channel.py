@@ -1,9 +1,9 @@
-"""Where a VM's guest agent is reached, and how a command gets there and its answer back.
+"""The channel to a VM's guest agent: where it is, and how commands and answers travel.
 
-A plain QEMU has a character device for it that listens on a socket, where anybody may connect, one
-at a time. libvirt holds that of its domains itself, and passes commands on
-(virDomainQemuAgentCommand, by way of ``machine.libvirt.bridge``). Sources: QEMU
-``docs/interop/qemu-ga.rst`` (guest-sync-delimited), libvirt ``include/libvirt/libvirt-qemu.h``.
+A plain QEMU has a character device for it, listening on a socket that serves one client at a time.
+For its domains libvirt holds that socket itself and passes commands on (virDomainQemuAgentCommand,
+through ``machine.libvirt.bridge``). Sources: QEMU ``docs/interop/qemu-ga.rst``
+(guest-sync-delimited), libvirt ``include/libvirt/libvirt-qemu.h``.
 """
 
 from __future__ import annotations
@@ -34,32 +34,33 @@ _BY_LIBVIRT = "stillframe-agent"
 _THAW_S = 30
 _BRIDGE_S = 5.0
 _LINE_BYTES = 1 << 20
-"""No answer that we ask for is as long; a guest must not have us keep more."""
+"""No answer to our commands is as long; a guest must not make us buffer more."""
 
 
 class AgentPlace(msgspec.Struct, frozen=True):
-    """``path``: the socket on which it is reached; empty if libvirt passes commands on."""
+    """The place of a guest agent. ``path``: its socket; empty if libvirt passes commands on."""
 
     path: str = ""
 
     @property
     def thaw_command(self) -> Command | None:
-        """What has libvirt thaw the guest, on the VM's own monitor; None if the path is known."""
+        """The command on the VM's monitor that makes libvirt thaw the guest; None if the path is
+        known."""
         if self.path:
             return None
         return _BY_LIBVIRT, {"request": {"execute": THAW}, "seconds": _THAW_S}
 
 
 def is_thaw(command: Command) -> bool:
-    """Whether it is an :attr:`AgentPlace.thaw_command`."""
+    """Return whether a command is an :attr:`AgentPlace.thaw_command`."""
     return command[0] == _BY_LIBVIRT
 
 
 def find_agent(qmp: QmpClient, pid: int, managed_by: str = "") -> AgentPlace:
-    """Where the VM's guest agent is reached. The guest is not touched.
+    """Find the VM's guest agent. The guest is not touched.
 
     Args:
-        managed_by: ``libvirt``, if it is a domain; then ``qmp`` is a bridge to it.
+        managed_by: ``libvirt``, if the VM is a domain; then ``qmp`` is a bridge to it.
 
     Raises:
         RefusedError: the VM has no channel for an agent, or one that we cannot connect to.
@@ -103,27 +104,27 @@ def _agent_chardev(qmp: QmpClient) -> str | None:
 
 
 class AgentLink(Protocol):
-    """A way to an agent that answers."""
+    """A connection to a responsive agent."""
 
     def ask(self, request: Mapping[str, object], answer_s: float) -> Mapping[str, object]:
-        """The agent's reply, with ``return`` or ``error``.
+        """Return the agent's reply, with ``return`` or ``error``.
 
         Raises:
             OSError, EOFError, ValueError: there is none (TimeoutError: none in time).
         """
 
     def close(self) -> None:
-        """Never raises."""
+        """Disconnect; never raises."""
 
 
 def open_agent(place: AgentPlace, qmp: QmpClient, answer_s: float) -> AgentLink:
-    """Connect to an agent that answers.
+    """Connect to an agent, and make sure that it answers.
 
     Args:
         qmp: the VM's monitor. answer_s: how long the agent may take.
 
     Raises:
-        RefusedError: it does not answer in time. BusyError: somebody else holds it.
+        RefusedError: the agent does not answer in time. BusyError: another client holds it.
     """
     if not place.path:
         return _DomainLink(qmp, answer_s)
@@ -135,7 +136,7 @@ def _silent(where: str, why: str, remedy: str = START_REMEDY) -> RefusedError:
 
 
 class _SocketLink:
-    """The character device's own socket."""
+    """The link over the character device's own socket."""
 
     def __init__(self, path: str, answer_s: float) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -162,7 +163,7 @@ class _SocketLink:
             ) from error
 
     def _synchronize(self, answer_s: float) -> None:
-        """Throw away what an earlier client left half said."""
+        """Discard what an earlier client left unfinished."""
         number = secrets.randbits(31)
         ask_for = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
         self._socket.sendall(b"\xff" + json.dumps(ask_for).encode() + b"\n")
@@ -199,7 +200,7 @@ class _SocketLink:
 
 
 class _DomainLink:
-    """libvirt passes commands on, and synchronizes with the agent before each."""
+    """The link through libvirt, which synchronizes with the agent before each command."""
 
     def __init__(self, qmp: QmpClient, answer_s: float) -> None:
         self._qmp = qmp
@@ -208,7 +209,7 @@ class _DomainLink:
         except (OSError, MachineError) as error:
             why = (error.why or error) if isinstance(error, MachineError) else error
             raise _silent("", f"does not answer: {why}") from error
-        if "error" in reply:  # libvirt's own, such as that it is not connected
+        if "error" in reply:  # libvirt's own, such as "not connected"
             raise _silent("", f"does not answer: {as_map(reply['error']).get('desc')}")
 
     def ask(self, request: Mapping[str, object], answer_s: float) -> Mapping[str, object]:
@@ -226,4 +227,4 @@ class _DomainLink:
         return as_map(reply)
 
     def close(self) -> None:
-        """The monitor is not ours to close."""
+        """Do nothing: the monitor is not ours to close."""

@@ -1,8 +1,8 @@
 """Copies that share their blocks with the image (XFS, btrfs): made in milliseconds, without room.
 
-In the stop the VM goes on in an overlay, since a clone made there would take the longer the more
-extents the image has. Once the guest runs, the frozen image is cloned, with those below it, and the
-overlay is folded back. Sources: ioctl_ficlonerange(2); Linux ``fs/xfs/xfs_reflink.c``.
+A clone made in the stop would take longer the more extents the image has. So in the stop the VM
+only moves to an overlay. Once the guest runs, the frozen image and those below it are cloned, and
+the overlay is folded back. Sources: ioctl_ficlonerange(2); Linux ``fs/xfs/xfs_reflink.c``.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from stillframe.qmp.replies import as_list
 
 _FICLONERANGE = 0x4020940D
 _PIECE_BYTES = 256 << 20
-"""Cloned at once. Meanwhile the image is locked against writes, before Linux 6.7 also reads."""
+"""Cloned in one call. Meanwhile the image is locked against writes, before Linux 6.7 also against
+reads."""
 _ROOM_BYTES = 64 << 20
-"""For what the guest writes while it is on the overlay."""
+"""Room for the guest's writes while it is on the overlay."""
 _WAIT_S = 0.05
 _FORMATS = ("raw", "qcow2")
 
@@ -61,16 +62,16 @@ class _Layer:
             raise
 
     def clone(self, stop: threading.Event) -> None:
-        """Clone it, and let go of it: nothing is folded into an image that somebody has open.
+        """Clone the image and close it: a fold refuses an image that any process has open.
 
         Returns early if ``stop`` is set.
 
         Raises:
-            OSError: not possible.
+            OSError: cloning fails.
         """
         length_bytes, at = os.fstat(self._fd).st_size, 0
         while at < length_bytes and not stop.is_set():
-            # Zero: to the end, which need not be that of a block.
+            # 0 means to the end, which need not be the end of a block.
             piece = _PIECE_BYTES if at + _PIECE_BYTES < length_bytes else 0
             _clone_range(self._fd, self.target.fd, at, piece)
             at += _PIECE_BYTES
@@ -82,7 +83,8 @@ class _Layer:
             self._fd = -1
 
     def rest_on(self, below: _Layer) -> None:
-        """Name the clone below instead of the image that it was cloned from; they lie side by side.
+        """Make ``below`` the backing file, instead of the image it was cloned from; both are in one
+        directory.
 
         Raises:
             HostError: qemu-img fails.
@@ -98,11 +100,11 @@ class _Layer:
 
 
 class DiskClones:
-    """The clones of one snapshot. Undone by :meth:`close` on every path.
+    """The clones of one snapshot. Call :meth:`close` on every path.
 
     Args:
-        drives: of those that :func:`clonable` gave.
-        token: makes its names its own.
+        drives: some of those that :func:`clonable` returned.
+        token: makes the names unique to this take.
 
     Raises:
         SinkError, HostError, MachineError: the overlays or the files cannot be made.
@@ -137,28 +139,28 @@ class DiskClones:
 
     @property
     def overlays(self) -> tuple[str, ...]:
-        """What the VM is on for a moment."""
+        """The overlays that the VM is on for a moment."""
         return self._overlays.paths
 
     @property
     def paths(self) -> frozenset[Path]:
-        """The clones."""
+        """The clones' files."""
         return frozenset(layer.target.path for layers in self._layers for layer in layers)
 
     def actions(self) -> list[dict[str, object]]:
-        """What freezes the disks, for a transaction."""
+        """Return the transaction's actions that freeze the disks."""
         return self._overlays.actions()
 
     def wills(self) -> list[FoldWill]:
-        """How to go back to the images if we die."""
+        """Return how to go back to the images if we die."""
         return self._overlays.wills()
 
     def started(self) -> None:
-        """The transaction is sent next."""
+        """Note that the transaction is sent next."""
         self._overlays.started()
 
     def go(self) -> None:
-        """The guest runs: clone, and fold back at once."""
+        """Start to clone and then to fold back, now that the guest runs."""
         self._worker = threading.Thread(target=self._work, name="disk clones")
         self._worker.start()
 
@@ -177,7 +179,7 @@ class DiskClones:
                         ) from error
         except SinkError as error:
             self._failure = error
-            self._close_layers(keep=False)  # their blocks are the image's own again, for the fold
+            self._close_layers(keep=False)  # the image shares no blocks when the fold writes to it
         try:
             self._overlays.fold_back()
         except StillframeError as error:
@@ -187,7 +189,7 @@ class DiskClones:
         """Wait until the VM is on its images again, and make the clones durable.
 
         Raises:
-            SinkError: a clone could not be made. StillframeError: the VM is still on an overlay.
+            SinkError: an image could not be cloned. StillframeError: the VM is still on an overlay.
         """
         while self._worker is not None:
             self._worker.join(_WAIT_S)
@@ -211,13 +213,13 @@ class DiskClones:
         found = []
         for drive, layers in zip(self._drives, self._layers, strict=True):
             files: list[FrozenFile] = []
-            for layer in reversed(layers):  # none is named before what it rests on
+            for layer in reversed(layers):  # name each layer after the one below it
                 files.insert(0, name_copy(layer.target, layer.format, snapshot_directory, step))
             found.append(copied_disk(drive, files))
         return tuple(found)
 
     def close(self, *, keep: bool) -> None:
-        """Take back whatever was set up; never raises. The guest goes on.
+        """Take back everything that was set up; never raises. The guest keeps running.
 
         Args:
             keep: the files belong to a finished snapshot.
@@ -239,8 +241,8 @@ class DiskClones:
 def clonable(
     qmp: QmpClient, pid: int, drives: Sequence[Drive], directory: TargetDirectory
 ) -> list[Drive]:
-    """The drives whose images can be cloned into a directory, if there is as much room as a copy of
-    them takes: whatever the guest overwrites later takes room of its own.
+    """Return the drives whose images can be cloned into a directory, if it has room for full copies
+    of them: whatever the guest overwrites later takes extra room.
 
     Raises:
         MachineError: the monitor went away.
@@ -277,7 +279,7 @@ def _can_be_cloned(pid: int, drive: Drive, place: Path) -> bool:
 
 
 def _files(pid: int, drive: Drive) -> list[tuple[str, str]]:
-    """A disk's images from the top down, as we can open them, and their formats."""
+    """Return a disk's images from the top down, as paths that we can open, with their formats."""
     process = Path(f"/proc/{pid}")
     return [(reachable_path(process, name) or name, kind) for kind, name in drive.layers]
 
@@ -292,7 +294,8 @@ def _allocated_bytes(drive: Drive) -> int:
 
 
 def _shares_blocks(path: str, place: Path) -> bool:
-    """Whether a file's blocks can be shared with one of a directory: tried with the first."""
+    """Return whether a file can share blocks with one in a directory, by trying it with its first
+    block."""
     with contextlib.ExitStack() as stack:
         try:
             source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

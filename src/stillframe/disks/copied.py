@@ -1,4 +1,4 @@
-"""A disk whose point in time is a copy: its files get their names, and are described."""
+"""A disk whose point in time is a copy: how its files get their names and their record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stillframe.errors import SinkError
 from stillframe.model import CapturedDisk, FrozenFile
 
 Step = Callable[[int, int], None]
-"""Told of bytes done and bytes in all; raises to give up."""
+"""Called with the bytes done and the total; raises to give up."""
 
 
 def name_copy(
@@ -20,7 +20,7 @@ def name_copy(
     """Give a complete copy its name, and read it for its digest.
 
     Raises:
-        SinkError: it cannot be named or read; the guest goes on.
+        SinkError: the copy cannot be named or read; the guest keeps running.
     """
     target.give_name()
     path = str(target.path)
@@ -39,7 +39,7 @@ def name_copy(
 
 
 def copied_disk(drive: Drive, files: Sequence[FrozenFile]) -> CapturedDisk:
-    """The record of a copy; ``files``: from the top of its chain down."""
+    """Return the record of a copy; ``files``: from the top of its chain down."""
     return CapturedDisk(
         device=drive.device,
         qdev=drive.qdev,

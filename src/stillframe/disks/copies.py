@@ -1,11 +1,11 @@
 """Copies of disks as they are at the instant: ``blockdev-backup`` into files of ours.
 
-Started in the stop, each copies whatever the guest is about to overwrite first, and the rest in the
-background. A target that fails must not become the guest's: QEMU from 11.1 on breaks the copy then
-(``on-cbw-error``); before it, the target stands beside a ``null-co`` under a ``quorum`` that needs
-one of them, so a write that fails in the target succeeds for the guest and is told as an event.
-Sources: QEMU ``qapi/block-core.json`` (BackupCommon, BlockdevOptionsQuorum), ``block/quorum.c``,
-``block/copy-before-write.c``.
+A backup starts in the stop. It first copies whatever the guest is about to overwrite, and the rest
+in the background. A failing target must not fail the guest's writes. From QEMU 11.1 on, QEMU then
+breaks the copy (``on-cbw-error``). Before, the target stands beside a ``null-co`` under a
+``quorum`` that needs only one of them: a write that fails in the target succeeds for the guest, and
+QEMU reports it as an event. Sources: QEMU ``qapi/block-core.json`` (BackupCommon,
+BlockdevOptionsQuorum), ``block/quorum.c``, ``block/copy-before-write.c``.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from stillframe.qmp.events import QmpEvent
 from stillframe.qmp.replies import as_list, as_map
 
 _MARGIN_BYTES = 64 << 20
-"""For what the guest writes between the measuring and the instant."""
+"""Room for the guest's writes between the measurement and the instant."""
 _AT_FIRST_BYTES_PER_S = 1
 _FULL_SPEED = 0
 _PIECE_BYTES = 256 << 10
 _POLL_S = 0.05
 _GONE_S = 10.0
 _STILL_S = 60.0
-"""So long without a byte, and the copies' storage does not answer."""
+"""After this long without a byte, the copies' storage counts as hung."""
 _LATE_EVENT_S = 0.1
 _END_S = 10.0
-"""How long after a job its end may be told."""
+"""How long after a job its end event may come."""
 _ENDS = frozenset({"BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"})
 _BROKEN = frozenset({"QUORUM_REPORT_BAD", "QUORUM_FAILURE"})
 _GUESTS_OWN = "BLOCK_IO_ERROR"
-"""An error that the guest met; it may be a copy's where neither of the two cures is to be had."""
+"""An error that the guest met; it may be a copy's if QEMU supports neither protection."""
 
 
 class _Copy:
-    """One disk's."""
+    """The copy of one disk."""
 
     def __init__(self, drive: Drive, name: str, target: Target) -> None:
         self.drive = drive
@@ -54,7 +54,7 @@ class _Copy:
         self.nodes: list[str] = []
         self.target = target
         self.added: AddedFd | None = None
-        # Ciphertext is copied as it is, from below the format.
+        # LUKS: copy the ciphertext, from below the format.
         self.source = drive.file_node if drive.luks else drive.node
         self.format = "luks" if drive.luks else "qcow2"
 
@@ -69,7 +69,8 @@ class _Copy:
             self.target.format_qcow2(length_bytes)
             self.target.reserve(self.wanted_bytes(), drive.label)
         self.added = qmp.add_fd(self.target.fd)
-        # Saving the device state flushes every node, and the guest would wait for it: seal() syncs.
+        # No flushes: saving the device state flushes every node, and the guest would wait. seal()
+        # syncs.
         cache = {"direct": False, "no-flush": True}
         file = {"driver": "file", "filename": self.added.path, "cache": cache}
         driver = "raw" if drive.luks else "qcow2"
@@ -81,9 +82,9 @@ class _Copy:
                 self._add(qmp, {"driver": "quorum", "vote-threshold": 1, "children": children}, "q")
 
     def _add_sink(self, qmp: QmpClient, length_bytes: int) -> None:
-        """What takes every write. QEMU writes zeroes to it from a buffer that it makes for each, in
-        its main loop: small pieces keep the stop short, and copy an empty disk eight times as fast.
-        """
+        """Add a sink that takes every write. QEMU writes zeroes to it from a buffer that it
+        allocates each time, in its main loop: small pieces keep the stop short, and copy an empty
+        disk eight times as fast."""
         sink = {"driver": "null-co", "size": length_bytes, "read-zeroes": True}
         pieces = {"driver": "blkdebug", "image": sink, "max-transfer": _PIECE_BYTES}
         try:
@@ -98,22 +99,22 @@ class _Copy:
 
     @property
     def all_nodes(self) -> tuple[str, ...]:
-        """What there may be, each before what it stands on."""
+        """All nodes that the copy may have, each before the one it stands on."""
         return tuple(f"{self.job}{kind}" for kind in "qnt")
 
     def has(self, name: str) -> bool:
-        """Whether it is one of this copy's."""
+        """Return whether a job or node of that name belongs to this copy."""
         return name == self.job or name in self.all_nodes
 
     @property
     def top(self) -> str:
-        """What the job writes to."""
+        """The node that the job writes to."""
         ends = [node for node in self.nodes if not node.endswith("n")]
         return ends[-1]
 
     def wanted_bytes(self) -> int:
         drive = self.drive
-        # A drive whose top image we cannot read may be any size, up to a full one.
+        # If we cannot read the top image, the estimate is a full disk.
         most = measured_bytes(None, "", drive.virtual_size_bytes)
         now = measured_bytes(drive.file, drive.driver, drive.virtual_size_bytes)
         return min(most, now + _MARGIN_BYTES)
@@ -132,11 +133,11 @@ class _Copy:
 
 
 class DiskCopies:
-    """The copies of one snapshot: first their names, for :meth:`will`, then :meth:`prepare`. Undone
-    by :meth:`close` on every path.
+    """The copies of one snapshot. The constructor fixes the names, for :meth:`will`; then
+    :meth:`prepare` makes the targets. Call :meth:`close` on every path.
 
     Args:
-        token: makes its names its own.
+        token: makes the names unique to this take.
     """
 
     def __init__(
@@ -178,20 +179,21 @@ class DiskCopies:
 
     @property
     def paths(self) -> frozenset[Path]:
-        """The copies."""
+        """The copies' files."""
         return frozenset(copy.target.path for copy in self._copies)
 
     @property
     def wanted_bytes(self) -> int:
-        """Most that the copies may take."""
+        """The most that the copies may take."""
         return sum(copy.target.reserved_bytes for copy in self._copies)
 
     def actions(self) -> list[dict[str, object]]:
-        """What starts them, for a transaction."""
+        """Return the transaction's actions that start the copies."""
         return [copy.action(breaks_snapshot=self._breaks_snapshot) for copy in self._copies]
 
     def will(self) -> list[tuple[str, dict[str, object]]]:
-        """Commands that take everything back if we die, in order; also what is not there yet."""
+        """Return the commands that undo everything if we die, in order; they also name what does
+        not exist yet."""
         commands: list[tuple[str, dict[str, object]]] = [
             ("block-job-cancel", {"device": copy.job, "force": True}) for copy in self._copies
         ]
@@ -203,17 +205,17 @@ class DiskCopies:
         return commands
 
     def started(self) -> None:
-        """The transaction is sent next: from now on there may be jobs, and errors of theirs."""
+        """Note that the transaction is sent next: from now on jobs may exist, and may fail."""
         self._started = True
-        # Not later: QEMU tells the first error of a target at once, the next ones a second later
+        # Not later: QEMU reports a target's first error at once, the next ones a second later
         # (monitor/monitor.c: rate limits), when the job may have ended.
         self._unsubscribe = self._qmp.subscribe(self._note)
 
     def go(self) -> None:
-        """Full speed, watched from now on: the guest runs again.
+        """Copy at full speed and watch for errors, now that the guest runs again.
 
         Raises:
-            SinkError: what the guest wrote before the instant has no room. MachineError: lost.
+            SinkError: no room for what the guest wrote before the instant. MachineError: lost.
         """
         self._watcher = threading.Thread(target=self._watch, name="disk copies", daemon=True)
         self._watcher.start()
@@ -234,22 +236,23 @@ class DiskCopies:
             self._news.set()
 
     def _watch(self) -> None:
-        """Give the copies up as soon as one fails, so that the guest does not wait for it."""
+        """Give up the copies as soon as one fails, so that the guest does not wait for it."""
         self._news.wait()
         if self._broken is not None and not self._ended.is_set():
             with contextlib.suppress(StillframeError):
                 self._cancel()
                 status = as_map(self._qmp.execute("query-status")).get("status")
                 if status == "io-error":
-                    # It stopped at a write that could not be copied; the write is tried again.
+                    # The guest stopped at a write that could not be copied; QEMU retries that
+                    # write.
                     self._qmp.execute("cont")
 
     def finish(self, step: Step) -> None:
-        """Wait until all are complete, make them durable and let go of them in QEMU.
+        """Wait until all copies are complete, make them durable and remove their nodes from QEMU.
 
         Raises:
             SinkError: a copy could not be written. SnapshotFailed: a disk could not be read, or
-                somebody ended the job. MachineError: the monitor went away.
+                another client ended the job. MachineError: the monitor went away.
         """
         waiting = {copy.job: copy for copy in self._copies}
         moved_s, before = time.monotonic(), -1
@@ -273,7 +276,7 @@ class DiskCopies:
                 raise self._stands_still(next(iter(waiting.values())))
             if waiting:
                 self._news.wait(_POLL_S)
-        # Through libvirt an event may come some milliseconds after the answer that it was before.
+        # Through libvirt, an event may arrive some milliseconds after the reply that it preceded.
         if self._news.wait(_LATE_EVENT_S) and self._broken is not None:
             raise self._failure(self._broken)
         self._stop_watching()
@@ -282,7 +285,7 @@ class DiskCopies:
             copy.target.seal()
 
     def _stands_still(self, copy: _Copy) -> SinkError:
-        """Nobody can take back what QEMU has given to the kernel; it goes on when that does."""
+        """Return the error for hung storage: QEMU cannot cancel what it has given to the kernel."""
         return SinkError(
             f"the copy of disk {copy.drive.label} stands still",
             why=f"nothing was written to {self.directory.path} for {_STILL_S:g} s",
@@ -292,10 +295,11 @@ class DiskCopies:
         )
 
     def _check_end(self, copy: _Copy) -> None:
-        """A job goes when it has ended (an option to keep it would be read in the stop)."""
+        """Check how a job ended; it vanishes then (an option to keep it would cost time in the
+        stop)."""
         deadline_s = time.monotonic() + _END_S
         while (end := self._ends.get(copy.job)) is None and time.monotonic() < deadline_s:
-            time.sleep(_POLL_S / 5)  # through libvirt it is told a little later
+            time.sleep(_POLL_S / 5)  # through libvirt the event comes a little later
         if end is None:
             why = "nobody told how its job ended"
         elif end.data.get("error"):
@@ -332,7 +336,7 @@ class DiskCopies:
         )
 
     def records(self, snapshot_directory: str | None, step: Step) -> tuple[CapturedDisk, ...]:
-        """Name the copies and describe them; they are complete.
+        """Name the complete copies and describe them.
 
         Raises:
             SinkError: they cannot be named or read.
@@ -381,7 +385,7 @@ class DiskCopies:
                 copy.added = None
 
     def close(self, *, keep: bool) -> None:
-        """Take back whatever was set up; never raises. The guest goes on.
+        """Take back everything that was set up; never raises. The guest keeps running.
 
         Args:
             keep: the files belong to a finished snapshot.
@@ -397,7 +401,7 @@ class DiskCopies:
 
 
 def _takes_break_snapshot(qmp: QmpClient) -> bool:
-    """Whether ``blockdev-backup`` has ``on-cbw-error`` (QEMU 11.1)."""
+    """Return whether ``blockdev-backup`` has ``on-cbw-error`` (QEMU 11.1)."""
     schema = [as_map(entry) for entry in as_list(qmp.execute("query-qmp-schema"))]
     by_name = {str(entry.get("name")): entry for entry in schema}
     arguments = by_name.get(str(by_name.get("blockdev-backup", {}).get("arg-type")), {})

@@ -1,9 +1,10 @@
-"""Foretells how long ``stop`` will wait for the requests in flight.
+"""A forecast of how long ``stop`` will wait for the requests in flight.
 
-QEMU's ``stop`` completes whatever it has taken from the guest, so slow storage sets the downtime
-and nothing moves that out of it. What a request takes now is told by two looks at its counters.
-Source: QEMU ``qapi/block-core.json`` (BlockDeviceStats); ``block/io.c`` (bdrv_drain_all), which
-lifts QEMU's own throttling, so a throttled drive's counters say nothing of the drain.
+QEMU's ``stop`` completes every request that it has taken from the guest, so slow storage lengthens
+the downtime and nothing can move that wait out of it. Two looks at a drive's counters tell how long
+a request takes now. Source: QEMU ``qapi/block-core.json`` (BlockDeviceStats); ``block/io.c``
+(bdrv_drain_all), which lifts QEMU's own throttling, so a throttled drive's counters do not predict
+the drain.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class _Counters(msgspec.Struct, frozen=True):
     idle_ns: int
 
     def mean_ms(self, since: _Counters) -> float:
-        """Per request: of those in between, or of all if none ended but one did lately."""
+        """Return the mean time per request since then; over all, if none ended since but one did
+        lately."""
         operations, total_ns = self.operations - since.operations, self.total_ns - since.total_ns
         if operations == 0 and self.idle_ns < _LATELY_NS:
             operations, total_ns = self.operations, self.total_ns
@@ -37,7 +39,7 @@ class _Counters(msgspec.Struct, frozen=True):
 
 
 class DrainForecast:
-    """Made before the preparations, and asked after them."""
+    """A forecast begun before the preparations and read after them."""
 
     def __init__(self, qmp: QmpClient, drives: Sequence[Drive]) -> None:
         self._qmp = qmp
@@ -46,10 +48,11 @@ class DrainForecast:
         self._first = self._look() if self._drives else {}
 
     def refuse_slow(self, max_drain_ms: float) -> None:
-        """The guest is not touched.
+        """Refuse a drive that is too slow. The guest is not touched.
 
         Raises:
-            RefusedError: a drive's requests take longer than that. MachineError: lost the monitor.
+            RefusedError: a drive's requests take longer than ``max_drain_ms``. MachineError: lost
+                the monitor.
         """
         if not self._drives:
             return

@@ -1,4 +1,4 @@
-"""A VM's drives as its monitor shows them now: what can be frozen, what cannot, and why.
+"""A VM's drives as its monitor shows them now: which can be captured, which cannot, and why.
 
 Sources: QEMU ``qapi/block-core.json`` (query-block, x-debug-query-block-graph, query-block-jobs).
 """
@@ -17,8 +17,8 @@ from stillframe.qmp.client import QmpClient
 from stillframe.qmp.replies import as_list, as_map
 
 OURS = "still."
-"""What the name of every job and node of ours begins with. Short: QEMU reads the names that a
-transaction has in the stop byte by byte."""
+"""The prefix of all our job and node names. Short: QEMU reads a transaction's names byte by byte,
+in the stop."""
 _FILTERS = frozenset({"throttle", "copy-on-read", "compress", "blkdebug", "blklogwrites"})
 _LOCAL = frozenset({"file", "host_device"})
 _FLASH = "flash"
@@ -28,11 +28,11 @@ _LIMITS = ("iops", "iops_rd", "iops_wr", "bps", "bps_rd", "bps_wr")
 class Drive(msgspec.Struct, frozen=True, kw_only=True):
     """A drive with a medium that the guest may write.
 
-    ``label``: how its user calls it. ``node``: what an action on the whole drive names.
-    ``format_node``: the node below filters, which an overlay goes on. ``file_node``: the one below
-    that, empty if there is none. ``layers``: the images from the top down, (format, file name);
-    ``plain``: QEMU opened them with no options that the file names do not tell (as an offset).
-    ``file``: of the top image as this process can open it, or None.
+    ``label``: the user's name for it. ``node``: the node that an action on the whole drive names.
+    ``format_node``: the node below filters, which an overlay goes on. ``file_node``: the node below
+    that, empty if there is none. ``layers``: the images from the top down, (format, file name).
+    ``plain``: QEMU opened them without options that their names do not show (such as an offset).
+    ``file``: the top image's path as this process can open it, or None.
     """
 
     label: str
@@ -57,12 +57,12 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_flash(self) -> bool:
-        """Firmware's variables: small, and in RAM as well."""
+        """Whether it holds firmware variables: small, and in RAM as well."""
         return _FLASH in self.device or _FLASH in self.qdev
 
     @property
     def luks(self) -> bool:
-        """Ciphertext of a fixed layout, which can be copied as it is.
+        """Whether it is ciphertext of a fixed layout, which can be copied as it is.
 
         An encrypted qcow2 grows, and QEMU (7.2 to 10.0) aborts at a write beyond the end of a node
         that is being copied (``util/hbitmap.c``: hbitmap_set).
@@ -71,12 +71,12 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def only_plain(self) -> bool:
-        """Encrypted, and a copy of it could only hold its plain text."""
+        """Whether it is encrypted and a copy could only hold its plain text."""
         return self.encrypted and not (self.luks and self.file is not None)
 
 
 def writable_drives(qmp: QmpClient, pid: int) -> tuple[Drive, ...]:
-    """The drives that the guest may write; empty and read-only ones are not among them.
+    """Return the drives that the guest may write; empty and read-only ones are left out.
 
     Raises:
         MachineError: the monitor went away.
@@ -95,8 +95,9 @@ def writable_drives(qmp: QmpClient, pid: int) -> tuple[Drive, ...]:
 
 
 def _children(qmp: QmpClient) -> dict[str, dict[str, str]]:
-    """Of each node, its children by the name of the edge."""
-    # Unstable by its name, in QEMU since 4.0. Without it, every disk can still be copied.
+    """Return each node's children, by the name of the edge."""
+    # The x- prefix means unstable, but QEMU has had it since 4.0. Without it, every disk can still
+    # be copied.
     graph = as_map(ask(qmp, "x-debug-query-block-graph"))
     names = {as_map(n).get("id"): str(as_map(n).get("name")) for n in as_list(graph.get("nodes"))}
     found: dict[str, dict[str, str]] = {}
@@ -166,7 +167,7 @@ def _layers(image: Mapping[str, object], info: Mapping[str, object]) -> Iterator
 
 
 def plain_name(name: str) -> str:
-    """The file's name in QEMU's ``json:`` form, which it uses where options were given."""
+    """Return the file's name; QEMU uses the ``json:`` form where options were given."""
     if not name.startswith("json:"):
         return name
     try:
@@ -179,7 +180,7 @@ def plain_name(name: str) -> str:
 
 
 def file_is_gone(process: Path, filename: str) -> bool:
-    """Whether an image has no name any more."""
+    """Return whether an image has no name any more."""
     reachable = reachable_path(process, filename)
     return reachable is None or not Path(reachable).exists()
 
@@ -189,14 +190,15 @@ def _number(value: object) -> int:
 
 
 def own_name(token: str, number: int) -> str:
-    """Of a job or node for a disk of one take; ``token``: see ``folding.new_token``."""
+    """Return the name of a job or node for a disk of one take; ``token``: see
+    ``folding.new_token``."""
     return f"{OURS}{token[-4:]}{number}"
 
 
 def foreign_jobs(qmp: QmpClient) -> list[tuple[str, str]]:
-    """(id, type) of block jobs of others that no point in time can be had beside.
+    """Return (id, type) of block jobs of other programs that rule out a point in time.
 
-    Another backup is no hindrance (QEMU ``block/backup.c`` takes no operation blocker).
+    Another backup is no obstacle (QEMU ``block/backup.c`` takes no operation blocker).
     """
     jobs = [as_map(job) for job in as_list(ask(qmp, "query-block-jobs"))]
     return [

@@ -1,8 +1,8 @@
-"""Folds overlays of ours back into the images below them, while the VM runs.
+"""Folding of our overlays back into the images below them, while the VM runs.
 
 ``block-commit`` of the top image is a mirror that ends with ``job-complete``, which switches the VM
-to the image below (QEMU ``qapi/block-core.json``, ``block/mirror.c``). An image that a snapshot
-needs is never written to.
+to the image below (QEMU ``qapi/block-core.json``, ``block/mirror.c``). A fold never writes to an
+image that a snapshot needs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ _ENDING_S = 30.0
 
 
 class Fold(msgspec.Struct, frozen=True, kw_only=True):
-    """One disk's overlays that can go.
+    """The overlays of one disk that can be folded.
 
-    ``into``: the image that takes what they hold. ``overlays``: from the top down.
-    ``kept``: those below ``into``, which stay. ``needed_by``: the snapshots they stay for, and
-    the processes that have ``into`` open, such as clones.
-    ``bytes``: what the overlays take now.
+    ``into``: the image that receives their content. ``overlays``: from the top down. ``kept``:
+    those below ``into``, which stay. ``needed_by``: the snapshots they stay for, and the processes
+    that have ``into`` open, such as clones. ``bytes``: what the overlays take now.
     """
 
     disk: str
@@ -58,7 +57,7 @@ class Fold(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def new_token(pid: int) -> str:
-    """What makes the names of one take its own; the first half is the VM's."""
+    """Return a token that makes the names of one take unique; its first half identifies the VM."""
     return _vm_part(pid) + secrets.token_hex(2)
 
 
@@ -67,18 +66,18 @@ def _vm_part(pid: int) -> str:
 
 
 def is_overlay(path: str) -> bool:
-    """Whether an image is one of ours, by its name, so that a VM that was started anew with it
-    counts as well."""
+    """Return whether an image is one of our overlays, by its name, so that this also holds for a VM
+    that was started anew with it."""
     return _OVERLAY.search(path) is not None
 
 
 def plan_folds(
     qmp: QmpClient, pid: int, *, only: Sequence[str] | None = None, also_pinned: bool = False
 ) -> tuple[Fold, ...]:
-    """What folding would do. The guest is not touched.
+    """Return what folding would do. The guest is not touched.
 
     Args:
-        only: these overlays, and none other. also_pinned: whatever snapshot needs the images.
+        only: these overlays, and none other. also_pinned: even overlays that a snapshot pins.
 
     Raises:
         MachineError: the monitor went away.
@@ -110,7 +109,7 @@ def plan_folds(
 def _foldable(
     pid: int, names: Sequence[str], ours: int, only: Sequence[str] | None, *, also_pinned: bool
 ) -> tuple[int, tuple[str, ...]]:
-    """How many overlays from the top can go, and who holds the next one."""
+    """Return how many overlays from the top can be folded, and the holders of the next one."""
     for depth, overlay in enumerate(names[:ours]):
         if only is not None and overlay not in only:
             return depth, ()
@@ -124,7 +123,7 @@ def _foldable(
 
 
 def fold_job(overlay: str) -> str:
-    """The name of the job that folds an overlay, so that whoever comes next can go on with it."""
+    """Return the name of the job that folds an overlay, by which the guard can finish it."""
     return f"{_FOLDS}{hashlib.sha256(overlay.encode()).hexdigest()[:8]}"
 
 
@@ -140,7 +139,7 @@ def fold(
 
     Raises:
         RefusedError: another program uses an image. BusyError: a block job works on the disk.
-        MachineError: the monitor went away, or the guest writes faster than can be folded.
+        MachineError: the monitor went away, or the guest writes faster than the fold.
     """
     _end_jobs(qmp, _FOLDS)
     plan = plan_folds(qmp, pid, only=only, also_pinned=also_pinned)
@@ -153,7 +152,7 @@ def fold(
 
 
 def has_ended(pid: int, start: int) -> bool:
-    """Whether a VM whose monitor is closed is gone, or goes within half a minute."""
+    """Return whether a VM whose monitor is closed has exited, waiting up to half a minute."""
     deadline_s = time.monotonic() + _ENDING_S
     while process_alive(pid, start):
         if time.monotonic() > deadline_s:
@@ -163,17 +162,17 @@ def has_ended(pid: int, start: int) -> bool:
 
 
 def fold_of_ended(path: str) -> None:
-    """Fold an overlay whose VM has ended into the image below, which it would be started from.
+    """Fold an overlay whose VM has ended into the image below, from which the VM would be started.
 
     Raises:
-        HostError: not possible, such as that a VM uses the image.
+        HostError: qemu-img fails, for instance because a VM uses the image.
     """
     deadline_s = time.monotonic() + _ENDING_S
     while Path(path).exists():
         try:
             qemu_img(["commit", "-q", "-f", "qcow2", path], f"cannot fold {path} back")
             remove_overlay(path)
-        except HostError:  # locks of a process that ends
+        except HostError:  # an exiting process may still hold its locks
             if time.monotonic() > deadline_s:
                 raise
             time.sleep(_POLL_S)
@@ -265,9 +264,9 @@ def _wait_concluded(qmp: QmpClient, job: str) -> None:
 
 
 def tidy(qmp: QmpClient, pid: int) -> None:
-    """Remove what a take left behind that died: jobs, nodes, and overlays that no snapshot needs.
+    """Remove what a dead take left behind: jobs, nodes, and overlays that no snapshot needs.
 
-    For whoever holds the VM's lock. The guest goes on.
+    The caller must hold the VM's lock. The guest keeps running.
 
     Raises:
         MachineError: the monitor went away.
@@ -297,7 +296,7 @@ def tidy(qmp: QmpClient, pid: int) -> None:
 
 
 def _end_jobs(qmp: QmpClient, prefix: str) -> None:
-    """Give up those of somebody who died."""
+    """Cancel the jobs of a dead process."""
     for job in map(as_map, as_list(qmp.execute("query-jobs"))):
         name = str(job.get("id"))
         if name.startswith(prefix):
@@ -309,7 +308,7 @@ def _end_jobs(qmp: QmpClient, prefix: str) -> None:
 
 
 def _remove_unused_files(qmp: QmpClient, pid: int) -> None:
-    """Overlays made for this VM, beside its images, that it never came to know."""
+    """Remove overlays made for this VM, beside its images, that QEMU never opened."""
     in_use = files_in_use(qmp)
     for drive in writable_drives(qmp, pid):
         for _format, name in drive.layers:
@@ -327,7 +326,7 @@ def remove_overlay(path: str) -> None:
 
 
 def files_in_use(qmp: QmpClient) -> frozenset[str]:
-    """The image files of all nodes.
+    """Return the image files of all nodes.
 
     Raises:
         MachineError: the monitor went away.
@@ -336,7 +335,7 @@ def files_in_use(qmp: QmpClient) -> frozenset[str]:
 
 
 def _nodes_by_file(qmp: QmpClient) -> dict[str, str]:
-    """The format nodes, by their image's name."""
+    """Return the format nodes, by their image's name."""
     found: dict[str, str] = {}
     for node in map(as_map, as_list(qmp.execute("query-named-block-nodes"))):
         name = str(as_map(node.get("image")).get("filename"))

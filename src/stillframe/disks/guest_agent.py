@@ -1,4 +1,4 @@
-"""The QEMU guest agent: asks the guest to freeze its file systems, to set its clock.
+"""The QEMU guest agent: freezes the guest's file systems, sets its clock, writes its files.
 
 Sources: QEMU ``docs/interop/qemu-ga.rst``, ``qga/qapi-schema.json`` (guest-fsfreeze-*,
 guest-set-time, guest-file-*).
@@ -16,20 +16,19 @@ from stillframe.qmp.replies import as_map
 
 _ANSWER_S = 5.0
 _WORDS = 200
-"""As much as is shown of what a guest says."""
+"""How much of a guest's text we show, in characters."""
 
 
 class GuestAgent:
     """A connection to the agent; thaw, then close it on every path.
 
     Args:
-        place: where it is reached (``find_agent``). qmp: the VM's monitor.
-        answer_s: how long it may take to say that it is there; for a command it has at least five
-            seconds.
-        frozen: it froze the guest's file systems before: those of a guest that was restored.
+        place: the agent's place (``find_agent``). qmp: the VM's monitor.
+        answer_s: how long it may take to answer at first; each command gets at least five seconds.
+        frozen: the agent froze the file systems earlier, as in a restored guest.
 
     Raises:
-        RefusedError: it does not answer in time. BusyError: somebody else holds it.
+        RefusedError: the agent does not answer in time. BusyError: another client holds it.
     """
 
     def __init__(
@@ -45,27 +44,27 @@ class GuestAgent:
         self._answer_s = max(answer_s or 0, _ANSWER_S)
 
     def freeze(self) -> int:
-        """Freeze the guest's file systems; how many.
+        """Freeze the guest's file systems; return how many.
 
         Raises:
-            MachineError: the agent refused, or did not answer in time; it was told to thaw.
+            MachineError: the agent refused, or did not answer in time; ``close`` thaws.
         """
         self.frozen = True
         count = self._ask("guest-fsfreeze-freeze")
         return count if isinstance(count, int) else 0
 
     def thaw(self) -> None:
-        """Thaw them. Does nothing if they are not frozen.
+        """Thaw the file systems. Does nothing if they are not frozen.
 
         Raises:
-            MachineError: the agent did not answer in time.
+            MachineError: the agent refused, or did not answer in time.
         """
         if self.frozen:
             self._ask(THAW)
             self.frozen = False
 
     def set_time(self, time_ns: int) -> None:
-        """Set the guest's clock, and its RTC.
+        """Set the guest's clock and its RTC.
 
         Args:
             time_ns: since the epoch.
@@ -76,7 +75,7 @@ class GuestAgent:
         self._ask("guest-set-time", {"time": time_ns})
 
     def write_file(self, path: str, content: bytes) -> None:
-        """Write into a file of the guest's.
+        """Write a file in the guest.
 
         Raises:
             MachineError: the agent refused, or did not answer in time.
@@ -122,5 +121,6 @@ class GuestAgent:
 
 
 def _words(said: object) -> str:
-    """Half a letter, which JSON can name, can be written nowhere."""
+    """Return the guest's text, shortened; escape lone surrogates, which JSON can name but nothing
+    can encode."""
     return str(said)[:_WORDS].encode(errors="backslashreplace").decode()

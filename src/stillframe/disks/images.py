@@ -26,10 +26,10 @@ class _Measured(msgspec.Struct, rename="kebab"):
 
 
 def qemu_img(words: Sequence[str], failure: str, *, pass_fds: Sequence[int] = ()) -> bytes:
-    """Run ``qemu-img`` and return what it said.
+    """Run ``qemu-img`` and return its output.
 
     Raises:
-        HostError: it is missing, failed, or took too long; ``failure`` is the first half.
+        HostError: it is missing, failed, or took too long; ``failure`` begins the message.
     """
     program = shutil.which("qemu-img")
     if program is None:
@@ -57,7 +57,8 @@ def qemu_img(words: Sequence[str], failure: str, *, pass_fds: Sequence[int] = ()
 
 
 def measured_bytes(path: str | None, image_format: str, virtual_size_bytes: int) -> int:
-    """What a full copy as qcow2 needs at most; the size of a full disk if that cannot be told."""
+    """Return the most that a full copy as qcow2 needs; the size of a full disk if that is
+    unknown."""
     size = ["measure", "-O", "qcow2", "--output=json"]
     failure = "cannot measure a disk"
     if path is not None:
@@ -65,13 +66,13 @@ def measured_bytes(path: str | None, image_format: str, virtual_size_bytes: int)
             words = [*size, "-U", "-f", image_format, path]
             return msgspec.json.decode(qemu_img(words, failure), type=_Measured).required
         except (StillframeError, msgspec.MsgspecError):
-            pass  # encrypted, or not to be read by us
+            pass  # encrypted, or not readable for us
     words = [*size, "--size", str(virtual_size_bytes)]
     return msgspec.json.decode(qemu_img(words, failure), type=_Measured).fully_allocated
 
 
 def local_size_bytes(path: str | int) -> int:
-    """Length of a file or block device.
+    """Return the length of a file or block device.
 
     Raises:
         OSError: it cannot be opened.
@@ -87,9 +88,9 @@ def local_size_bytes(path: str | int) -> int:
 
 
 def sync_twice(paths: Sequence[str]) -> None:
-    """Write back what the host's page cache holds, so that the flush in the stop finds little.
+    """Write back the host's page cache, so that the flush in the stop finds little.
 
-    Nobody's fault if it cannot be done: the downtime is longer then.
+    A failure only makes the downtime longer, so none is reported.
     """
     for path in (*paths, *paths):
         try:
@@ -112,10 +113,10 @@ def frozen_file(
     digest: bool = False,
     step: Callable[[], object] | None = None,
 ) -> FrozenFile:
-    """What tells this image from another, or from itself once it was written to.
+    """Return the record that tells this image from another, or from itself after a write.
 
     Args:
-        shown_as: its path in the record. ``digest``: read it all.
+        shown_as: its path in the record. digest: read it all.
         step: called between two reads; may raise to give up.
 
     Raises:
@@ -147,7 +148,8 @@ def frozen_file(
 
 
 def shown_path(path: str, snapshot_directory: str | None) -> str:
-    """As the manifest names it: beside the snapshot if it lies there, so that both can be moved."""
+    """Return the path for the manifest: relative if the file is beside the snapshot, so that both
+    can be moved."""
     if snapshot_directory is not None and Path(path).is_relative_to(snapshot_directory):
         return str(Path(path).relative_to(snapshot_directory))
     return path

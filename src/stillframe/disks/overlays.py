@@ -1,8 +1,8 @@
-"""Overlays: the disk of the instant is frozen, and the VM goes on in a new image above it.
+"""Overlays: the disk of the instant is frozen, and the VM continues in a new image above it.
 
-The overlay's node is added before the stop, with ``backing: null``, since the transaction gives it
-its backing (QEMU ``qapi/block-core.json``: blockdev-snapshot). It is given by path, beside the
-image, because the VM keeps it after we are gone.
+The overlay's node is added before the stop, with ``backing: null``, since the transaction sets its
+backing (QEMU ``qapi/block-core.json``: blockdev-snapshot). QEMU gets it by path, beside the image,
+because the VM keeps it after we exit.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from stillframe.qmp.command import Command, QmpCommandError
 
 
 class FoldWill(msgspec.Struct, frozen=True, kw_only=True):
-    """How to fold one overlay back, for whoever outlives us.
+    """How the guard folds one overlay back after we died.
 
-    ``finish``: end a fold that is under way. ``begin``: one, only while the overlay, ``path``, is
-    in use: later writes are not in it. ``remove``: its node; the file once QEMU has let go of it.
+    ``finish``: ends a fold that is under way. ``begin``: starts one, only while the overlay,
+    ``path``, is in use: an unused one lacks later writes. ``remove``: deletes its node; the file
+    goes once QEMU has closed it.
     """
 
     path: str
@@ -48,12 +49,12 @@ class FoldWill(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DiskOverlays:
-    """The overlays of one snapshot. Undone by :meth:`undo` unless the snapshot came to be.
+    """The overlays of one snapshot. Call :meth:`undo` unless the snapshot came to be.
 
     Args:
         directory: where they go; None puts each beside its image.
-        otherwise: where that of a block device goes then.
-        token: makes its names its own.
+        otherwise: where a block device's overlay goes if ``directory`` is None.
+        token: makes the names unique to this take.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class DiskOverlays:
         name = f"{folding.MARK}{token}-{number}{folding.SUFFIX}"
         path = str(place / f"{image.name.partition(folding.MARK)[0]}{name}")
         failure = f"cannot make an overlay over {drive.filename}"
-        # -u: the image is not opened, which its lock would forbid.
+        # -u: do not open the image, which its lock would forbid.
         below = ["-b", str(image), "-F", drive.driver]
         self._paths.append(path)
         qemu_img(
@@ -120,7 +121,7 @@ class DiskOverlays:
         self._nodes.append(node)
 
     def reserve(self, length_bytes: int) -> None:
-        """See to it that the guest finds that much room in each.
+        """Reserve that much room in each overlay for the guest.
 
         Raises:
             SinkError: there is not enough.
@@ -135,16 +136,16 @@ class DiskOverlays:
 
     @property
     def planned(self) -> tuple[CapturedDisk, ...]:
-        """What will be frozen; see :func:`to_be_frozen`."""
+        """The disks that will be frozen; see :func:`to_be_frozen`."""
         return to_be_frozen(self._pid, self._drives)
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The overlays."""
+        """The overlays' files."""
         return tuple(self._paths)
 
     def actions(self) -> list[dict[str, object]]:
-        """What freezes the disks, for a transaction."""
+        """Return the transaction's actions that freeze the disks."""
         return [
             {
                 "type": "blockdev-snapshot",
@@ -154,7 +155,7 @@ class DiskOverlays:
         ]
 
     def wills(self) -> list[FoldWill]:
-        """How to go back to the images."""
+        """Return how to go back to the images."""
         found = []
         for drive, node, path in zip(self._drives, self._nodes, self._paths, strict=True):
             job = {"id": folding.fold_job(path)}
@@ -173,11 +174,11 @@ class DiskOverlays:
         return found
 
     def started(self) -> None:
-        """The transaction was sent: the VM may be on the overlays now."""
+        """Note that the transaction is sent next: from now on the VM may be on the overlays."""
         self._started = True
 
     def records(self, snapshot_directory: str | None) -> tuple[CapturedDisk, ...]:
-        """What was frozen.
+        """Return the frozen disks.
 
         Raises:
             SinkError: an image cannot be read.
@@ -199,21 +200,21 @@ class DiskOverlays:
         return tuple(found)
 
     def pin(self, snapshot: str, *, pending: bool) -> None:
-        """Say that this snapshot needs the frozen images.
+        """Record that this snapshot needs the frozen images.
 
         Raises:
-            SinkError: not possible.
+            SinkError: a pin cannot be written.
         """
         for path in self._paths:
             pin(path, snapshot, pending=pending)
 
     def fold_back(self) -> None:
-        """Go back to the disks as they were; what the guest wrote since is folded into them, while
-        it runs, or where its VM has ended meanwhile.
+        """Go back to the disks as they were: fold the guest's writes since then into them, while it
+        runs or after its VM has ended.
 
         Raises:
             RefusedError, BusyError, MachineError: as ``folding.fold``.
-            HostError: the VM has ended, and the image cannot take what the overlay holds.
+            HostError: the VM has ended, and the overlay cannot be folded into its image.
         """
         try:
             for one in folding.fold(self._qmp, self._pid, only=self._paths):
@@ -232,9 +233,9 @@ class DiskOverlays:
         self._started = False
 
     def undo(self) -> None:
-        """As :meth:`fold_back`, and let go of the overlays.
+        """Fold back as :meth:`fold_back`, and remove the overlays.
 
-        Never raises; what could not be folded now is by the next take, or by ``commit``.
+        Never raises; the next take, or ``commit``, folds what could not be folded now.
         """
         with contextlib.suppress(StillframeError):
             if self._started:
@@ -250,8 +251,8 @@ class DiskOverlays:
 
 
 def to_be_frozen(pid: int, drives: Sequence[Drive]) -> tuple[CapturedDisk, ...]:
-    """The disks as they will be known once they are frozen; of their files the names only, for
-    the VM still writes to them."""
+    """Return the disks as they will be recorded once frozen, with only the names of their files,
+    because the VM still writes to them."""
     process = Path(f"/proc/{pid}")
     return tuple(
         CapturedDisk(

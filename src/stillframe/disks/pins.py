@@ -1,7 +1,7 @@
-"""Which snapshot needs the images below an overlay: a small file beside the overlay says it.
+"""Pins: small files beside overlays that say which snapshot needs the images below.
 
-Folding an overlay back writes to the image below it, and a snapshot that shows that image would be
-lost. So a take leaves a pin before its snapshot has a name, and whoever folds looks at it.
+Folding an overlay back writes to the image below it, and destroys a snapshot that refers to that
+image. So a take pins its overlay before its snapshot has a name, and every fold checks the pin.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class _Pin(msgspec.Struct, frozen=True):
 
 
 def pin(overlay: str, snapshot: str, *, pending: bool) -> None:
-    """Say that ``snapshot`` needs what lies below ``overlay``; durable.
+    """Record durably that ``snapshot`` needs the images below ``overlay``.
 
     Args:
-        pending: it has no name yet. If it never gets one, the overlay is nobody's.
+        pending: the snapshot has no name yet. If it never gets one, the overlay is nobody's.
 
     Raises:
-        SinkError: it cannot be written.
+        SinkError: the pin cannot be written.
     """
     path = Path(overlay + PIN)
     try:
@@ -44,7 +44,7 @@ def pin(overlay: str, snapshot: str, *, pending: bool) -> None:
 
 
 def unpin(overlay: str) -> None:
-    """Forget it.
+    """Remove the overlay's pin.
 
     Raises:
         OSError: the pin cannot be removed.
@@ -53,9 +53,9 @@ def unpin(overlay: str) -> None:
 
 
 def pinned_by(overlay: str) -> str | None:
-    """The snapshot that needs what lies below; None if there is none (any more).
+    """Return the snapshot that needs the images below; None if there is none (any more).
 
-    One that cannot be read counts: it may be on a disk that is not there now.
+    A snapshot that cannot be read counts: it may be on a disk that is not mounted now.
     """
     found = _read(overlay)
     if found is None:
@@ -72,7 +72,7 @@ def pinned_by(overlay: str) -> str | None:
 
 
 def is_nobodys(overlay: str) -> bool:
-    """Whether the take that made it died before its snapshot had a name."""
+    """Return whether the overlay has no pin, or its take died before the snapshot had a name."""
     found = _read(overlay)
     return found is None or (found.pending and pinned_by(overlay) is None)
 

@@ -1,6 +1,6 @@
-"""The disks' part of a snapshot job: what happens to them at each of its steps.
+"""The disks' part of a snapshot job: what each of its steps does to them.
 
-All that takes time is done before the stop; in it, one transaction fixes all disks at once.
+Everything slow happens before the stop; in the stop, one transaction fixes all disks at once.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ DEFAULT_MAX_DRAIN_MS: Final = 100.0
 
 
 class DiskOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a caller may choose about disks.
+    """The caller's choices about disks.
 
-    ``kind``: ``copy``, ``overlay``, or ``none``: the snapshot says that it is without disks.
-    ``directory``: where copies and overlays go; None: copies beside the snapshot, overlays beside
-    their images. ``encrypted``: the snapshot is, so copies go to a named place only, as they are
-    not. ``snapshot``: the snapshot's path, None if it goes to no file.
-    ``max_drain_ms``: longest wait for requests in flight. ``quiesce``: let the guest's agent freeze
-    its file systems around the instant. ``frozen``: they are already, since an earlier instant.
+    ``kind``: ``copy``, ``overlay``, or ``none``: the snapshot records that it has no disks.
+    ``directory``: the place for copies and overlays; None: copies beside the snapshot, overlays
+    beside their images. ``snapshot``: the snapshot's path, None if it goes to no file.
+    ``encrypted``: the snapshot is encrypted; copies are not, so they need a named ``directory``.
+    ``max_drain_ms``: longest wait for requests in flight. ``quiesce``: have the guest agent freeze
+    the file systems around the instant. ``frozen``: they have been frozen since an earlier instant.
 
     Raises:
         UsageError: a choice that makes no sense.
@@ -71,17 +71,18 @@ class DiskOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heir(Protocol):
-    """Who carries a last will out: the guard process."""
+    """The executor of a last will: the guard process."""
 
     def leave(
         self, commands: Sequence[Command], agent: str | None, folds: Sequence[FoldWill] = ()
     ) -> None:
-        """Commands to run, in order, the agent to thaw by, and overlays to fold back, if we die;
-        replaces earlier ones."""
+        """Leave the commands to run, in order, if we die, the agent to thaw by, and the overlays to
+        fold back; this replaces earlier ones."""
 
 
 class PointInTime:
-    """The steps, in their order. ``undo`` on every path; ``keep`` before it if all went well."""
+    """The steps, in order. Call ``undo`` on every path, and ``keep`` before it if the job
+    succeeded."""
 
     def __init__(
         self, qmp: QmpClient, pid: int, options: DiskOptions, heir: Heir, managed_by: str = ""
@@ -100,18 +101,19 @@ class PointInTime:
         self._actions: list[dict[str, object]] = []
         self._kept = False
         self.words = ""
-        """What becomes of the disks, and what it costs."""
+        """What the job does with the disks, and at what cost."""
         self.without: tuple[str, ...] = ()
         """The disks that the snapshot leaves out."""
         self.quiesced = options.quiesce or options.frozen
         """Whether the guest's file systems are frozen at the instant."""
 
     def prepare(self) -> None:
-        """Look at the disks, refuse what cannot be, make targets and overlays. Guest not touched.
+        """Examine the disks, refuse unfit ones, and make targets and overlays. The guest is not
+        touched.
 
         Raises:
-            RefusedError: a disk cannot be had at the instant, or is too slow.
-            UsageError: nowhere to put copies. SinkError: no room. MachineError, HostError.
+            RefusedError: a disk cannot be captured at an instant, or is too slow.
+            UsageError: copies have no place to go. SinkError: no room. MachineError, HostError.
         """
         options, qmp, pid = self._options, self._qmp, self._pid
         folding.tidy(qmp, pid)
@@ -193,13 +195,13 @@ class PointInTime:
     def _prepare_clones(
         self, drives: Sequence[Drive], directory: TargetDirectory, token: str
     ) -> list[Drive]:
-        """Those that are cloned; the others have to be copied."""
+        """Return the drives that can be cloned; the others have to be copied."""
         found = clonable(self._qmp, self._pid, drives, directory)
         if found:
             try:
                 self._clones = DiskClones(self._qmp, self._pid, found, directory, token)
             except (SinkError, HostError, QmpCommandError):
-                return []  # such as that QEMU may not open an overlay there
+                return []  # for instance, QEMU may not open an overlay there
             self._actions += self._clones.actions()
         return found
 
@@ -216,7 +218,7 @@ class PointInTime:
         self._heir.leave([*thaw, *commands], agent, folds)
 
     def _thaw(self) -> tuple[list[Command], str | None]:
-        """What the heir needs for it: a command for the monitor, or the agent's path."""
+        """Return what the heir needs to thaw the guest: a monitor command, or the agent's path."""
         if self._agent_place is None:
             return [], None
         command = self._agent_place.thaw_command
@@ -224,11 +226,11 @@ class PointInTime:
 
     @property
     def planned(self) -> tuple[CapturedDisk, ...]:
-        """What the instant will freeze."""
+        """The disks that the instant will freeze."""
         return self._overlays.planned if self._overlays is not None else ()
 
     def before_stop(self) -> None:
-        """Freeze the guest's file systems if asked to; write back what the host still holds.
+        """Freeze the guest's file systems if asked to; write back the host's page cache.
 
         Raises:
             MachineError: the agent failed; ``undo`` thaws.
@@ -243,14 +245,14 @@ class PointInTime:
             sync_twice([*overlays, *images])
 
     def command(self) -> Command | None:
-        """What ``in_stop`` will run, so that it can be announced."""
+        """Return the command that ``in_stop`` will run, for the caller to announce."""
         return ("transaction", {"actions": self._actions}) if self._actions else None
 
     def in_stop(self) -> None:
-        """Fix all disks at once. The guest stands still before and afterwards.
+        """Fix all disks at once. The guest is paused before and afterwards.
 
         Raises:
-            MachineError: QEMU refused, and then no disk was fixed; or the monitor went away.
+            MachineError: QEMU refused, and fixed no disk; or the monitor went away.
         """
         command = self.command()
         if command is None:
@@ -261,10 +263,10 @@ class PointInTime:
         self._qmp.execute(*command)
 
     def thaw(self) -> None:
-        """The guest runs again: thaw its file systems.
+        """Thaw the guest's file systems, now that the guest runs again.
 
         Raises:
-            MachineError: the agent went away; ``undo`` tries again.
+            MachineError: the agent failed; ``undo`` tries again.
         """
         if self._agent is not None:
             self._agent.thaw()
@@ -273,7 +275,7 @@ class PointInTime:
             self._leave()
 
     def after_instant(self) -> None:
-        """All disks are fixed: copy at full speed.
+        """Start copying at full speed, now that all disks are fixed.
 
         Raises:
             SinkError: no room. MachineError: the monitor went away.
@@ -284,13 +286,13 @@ class PointInTime:
             self._copies.go()
 
     def finish(self, step: Step) -> tuple[CapturedDisk, ...]:
-        """Wait for the copies, and name all that the snapshot needs.
+        """Wait for the copies, name them, and return all disks that the snapshot needs.
 
         Args:
-            step: told of bytes copied and in all; raises to give up.
+            step: called with the bytes copied and the total; raises to give up.
 
         Raises:
-            SinkError, SnapshotFailed, MachineError: a disk could not be had.
+            SinkError, SnapshotFailed, MachineError: a disk could not be captured.
         """
         options = self._options
         beside = None
@@ -311,7 +313,7 @@ class PointInTime:
         return found
 
     def keep(self) -> None:
-        """The snapshot has its name; never raises."""
+        """Keep all of it, now that the snapshot has its name; never raises."""
         self._kept = True
         parts = [part for part in (self._copies, self._clones) if part is not None]
         if parts and self._options.directory is None:
@@ -321,13 +323,13 @@ class PointInTime:
                 self._overlays.pin(self._options.snapshot, pending=False)
 
     def undo(self) -> None:
-        """Let go of everything, and take it back unless it was kept. Never raises."""
+        """Release everything, and take it back unless it was kept. Never raises."""
         thaw: list[Command] = []
         agent = None
         if self._agent is not None:
             self._agent.close()
             if self._agent.frozen:
-                # An agent that does not answer is left to the guard, which goes on trying.
+                # If the agent does not answer, leave the thaw to the guard, which keeps trying.
                 thaw, agent = self._thaw()
         for part in (self._copies, self._clones):
             if part is not None:
@@ -339,7 +341,7 @@ class PointInTime:
 
 
 class NoDisks:
-    """For a machine whose disks are not ours to fix."""
+    """The disks of a machine on which we cannot fix any."""
 
     words = ""
     without: tuple[str, ...] = ()
@@ -347,25 +349,26 @@ class NoDisks:
     quiesced = False
 
     def prepare(self) -> None:
-        """Nothing to do, as in all the others."""
+        """Do nothing, as all the other steps."""
 
     def command(self) -> Command | None:
-        """There is none."""
+        """Return None: there is no command."""
 
     before_stop = in_stop = thaw = after_instant = keep = undo = prepare
 
     def finish(self, step: Step) -> tuple[CapturedDisk, ...]:
-        """None."""
+        """Return no disks."""
         return ()
 
 
 def _frozen(drives: Sequence[Drive]) -> list[Drive]:
-    """Firmware's variables are small, and read again at each start of the VM: they are copied."""
+    """Return the drives to freeze: all but firmware variables, which are small and read again at
+    each start of the VM, so they are copied."""
     return [drive for drive in drives if not drive.is_flash]
 
 
 def planned_overlays(machine: ProcessMachine) -> tuple[CapturedDisk, ...]:
-    """What ``overlay`` would freeze now; the guest is not touched.
+    """Return the disks that ``overlay`` would freeze now; the guest is not touched.
 
     Raises:
         MachineError: the monitor went away.
@@ -374,7 +377,8 @@ def planned_overlays(machine: ProcessMachine) -> tuple[CapturedDisk, ...]:
 
 
 def why_without_disks(machine: ProcessMachine) -> tuple[str, ...]:
-    """Why disks of a machine cannot be copied now; empty if all can. The guest is not touched.
+    """Return why disks of a machine cannot be copied now; empty if all can. The guest is not
+    touched.
 
     Raises:
         MachineError: the monitor went away.
@@ -398,10 +402,11 @@ Disks = PointInTime | NoDisks
 
 
 def disks_of(machine: Machine, options: DiskOptions, heir: Heir) -> Disks:
-    """The disks of a machine: of a QEMU they are fixed; a board's are the board's own.
+    """Return the disks' part for a machine: for a QEMU, one that fixes them; a board handles its
+    own disks.
 
     Raises:
-        RefusedError: a guest's file systems are to be frozen that can have no agent.
+        RefusedError: quiesce was asked for, but the machine can have no guest agent.
     """
     if isinstance(machine, ProcessMachine) and machine.info.vmm == "qemu":
         return PointInTime(machine.qmp, machine.pid, options, heir, machine.managed_by)

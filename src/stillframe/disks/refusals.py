@@ -1,4 +1,5 @@
-"""Which drives cannot be had at an instant, by name, with a remedy that works."""
+"""The reasons why a drive cannot be captured at an instant, by name, each with a remedy that
+works."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ def refuse_unfit(
     fd_passing: bool,
     managed_by: str = "",
 ) -> None:
-    """Nothing was touched.
+    """Refuse drives that cannot be copied or frozen. Nothing was touched.
 
     Args:
-        managed_by: who else keeps account of the disks.
+        managed_by: the manager that keeps its own record of the disks.
 
     Raises:
-        RefusedError: a drive cannot be copied or frozen; all reasons are in it.
+        RefusedError: a drive cannot be copied or frozen; it lists all reasons.
     """
     reasons = [
         *_jobs(qmp),

@@ -1,9 +1,9 @@
-"""Where the copy of a disk goes: a file with its room reserved, and no name until it is complete.
+"""The target of a disk's copy: a file with its room reserved, and no name until it is complete.
 
-QEMU gets the file as a descriptor, so it needs no right to the path; whoever dies, the file is gone
-with its last descriptor (open(2): O_TMPFILE). Space is reserved beyond the file's end
-(fallocate(2): FALLOC_FL_KEEP_SIZE), because QEMU stops a guest whose disk is copied before it
-writes when the copy has no room.
+QEMU gets the file as a descriptor, so it needs no access to the path; whichever process dies, the
+file vanishes with its last descriptor (open(2): O_TMPFILE). Space is reserved beyond the file's end
+(fallocate(2): FALLOC_FL_KEEP_SIZE): when a copy has no room for the data that a guest's write is
+about to replace, QEMU stops the guest.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ _FALLOC_FL_KEEP_SIZE = 1
 _NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 _FAR_AWAY = ("nfs", "cifs", "smb", "ceph", "gluster", "9p", "fuse", "afs", "lustre", "virtiofs")
 _COPIES = f"*-{'[0-9a-f]' * 8}.[qr]*"
-"""What the names of copies are like."""
+"""The pattern of the copies' file names."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def reserve_room(fd: int, length_bytes: int) -> int:
-    """Reserve it for a file, beyond its end if need be; 0, or the error's number."""
+    """Reserve room for a file, beyond its end if need be; return 0, or the error's number."""
     length = ctypes.c_long(length_bytes)
     failed = _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), length)
     return ctypes.get_errno() if failed else 0
 
 
 class TargetDirectory:
-    """The directory of a snapshot's copies; made when the first gets its name.
+    """The directory of a snapshot's copies; made when the first copy gets its name.
 
     Raises:
-        RefusedError: on a file system of another machine or process, which may hang the guest.
-        SinkError: there is nothing that it could be made in.
+        RefusedError: it is on a file system of another machine or process, which may hang the
+            guest.
+        SinkError: its parent directory does not exist.
     """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).absolute()
         self._made = False
         self.place = self.path if self.path.is_dir() else self.path.parent
-        """Where files without a name are made: the same file system."""
+        """The directory for unnamed files, on the same file system."""
         if not self.place.is_dir():
             raise SinkError(
                 f"there is no directory {self.place}",
@@ -62,10 +63,10 @@ class TargetDirectory:
             )
 
     def make(self) -> None:
-        """Make it, unless it is there.
+        """Make the directory, unless it exists.
 
         Raises:
-            SinkError: not possible.
+            SinkError: it cannot be made.
         """
         try:
             self.path.mkdir(mode=0o711)  # a VM of another user must get to its copies
@@ -76,21 +77,22 @@ class TargetDirectory:
             raise _sink_error(f"cannot make the directory {self.path}", error) from error
 
     def remove_all_but(self, files: Collection[Path]) -> None:
-        """It is one snapshot's own: remove the copies of one that it replaced. Never raises."""
+        """Remove the copies of a snapshot that this one replaced: no other uses the directory.
+        Never raises."""
         with contextlib.suppress(OSError):
             for path in self.path.glob(_COPIES):
                 if path not in files:
                     path.unlink()
 
     def remove_if_empty(self) -> None:
-        """Undo its making; never raises."""
+        """Remove the directory if we made it; never raises."""
         if self._made:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
 
 
 class Target:
-    """One file. Close it on every path; without :meth:`give_name` nothing is left of it.
+    """One file. Close it on every path; without :meth:`give_name` nothing of it remains.
 
     Raises:
         SinkError: it cannot be made.
@@ -117,7 +119,7 @@ class Target:
                 raise _sink_error(f"cannot make {self._hidden}", again) from again
 
     def format_qcow2(self, virtual_size_bytes: int) -> None:
-        """Make it an empty image of that size.
+        """Format the file as an empty image of that size.
 
         Raises:
             HostError: qemu-img is missing or fails.
@@ -127,7 +129,7 @@ class Target:
         qemu_img(words, f"cannot make the copy {self.path}", pass_fds=[self.fd])
 
     def reserve(self, length_bytes: int, label: str) -> None:
-        """See to it that the copy does not run out of room.
+        """Reserve room so that the copy does not run out of it.
 
         Raises:
             SinkError: there is not enough.
@@ -149,11 +151,11 @@ class Target:
             )
 
     def set_length(self, length_bytes: int) -> None:
-        """The file's own length, where the image is as long as the disk."""
+        """Set the file's own length, where the image is as long as the disk."""
         os.ftruncate(self.fd, length_bytes)
 
     def seal(self) -> None:
-        """Give back what was reserved and not needed, and make the content durable.
+        """Release the reserved room that was not needed, and make the content durable.
 
         Raises:
             SinkError: it could not all be written.
@@ -167,10 +169,10 @@ class Target:
             raise _sink_error(f"cannot finish the copy {self.path}", error) from error
 
     def give_name(self) -> None:
-        """Let it appear under its name, durably.
+        """Make the file appear under its name, durably.
 
         Raises:
-            SinkError: not possible.
+            SinkError: it cannot be named.
         """
         self._parent.make()
         try:
@@ -191,7 +193,7 @@ class Target:
             raise _sink_error(f"cannot name the copy {self.path}", error) from error
 
     def close(self, *, keep: bool) -> None:
-        """Let go of it; the second time does nothing. Never raises.
+        """Close the file; the second call does nothing. Never raises.
 
         Args:
             keep: it belongs to a finished snapshot.
@@ -208,8 +210,10 @@ class Target:
 
 
 def need_directory(directory: str | None) -> str:
-    """Raises:
-    UsageError: there is none, because the snapshot goes to no file.
+    """Return the directory.
+
+    Raises:
+        UsageError: there is none, because the snapshot goes to no file.
     """
     if directory is None:
         raise UsageError(
@@ -221,7 +225,8 @@ def need_directory(directory: str | None) -> str:
 
 
 def _file_system(path: Path) -> str:
-    """Its kind, in the kernel's words; empty if that cannot be told (proc(5): mountinfo)."""
+    """Return the file system's type, in the kernel's words; empty if unknown (proc(5):
+    mountinfo)."""
     try:
         device = path.stat().st_dev
         wanted = f"{os.major(device)}:{os.minor(device)}"

@@ -1,5 +1,5 @@
-"""Which processes have an image open: a clone takes no lock on the frozen image below its disk,
-since the VM that is forked still writes to it when the clone's VMM starts."""
+"""The processes that have an image open, which locks do not show: a clone takes no lock on the
+frozen image below its disk, since the forked VM still writes to it when the clone's VMM starts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def users_of(path: str, *, besides: int) -> tuple[int, ...]:
-    """Processes that have a file open, as far as may be seen (proc(5): ``/proc/PID/fd``).
+    """Return the processes that have a file open, as far as we can see (proc(5): ``/proc/PID/fd``).
 
     Args:
-        besides: the process that is known to.
+        besides: a known user, to leave out.
     """
     try:
         wanted = os.stat(path)  # noqa: PTH116 - any text
