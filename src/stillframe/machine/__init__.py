@@ -15,21 +15,21 @@ from stillframe.model import GpaRange, MachineRecord, RamBlock
 from stillframe.qmp.command import Command
 
 Mode = Literal["background", "stop"]
-"""How a snapshot is taken: in the background, or with the VM stopped throughout."""
+"""How to take a snapshot: in the background, or with the VM stopped throughout."""
 
 Moment = Literal["first", "stop", "saved"]
-"""When the pre-flight is asked: before anything is done; right before the stop, for what would kill
-the VM or keep it from going on; and once RAM is saved, for what can have written it unseen. Others
-use the VM meanwhile, too."""
+"""When the pre-flight runs: before anything is done; right before the stop, for what would kill the
+VM or keep it from continuing; and once RAM is saved, for what can have written it unseen. Other
+programs use the VM meanwhile."""
 
 
 class Blocker(msgspec.Struct, frozen=True, kw_only=True):
-    """Something about a VM that stands in the way of a snapshot (invariant 7).
+    """Something about a VM that blocks a snapshot (invariant 7).
 
     ``name``: short and stable, such as ``vfio``. ``reason``: what was found and why it matters.
     ``remedy``: what to do about it. ``severity``: ``refuse`` if a snapshot could be wrong or the
-    guest harmed, ``busy`` if so for as long as something else is under way, ``warn`` if it will be
-    noticed in time or is merely worth knowing.
+    guest harmed, ``busy`` if so only while some other operation runs, ``warn`` if the problem will
+    be noticed in time or is merely worth knowing.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Blocker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that the machine told of while it was watched.
+    """An event that the machine reported while it was watched.
 
     ``received_s``: our monotonic clock (``time.monotonic``), seconds.
     """
@@ -50,20 +50,20 @@ class MachineEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Watch(Protocol):
-    """Collects what happens to a machine from its making to ``close``."""
+    """A collector of a machine's events, from its creation to ``close``."""
 
     def seen(self) -> list[MachineEvent]:
-        """The events so far that matter to a snapshot, oldest first."""
+        """Return the events so far that matter to a snapshot, oldest first."""
 
     def close(self) -> None:
-        """End watching; never raises."""
+        """Stop watching; never raises."""
 
 
 class Machine(Protocol):
     """A machine that can be snapshotted. All methods but ``close`` may raise MachineError.
 
-    No method may be called by the thread that serves faults: a machine may wait for a fault to be
-    served before it answers.
+    Never call a method from the thread that serves faults: the machine may not answer until a fault
+    is served.
     """
 
     @property
@@ -72,70 +72,72 @@ class Machine(Protocol):
 
     @property
     def lock_name(self) -> str:
-        """Names this VM among all of the host, also later ones, so that one snapshot of it is taken
-        at a time."""
+        """A name for this VM, unique on the host among present and later VMs, so that only one
+        snapshot of it is taken at a time."""
 
     def monitor_fd(self) -> int | None:
-        """Descriptor of the connected QMP socket, for the guard process to share; None for a
-        machine of this process, which nobody has to let go on if we die."""
+        """Return the descriptor of the connected QMP socket, for the guard process to share; None
+        for a machine of this process, which needs no guard to continue it if we die."""
 
     def open_write_protection(self) -> WriteProtection:
-        """What protects the machine's RAM: a userfaultfd of its process that only we hold, or for
-        a machine of this process what else there is. The guest is not touched.
+        """Return what write-protects the machine's RAM: a userfaultfd of its process that only we
+        hold, or an equivalent for a machine of this process. The guest is not touched.
 
         Raises:
             HostError: a kernel feature or permission is missing. RefusedError: seccomp.
         """
 
     def process_alive(self) -> bool:
-        """Whether the machine's process still runs."""
+        """Return whether the machine's process still runs."""
 
     def resume_at_all_costs(self) -> None:
-        """Continue the guest if it is paused, and not if it stopped by itself (an I/O error, a
-        panic); connect anew if the monitor was lost. For clean-up after errors.
+        """Continue the guest if it is paused, but not if it stopped by itself (an I/O error, a
+        panic); reconnect if the monitor was lost. For clean-up after errors.
 
         Raises:
             MachineError: the machine did not answer; ``guest_state`` is ``unknown``.
         """
 
     def describe(self) -> MachineRecord:
-        """What the machine is, enough to start it again. The guest is not touched."""
+        """Return a record of the machine, enough to start it again. The guest is not touched."""
 
     def preflight(self, mode: Mode = "background", moment: Moment = "first") -> list[Blocker]:
-        """Everything that stands in the way of a snapshot now, refusals first. The guest is not
+        """Return everything that blocks a snapshot now, refusals first. The guest is not
         touched."""
 
     def ram_blocks(self) -> list[RamBlock]:
-        """All migratable RAM blocks, in the machine's own order. The guest is not touched."""
+        """Return all migratable RAM blocks, in the machine's own order. The guest is not
+        touched."""
 
     def blocks_signature(self) -> tuple[tuple[str, int, int, int], ...]:
-        """Equal to an earlier one as long as no block appeared, vanished, moved or was resized.
+        """Return a value that equals an earlier one as long as no block appeared, vanished, moved
+        or was resized.
 
         Cheap. The guest is not touched.
         """
 
     def memory_map(self, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
-        """Where the guest sees its RAM now, ascending by guest-physical address."""
+        """Return where the guest sees its RAM now, ascending by guest-physical address."""
 
     def status(self) -> str:
-        """The run state in QEMU's words: ``running``, ``paused``, ..."""
+        """Return the run state in QEMU's words: ``running``, ``paused``, ..."""
 
     def stop(self) -> None:
-        """Stop the vCPUs, and drain and flush the disks. The guest is paused afterwards; one that
-        was suspended is suspended again after ``cont``."""
+        """Stop the vCPUs, and drain and flush the disks. The guest is paused afterwards; a
+        suspended guest is suspended again after ``cont``."""
 
     def announce_cont(self) -> None:
-        """``cont`` is the next command: let what can be done for it be done while the caller works.
-        The guest stays paused."""
+        """Announce that ``cont`` is the next command, so that the machine can prepare for it while
+        the caller works. The guest stays paused."""
 
     def cont(self) -> None:
-        """Continue. The guest runs afterwards."""
+        """Continue the guest. It runs afterwards."""
 
     def prepare_device_state(self) -> None:
-        """Do what saving needs and what takes time, before the downtime. Guest not touched."""
+        """Do the slow preparations for saving, before the downtime. The guest is not touched."""
 
     def save_device_state(self, then: Command | None = None) -> bytes:
-        """The state of everything but RAM, as a stream: header, FULL sections, EOF, and the
+        """Return the state of everything but RAM, as a stream: header, FULL sections, EOF, and the
         vmdescription if the machine has one. ``then``: the likely next command of its monitor.
 
         Call it while the guest is paused; it is paused afterwards.
@@ -145,7 +147,7 @@ class Machine(Protocol):
         """Undo ``prepare_device_state``; never raises. The guest is not touched."""
 
     def watch(self) -> Watch:
-        """Begin to collect the events that matter to a snapshot."""
+        """Start to collect the events that matter to a snapshot."""
 
     def close(self) -> None:
-        """Let go of the machine; never raises. The guest stays as it is."""
+        """Release the machine; never raises. The guest stays as it is."""

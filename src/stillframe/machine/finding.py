@@ -1,6 +1,6 @@
-"""The VMs that run on this host: QEMUs, and those of wings. Finds the one that a user names.
+"""The VMs that run on this host, QEMUs and those of wings, and how a user names one.
 
-A VM is named by a QMP socket's path, host:port, a pid, or its own name.
+A user names a VM by a QMP socket's path, host:port, a pid, or the VM's own name.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _LIST_REMEDY = "'stillframe ps' lists the running VMs"
 
 
 class MachineKind(Protocol):
-    """Another kind of VM than QEMUs, of a wing (``stillframe.wings``). ``vmm``: its name."""
+    """A wing's kind of VM, besides QEMU (``stillframe.wings``). ``vmm``: its name."""
 
     vmm: str
 
     def read(self, pid: int) -> list[VmInfo]:
-        """The VMs of this kind in one process. The guests are not touched."""
+        """Return the VMs of this kind in one process. The guests are not touched."""
 
     def connect(self, info: VmInfo, qmp: QmpClient) -> ProcessMachine:
-        """The machine behind a connected monitor. Raises MachineError, HostError."""
+        """Return the machine behind a connected monitor. Raises MachineError, HostError."""
 
 
 def _kinds() -> list[MachineKind]:
@@ -56,10 +56,10 @@ def _kinds() -> list[MachineKind]:
 
 
 def list_vms(*, ask_version: bool = False) -> list[VmInfo]:
-    """The VMs that run on this host, by pid. The guests are not touched.
+    """Return the VMs that run on this host, by pid. The guests are not touched.
 
     Args:
-        ask_version: connect to each free monitor for a moment, to learn the version.
+        ask_version: connect briefly to each free monitor, to learn the version.
     """
     vms = [vm for pid in process_ids() for vm in vms_of(pid)]
     if ask_version:
@@ -68,7 +68,7 @@ def list_vms(*, ask_version: bool = False) -> list[VmInfo]:
 
 
 def read_vm(pid: int, *, any_program: bool = False) -> VmInfo | None:
-    """The VM that process ``pid`` is, or None: no such process, or no VM.
+    """Return the VM that process ``pid`` is, or None: no such process, or no VM.
 
     Args:
         any_program: take the process for a QEMU whatever its program is called.
@@ -77,7 +77,7 @@ def read_vm(pid: int, *, any_program: bool = False) -> VmInfo | None:
 
 
 def vms_of(pid: int, *, any_program: bool = False) -> list[VmInfo]:
-    """The VMs of one process: none, one, or several of a wing's kind in one program.
+    """Return the VMs of one process: none, one, or several if a wing's program runs several.
 
     Args:
         any_program: as ``read_vm``.
@@ -90,8 +90,8 @@ def vms_of(pid: int, *, any_program: bool = False) -> list[VmInfo]:
 
 
 def connect(vm: str | int, *, timeout_s: float = 5.0) -> ProcessMachine:
-    """Connect to a running VM. The guest is not touched; use it as a context manager, since it
-    holds the monitor until it is closed.
+    """Connect to a running VM. The guest is not touched. The machine holds the monitor until it is
+    closed, so use it as a context manager.
 
     Args:
         vm: QMP socket path, ``host:port``, pid, or the VM's name.
@@ -101,7 +101,7 @@ def connect(vm: str | int, *, timeout_s: float = 5.0) -> ProcessMachine:
         NotFoundError: no such VM or socket.
         UsageError: the name is ambiguous, or the VM has no QMP monitor.
         BusyError: every monitor of the VM is held by another client.
-        HostError: not permitted, such as to read the process's memory.
+        HostError: no permission, such as to read the process's memory.
         MachineError: the VM does not answer.
     """
     ref = str(vm)
@@ -117,10 +117,10 @@ def connect(vm: str | int, *, timeout_s: float = 5.0) -> ProcessMachine:
 
 
 def connect_to(vm: VmInfo, *, timeout_s: float = 5.0) -> ProcessMachine:
-    """Connect to the first monitor of a VM that lets us in; as :func:`connect`.
+    """Connect to the first monitor of a VM that accepts us; as :func:`connect`.
 
     Raises:
-        NotFoundError: it is no more, or what it calls its monitor is another process's.
+        NotFoundError: the VM is gone, or the monitor belongs to another process.
         The others are those of :func:`connect`.
     """
     domain = domain_of(vm)
@@ -137,7 +137,7 @@ def connect_to(vm: VmInfo, *, timeout_s: float = 5.0) -> ProcessMachine:
 
 
 def _machine_of(qmp: QmpClient) -> ProcessMachine:
-    """The machine behind a connected monitor, which is closed if there is none."""
+    """Return the machine behind a connected monitor; close the monitor if there is none."""
     try:
         pid = pid_of_monitor(qmp.address, qmp.socket)
         vms = vms_of(pid, any_program=True) if pid is not None else []
@@ -149,7 +149,7 @@ def _machine_of(qmp: QmpClient) -> ProcessMachine:
             )
         info = _of_monitor(vms, qmp.address)
         domain = domain_of(info)
-        if domain is not None:  # a stop behind libvirt's back would lose its leases
+        if domain is not None:  # a stop that libvirt does not see would lose its leases
             qmp.close()
             return connect_domain(info, domain)
         for kind in _kinds():
@@ -162,12 +162,12 @@ def _machine_of(qmp: QmpClient) -> ProcessMachine:
 
 
 def _of_monitor(vms: Sequence[VmInfo], address: Address) -> VmInfo:
-    """Which VM of a process has that monitor; its only one, if it does not tell."""
+    """Return the VM of a process that has that monitor; the first one if none lists it."""
     return next((vm for vm in vms if address in vm.qmp_addresses), vms[0])
 
 
 def _first_free(info: VmInfo, timeout_s: float) -> QmpClient:
-    """Connect to the first monitor of a VM that lets us in."""
+    """Connect to the first monitor of a VM that accepts us."""
     busy: StillframeError | None = None
     for address in info.qmp_addresses:
         try:
@@ -181,7 +181,7 @@ def _first_free(info: VmInfo, timeout_s: float) -> QmpClient:
 
 
 def _refuse_halted(pid: int) -> None:
-    """Why a VM does not answer, where something outside holds its process.
+    """Raise if a tracer or SIGSTOP halts the VM's process, which is why it does not answer.
 
     Raises:
         HostError: a tracer has it, or it was sent SIGSTOP.
@@ -199,7 +199,8 @@ def _refuse_halted(pid: int) -> None:
 
 
 def parse_address(ref: str) -> Address | None:
-    """A reference that is a monitor's address: a path (or an existing socket), or host:port."""
+    """Parse the address of a monitor: a path (or an existing socket), or host:port; None for
+    others."""
     if ref.startswith("unix:"):
         return str(Path(ref.removeprefix("unix:")).absolute())
     if "/" in ref or _is_socket(ref):
@@ -211,15 +212,15 @@ def parse_address(ref: str) -> Address | None:
 
 
 def find_vm(ref: str) -> VmInfo:
-    """The running VM that ``ref`` means; its ``qmp_addresses`` begin with the one to use.
+    """Return the running VM that ``ref`` means; its ``qmp_addresses`` begin with the one to use.
 
-    A monitor named by its address is connected to for a moment where only that tells whose it is.
+    If only a connection shows which process a monitor's address belongs to, connect for a moment.
 
     Raises:
         NotFoundError: no such socket, process or VM.
-        UsageError: several VMs have that name, the process is no VM, or the VM has no monitor
-            that can be reached.
-        HostError, MachineError, BusyError: the socket cannot be connected to.
+        UsageError: several VMs have that name, the process is no VM, or the VM has no monitor that
+            we can reach.
+        HostError, MachineError, BusyError: connecting to the socket failed.
     """
     if not ref:
         raise UsageError("no VM named", remedy=_LIST_REMEDY)
@@ -239,7 +240,7 @@ def find_vm(ref: str) -> VmInfo:
 
 
 def find_human(ref: str) -> tuple[VmInfo, str] | None:
-    """A QEMU that has no QMP monitor, and the unix socket of its monitor for people, if ``ref``
+    """Return a QEMU without a QMP monitor, and the unix socket of its human monitor, if ``ref``
     means such a VM. The guest is not touched."""
     address = parse_address(ref)
     if address is None:
@@ -319,11 +320,11 @@ def _pid_behind(address: Address) -> int | None:
 
 
 def pid_of_monitor(address: Address, sock: socket.socket) -> int | None:
-    """The process behind a connected monitor, or None if it is not on this host.
+    """Return the process behind a connected monitor, or None if it is not on this host.
 
-    The kernel notes who listened last. Where a manager made the socket, the VM has made it listen
-    again (QEMU ``util/qemu-sockets.c``: socket_listen), so it is the VM; if that process is no VM,
-    whoever holds the listening socket is preferred.
+    The kernel records the process that last called listen. If a manager made the socket, the VM has
+    called listen again (QEMU ``util/qemu-sockets.c``: socket_listen), so it is the VM; if that
+    process is no VM, prefer the only VM that holds the listening socket.
     """
     if not isinstance(address, str):
         return tcp_listener_pid(address[1])

@@ -1,1 +1,1 @@
-"""Domains of libvirt: stock QEMUs whose monitor belongs to libvirtd."""
+"""Domains of libvirt: stock QEMUs whose monitor libvirtd holds."""

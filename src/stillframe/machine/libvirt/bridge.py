@@ -1,18 +1,18 @@
-"""A QMP server of its own process in front of libvirt's API.
+"""A QMP server in front of libvirt's API, in a process of its own.
 
 libvirtd holds the monitor of its QEMUs. This process takes QMP commands from one end of a socket
 pair and runs them on a monitor beside that one (``own_monitor``), or else through libvirt. So a
 ``QmpClient`` talks to a domain as to any QEMU, and the guard, which shares that client's socket,
-lets the guest go on through it if the snapshotter dies::
+continues the guest through it if the snapshotter dies::
 
     python -m stillframe.machine.libvirt.bridge URI UUID FD [SOCKET...]
 
 * ``stop`` and ``cont`` become virDomainSuspend and virDomainResume: libvirt gives up the leases of
   a lock manager at a raw ``stop``, and only its own resume takes them again.
-* A descriptor that came with a command goes along (virDomainQemuMonitorCommandWithFiles, 8.2).
+* A descriptor sent with a command travels with it (virDomainQemuMonitorCommandWithFiles, 8.2).
 * Events are QEMU's own. libvirt does not order them against replies, so ``cont`` is answered only
-  after its RESUME has been passed on; a RESUME of somebody else before it fails the command.
-* ``stillframe-agent`` passes a command on to the guest's agent (virDomainQemuAgentCommand).
+  after its RESUME has been passed on; another client's RESUME before it fails the command.
+* ``stillframe-agent`` passes a command on to the guest agent (virDomainQemuAgentCommand).
 * If libvirtd dies meanwhile, its QEMU's sockets are free: ``cont`` and a thaw go straight there.
 
 Sources: libvirt ``include/libvirt/libvirt-qemu.h``, ``src/qemu/qemu_driver.c``.
@@ -46,9 +46,9 @@ _PAUSE_S = 0.05
 _FDS_AT_ONCE = 8
 _THAW = "guest-fsfreeze-thaw"
 _EVENTS = "^(?!JOB_STATUS_CHANGE$)"
-"""Three come for each copy that begins, in the stop, and nobody listens."""
+"""In the stop, each copy sends three JOB_STATUS_CHANGE as it begins, and no client listens."""
 _TOO_LATE_S = 0.0005
-"""The guest's clock and ours are the host's; an event this much before our call is not ours."""
+"""The guest's clock and ours are the host's; an event this long before our call is not ours."""
 
 Json = dict[str, Any]
 
@@ -65,7 +65,7 @@ class Bridge:
     """One domain behind one socket."""
 
     def __init__(self, uri: str, uuid: str, sock: socket.socket, paths: Sequence[str]) -> None:
-        # The event loop must be there before the connection that is to bring events.
+        # The event loop must exist before the connection that delivers events.
         libvirt.virEventRegisterDefaultImpl()
         libvirt.registerErrorHandler(lambda *_: None, None)
         self._socket = sock
@@ -149,17 +149,18 @@ class Bridge:
             answer = libvirt_qemu.qemuMonitorCommandWithFiles(self._domain, text, fds, 0)
         else:
             answer = libvirt_qemu.qemuMonitorCommand(self._domain, text, 0)
-        # With files the binding gives the text and the descriptors that came back (none).
+        # With files, the binding returns the text and the descriptors that came back (none).
         reply = json.loads(answer[0] if isinstance(answer, tuple) else answer)
         if "error" in reply:
             raise _CommandError(reply["error"].get("desc", ""), reply["error"].get("class", ""))
         return reply.get("return")
 
     def _ask_agent(self, request: Json, seconds: int) -> Json:
-        """The agent's reply; a thaw finds its way also while libvirtd restarts.
+        """Return the agent's reply; a thaw gets through even while libvirtd restarts.
 
         Raises:
-            _CommandError: it does not answer in time, or refused. libvirtError: there is none.
+            _CommandError: the agent does not answer in time, or refused. libvirtError: there is
+                none.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -187,10 +188,10 @@ class Bridge:
         return {}
 
     def _cont(self) -> Json:
-        """Resume, by every way there is.
+        """Resume, by every available way.
 
         Raises:
-            _CommandError: somebody else resumed the guest while it was to stand still; it runs.
+            _CommandError: another client resumed the guest during the stop; it runs.
         """
         deadline = time.monotonic() + _PATIENCE_S
         called_s = time.time()
@@ -211,7 +212,8 @@ class Bridge:
         return {}
 
     def _check_alone(self, called_s: float) -> None:
-        """Pass on the RESUME of our own call before its answer; one before it was not ours."""
+        """Wait until our own call's RESUME has been passed on; refuse an earlier one, which was not
+        ours."""
         if self._stopped_s is None:
             return
         began_s, self._stopped_s = self._stopped_s, None
@@ -221,7 +223,7 @@ class Bridge:
             try:
                 seen_s = self._resumed.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                seen_s = began_s  # it ran already, so QEMU told of nothing
+                seen_s = began_s  # the guest ran already, so QEMU sent no event
             if began_s <= seen_s < called_s - _TOO_LATE_S:
                 raise _CommandError("somebody else let the guest go on while it stood still")
 
@@ -229,7 +231,7 @@ class Bridge:
         return bool(self._domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING)
 
     def _reconnected(self) -> bool:
-        """Whether libvirtd answers; a connection that it lost in a restart is made anew."""
+        """Return whether libvirtd answers; reconnect if it has restarted."""
         with contextlib.suppress(libvirt.libvirtError):
             if self._connection.isAlive():
                 return True
@@ -286,7 +288,7 @@ class Bridge:
                 try:
                     command, end = decoder.raw_decode(text)
                 except json.JSONDecodeError:
-                    break  # the rest is to come
+                    break  # the rest is still to come
                 text = text[end:]
                 if isinstance(command, dict):
                     yield command
@@ -297,7 +299,8 @@ class Bridge:
 
 
 def _makes_monitors(version: Json) -> bool:
-    """From QEMU 11.1 on a monitor is an object that can be added (``qapi/qom.json``)."""
+    """Return whether a monitor is an object that can be added: from QEMU 11.1 on
+    (``qapi/qom.json``)."""
     number = version.get("qemu", {})
     return (number.get("major", 0), number.get("minor", 0)) >= (11, 1)
 

@@ -1,4 +1,4 @@
-"""Which VMs are libvirt's, and the connection to the libvirt that runs them."""
+"""The VMs that are libvirt's domains, and the connection to the libvirt that runs them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SYSTEM_DIRECTORY = "/var/lib/libvirt/qemu/"
 _MONITOR = re.compile(r"/domain-\d+-[^/]*/monitor\.sock")
 _SESSION_SOCKETS = ("/libvirt/virtqemud-sock", "/libvirt/libvirt-sock")
 _OLDEST = 8_002_000
-"""libvirt 8.2 brought virDomainQemuMonitorCommandWithFiles."""
+"""libvirt 8.2 introduced virDomainQemuMonitorCommandWithFiles."""
 
 
 class DomainRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A running domain: the libvirt that has it, and its UUID.
+    """A running domain: its libvirt's URI, and its UUID.
 
-    ``monitors``: unix sockets on which it has monitors beside libvirt's.
+    ``monitors``: unix sockets of its monitors beside libvirt's.
     """
 
     uri: str
@@ -34,7 +34,7 @@ class DomainRef(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def domain_of(vm: VmInfo) -> DomainRef | None:
-    """The domain that a VM is, or None if libvirt did not start it.
+    """Return the domain that a VM is, or None if libvirt did not start it.
 
     libvirt's monitor is bound to ``…/domain-ID-NAME/monitor.sock`` (libvirt
     ``src/qemu/qemu_domain.c``), and its QEMU has ``-uuid``.
@@ -56,23 +56,23 @@ def _uri(monitor: str, uid: int) -> str:
 
 
 def session_uri(uid: int) -> str:
-    """How to get to the session libvirt of a user."""
+    """Return the URI of a user's session libvirt."""
     if uid == os.geteuid():
         return "qemu:///session"
     return f"qemu+unix:///session?socket={_session_socket(uid)}"
 
 
 def _session_socket(uid: int) -> str:
-    """Where the session libvirt of another user listens, in whatever XDG_RUNTIME_DIR."""
+    """Return where the session libvirt of another user listens, whatever its XDG_RUNTIME_DIR."""
     for path in listening_unix_paths(*_SESSION_SOCKETS):
         with contextlib.suppress(OSError):
             if Path(path).stat().st_uid == uid:
                 return path
-    return f"/run/user/{uid}{_SESSION_SOCKETS[0]}"  # it is started when somebody connects
+    return f"/run/user/{uid}{_SESSION_SOCKETS[0]}"  # a connection starts it
 
 
 def libvirt_module() -> ModuleType:
-    """libvirt's Python binding.
+    """Return libvirt's Python binding.
 
     Raises:
         HostError: it is not installed.
@@ -90,11 +90,11 @@ def libvirt_module() -> ModuleType:
 
 
 class Domain:
-    """A connection to one running domain, for questions; its monitor is the bridge's.
+    """A connection to one running domain, for queries; the bridge handles its monitor.
 
     Raises:
-        HostError: libvirt's binding is missing, libvirt is too old, or may not be used.
-        NotFoundError: it has no such running domain.
+        HostError: libvirt's binding is missing, libvirt is too old, or we may not use it.
+        NotFoundError: libvirt has no such running domain.
     """
 
     def __init__(self, ref: DomainRef) -> None:
@@ -129,7 +129,8 @@ class Domain:
         return str(self._domain.name())
 
     def xml(self) -> str:
-        """The XML that migration, ``virsh save`` and a restore use (MIGRATABLE, with secrets).
+        """Return the XML that migration, ``virsh save`` and a restore use (MIGRATABLE, with
+        secrets).
 
         Raises:
             MachineError: the domain is gone.
@@ -138,7 +139,7 @@ class Domain:
         return self._xml(flags)
 
     def live_xml(self) -> str:
-        """The XML of the running domain, whose ``<cpu>`` is what the guest really has.
+        """Return the XML of the running domain, whose ``<cpu>`` is what the guest really has.
 
         Raises:
             MachineError: the domain is gone.
@@ -152,7 +153,8 @@ class Domain:
             raise self._gone(error) from error
 
     def job(self) -> str:
-        """What libvirt is doing with the domain (migration, backup, ...), or an empty string.
+        """Return what libvirt is doing with the domain (migration, backup, ...), or an empty
+        string.
 
         Raises:
             MachineError: the domain is gone.
@@ -181,7 +183,7 @@ class Domain:
         return ""
 
     def snapshot_names(self) -> list[str]:
-        """libvirt's own snapshots of the domain.
+        """Return the names of libvirt's own snapshots of the domain.
 
         Raises:
             MachineError: the domain is gone.
@@ -192,12 +194,12 @@ class Domain:
             raise self._gone(error) from error
 
     def redefine_snapshot(self, xml: str) -> None:
-        """Make a snapshot known to libvirt, which takes its word. The guest is not touched.
+        """Register a snapshot with libvirt, which does not verify it. The guest is not touched.
 
         Raises:
-            MachineError: libvirt's own words.
+            MachineError: libvirt refused, in its own words.
         """
-        # The current one: a revert in libvirt 11.3 crashes libvirtd where a domain has none.
+        # As the current one: a revert in libvirt 11.3 crashes libvirtd if a domain has none.
         flags = self._libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
         flags |= self._libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
         try:
@@ -208,7 +210,7 @@ class Domain:
             ) from error
 
     def close(self) -> None:
-        """Let go of the connection; never raises."""
+        """Close the connection; never raises."""
         try:
             self._connection.close()
         except self._libvirt.libvirtError:
@@ -223,7 +225,7 @@ class Domain:
 
 
 def destroy_domain(ref: DomainRef) -> None:
-    """End a domain, as the power would; libvirt cleans up after it. Does nothing if it has ended.
+    """End a domain like a power cut; libvirt cleans up after it. Does nothing if it has ended.
 
     Raises:
         HostError, MachineError: libvirt does not do it.

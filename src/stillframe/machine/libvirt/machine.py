@@ -31,7 +31,7 @@ _PAUSE_S = 0.05
 class LibvirtMachine(QemuMachine):
     """A domain, through its libvirt. Made by ``connect_domain``.
 
-    Stop and resume are libvirt's own, so its view of the domain, its events and its leases stay
+    Stop and resume go through libvirt, so its view of the domain, its events and its leases stay
     true. The first command marks the domain ``custom-monitor`` until it ends.
     """
 
@@ -41,13 +41,13 @@ class LibvirtMachine(QemuMachine):
         """Prepare; the guest is not touched.
 
         Raises:
-            HostError: the process's memory may not be read. MachineError: the process is gone.
+            HostError: we may not read the process's memory. MachineError: the process is gone.
         """
         self.domain = domain
         super().__init__(info, qmp)
 
     def preflight(self, mode: Mode = "background", moment: Moment = "first") -> list[Blocker]:
-        """As ``QemuMachine.preflight``, and jobs of libvirt. The guest is not touched."""
+        """Check as ``QemuMachine.preflight``, and for jobs of libvirt. The guest is not touched."""
         job = self.domain.job() if moment == "first" else ""
         blockers = super().preflight(mode, moment)
         if job:
@@ -63,7 +63,7 @@ class LibvirtMachine(QemuMachine):
         return blockers
 
     def describe(self) -> MachineRecord:
-        """As ``QemuMachine.describe``, with the domain's XML. The guest is not touched."""
+        """Describe as ``QemuMachine.describe``, with the domain's XML. The guest is not touched."""
         return msgspec.structs.replace(
             super().describe(),
             name=self.domain.name,
@@ -79,7 +79,7 @@ class LibvirtMachine(QemuMachine):
         """Resume; the guest runs afterwards.
 
         Raises:
-            SnapshotFailed: somebody else resumed it while it was to stand still; it runs.
+            SnapshotFailed: another client resumed it during the stop; it runs.
             MachineError: libvirt or the domain does not answer (state unknown).
         """
         try:
@@ -98,7 +98,7 @@ class LibvirtMachine(QemuMachine):
         """Resume over our bridge, a new one, or QEMU's own monitor if libvirt is dead.
 
         Raises:
-            MachineError: nobody answered for ten seconds; the guest's state is unknown.
+            MachineError: none of them answered for ten seconds; the guest's state is unknown.
         """
         deadline = time.monotonic() + _PATIENCE_S
         last: StillframeError | None = None
@@ -123,7 +123,7 @@ class LibvirtMachine(QemuMachine):
         )
 
     def close(self) -> None:
-        """Let go of the bridge, libvirt and the process; never raises."""
+        """Close the bridge and libvirt's connection, and release the process; never raises."""
         super().close()
         self.domain.close()
 
@@ -147,15 +147,16 @@ def connect_domain(info: VmInfo, ref: DomainRef) -> LibvirtMachine:
 
 
 def open_bridge(ref: DomainRef) -> QmpClient:
-    """A QMP connection to a domain, served by a process of its own that outlives us if it must.
+    """Return a QMP connection to a domain, served by a separate process that outlives us if it
+    must.
 
     Raises:
-        HostError: it cannot be started. MachineError: it does not answer.
+        HostError: the bridge cannot be started. MachineError: it does not answer.
     """
     ours, theirs = socket.socketpair()
     try:
         with theirs:
-            # A session of its own: a Ctrl-C in the terminal is for us, not for it.
+            # A separate session: a Ctrl-C in the terminal must not reach it.
             subprocess.Popen(
                 [
                     *(sys.executable, "-m", _BRIDGE, ref.uri, ref.uuid, str(theirs.fileno())),
@@ -176,7 +177,7 @@ def open_bridge(ref: DomainRef) -> QmpClient:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the package's place: the bridge must be the one that belongs to us."""
+    """Return our environment with the package's path: the bridge must run our own version."""
 
     own = str(Path(__file__).parents[3])
     return os.environ | {"PYTHONPATH": os.pathsep.join([own, os.environ.get("PYTHONPATH", "")])}

@@ -1,4 +1,4 @@
-"""Let a domain go on whose libvirtd is dead: QEMU's own sockets are free then."""
+"""Help for a domain whose libvirtd is dead: QEMU's own sockets are free then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TIMEOUT_S = 2.0
 
 
 def cont_without_libvirt(uuid: str) -> bool:
-    """Send ``cont`` to the monitor that libvirtd held; whether the VM answered.
+    """Send ``cont`` to the monitor that libvirtd held; return whether the VM answered.
 
     A libvirtd that starts later reads the state from QEMU (libvirt ``src/qemu/qemu_process.c``:
     qemuProcessReconnect).
@@ -21,7 +21,7 @@ def cont_without_libvirt(uuid: str) -> bool:
     try:
         with _connected(uuid, "/monitor.sock") as sock:
             stream = sock.makefile("rwb")
-            stream.readline()  # the greeting; none comes while somebody else is connected
+            stream.readline()  # the greeting; none comes while another client is connected
             for command in ("qmp_capabilities", "cont"):
                 stream.write(json.dumps({"execute": command, "id": command}).encode() + b"\n")
                 stream.flush()
@@ -33,10 +33,10 @@ def cont_without_libvirt(uuid: str) -> bool:
 
 
 def thaw_without_libvirt(uuid: str) -> bool:
-    """Have the guest's agent thaw its file systems; whether it answered."""
+    """Have the guest agent thaw the file systems; return whether it answered."""
     try:
         with _connected(uuid, "/org.qemu.guest_agent.0") as sock:
-            # The first byte makes the agent forget what libvirtd left half said.
+            # The first byte makes the agent drop what libvirtd left half sent.
             sock.sendall(b'\xff\n{"execute": "guest-fsfreeze-thaw"}\n')
             deadline_s = time.monotonic() + _TIMEOUT_S
             said = b""
@@ -51,7 +51,8 @@ def thaw_without_libvirt(uuid: str) -> bool:
 
 @contextlib.contextmanager
 def _connected(uuid: str, ending: str) -> Iterator[socket.socket]:
-    """To the socket of that name. Raises OSError: there is none, or it does not take us."""
+    """Connect to the socket of that name. Raises OSError: there is none, or it does not accept
+    us."""
     path = _socket_path(uuid, ending)
     if path is None:
         raise FileNotFoundError(ending)
@@ -62,7 +63,7 @@ def _connected(uuid: str, ending: str) -> Iterator[socket.socket]:
 
 
 def _socket_path(uuid: str, ending: str) -> str | None:
-    """The path with this ending that the QEMU with this ``-uuid`` has bound a socket to."""
+    """Return the path with this ending to which the QEMU with this ``-uuid`` has bound a socket."""
     for process in Path("/proc").iterdir():
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")

@@ -1,8 +1,9 @@
-"""A monitor of a domain beside libvirt's: no call of libvirt's for each command, no job lock.
+"""A domain's monitor beside libvirt's, which avoids a libvirt call and its job lock for each
+command.
 
-Either the domain's own socket (``<qemu:arg value='-qmp'/>``), or from QEMU 11.1 on one that is made
-while it runs, on a descriptor that is handed over. It deletes itself when our end is closed
-(QEMU ``qapi/qom.json``: MonitorQMPProperties, close-action).
+It is either the domain's own socket (``<qemu:arg value='-qmp'/>``) or, from QEMU 11.1 on, one made
+at run time on a descriptor that we pass. The latter deletes itself when we close our end (QEMU
+``qapi/qom.json``: MonitorQMPProperties, close-action).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from stillframe.errors import StillframeError
 from stillframe.qmp.client import QmpClient
 
 _TIMEOUT_S = 2.0
-"""For the greeting; none comes while somebody else is connected."""
+"""For the greeting; none comes while another client is connected."""
 
 Ask = Callable[[dict[str, Any], list[int] | None], Any]
 
 
 def connect_own(paths: Sequence[str]) -> QmpClient | None:
-    """The first of a domain's own monitors that lets us in. The guest is not touched."""
+    """Connect to the first of a domain's own monitors that accepts us. The guest is not touched."""
     for path in paths:
         with contextlib.suppress(StillframeError):
             return QmpClient.connect(path, timeout_s=_TIMEOUT_S)
@@ -31,11 +32,11 @@ def connect_own(paths: Sequence[str]) -> QmpClient | None:
 
 
 def make_own(ask: Ask, failures: tuple[type[Exception], ...]) -> QmpClient | None:
-    """A monitor made at run time, or None where this QEMU makes none. The guest is not touched.
+    """Make a monitor at run time; return None if this QEMU cannot. The guest is not touched.
 
     Args:
-        ask: runs a command, with descriptors, on the monitor that is there.
-        failures: what it raises.
+        ask: runs a command, with descriptors, on the existing monitor.
+        failures: the exceptions that ``ask`` raises.
     """
     name = f"stillframe-{os.getpid()}"
     ours, theirs = socket.socketpair()

@@ -1,4 +1,4 @@
-"""A VM of another process, seen from outside: what all kinds of them have in common.
+"""A VM of another process, seen from outside: what all kinds of them share.
 
 ``machine.qemu`` and ``board.process_board`` add what differs; ``machine.finding`` finds them.
 """

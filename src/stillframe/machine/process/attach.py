@@ -1,4 +1,4 @@
-"""Attach to a VM's process: a userfaultfd of its memory, in our hands only."""
+"""Attachment to a VM's process: a userfaultfd of its memory that only we hold."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ _FOR_ALL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 def open_userfaultfd(
     pid: int, qmp: QmpClient, *, user_mode_only_ok: bool = False, remedy: str | None = None
 ) -> Userfaultfd:
-    """Make one in the process and bring it here; one of its threads stands still for about 3 ms.
+    """Make a userfaultfd in the process and fetch it; one of the process's threads stands still for
+    about 3 ms.
 
-    A VMM without privileges may not call userfaultfd(2); it is lent our /dev/userfaultfd by
-    ``add-fd`` instead.
+    An unprivileged VMM may not call userfaultfd(2); we lend it our /dev/userfaultfd by ``add-fd``
+    instead.
 
     Args:
-        user_mode_only_ok: as ``kernel.remote_attach.attach`` has it.
-        remedy: what else can be done where the host does not permit it.
+        user_mode_only_ok: as for ``kernel.remote_attach.attach``.
+        remedy: an alternative to suggest if the host does not permit it.
 
     Raises:
-        HostError, RefusedError, MachineError: as ``kernel.remote_attach.attach``; the guest
-            runs on.
+        HostError, RefusedError, MachineError: as ``kernel.remote_attach.attach``; the guest keeps
+            running.
     """
 
     def lend(fd: int) -> tuple[int, Callable[[], None]]:
@@ -61,14 +62,14 @@ def open_userfaultfd(
 def check_right(
     pid: int, qmp: QmpClient, *, user_mode_only_ok: bool = False, remedy: str | None = None
 ) -> None:
-    """Say beforehand what ``open_userfaultfd`` would say for want of a right.
+    """Raise in advance what ``open_userfaultfd`` would raise for lack of permission.
 
-    The process is not touched, so what only an attempt shows (a seccomp filter) is not seen.
+    This does not touch the process, so it misses what only an attempt shows (a seccomp filter).
 
     Raises:
-        RefusedError: the process is this very one.
-        HostError: the process may not be traced, somebody else traces it, or nobody may make a
-            userfaultfd for it.
+        RefusedError: the process is our own.
+        HostError: we may not trace the process, another tracer has it, or no userfaultfd for it is
+            permitted.
         MachineError: the process is gone.
     """
     try:
@@ -78,7 +79,7 @@ def check_right(
         raise
     refuse_tracer(pid)
     try:
-        # Opening it needs the very right to attach (Linux fs/proc/base.c: proc_mem_open).
+        # Opening it takes the same permission as attaching (Linux fs/proc/base.c: proc_mem_open).
         os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
         powerful = may_trace_anybody(pid)
     except OSError as error:
@@ -108,7 +109,7 @@ def _add_remedy(error: StillframeError, remedy: str | None) -> None:
 
 
 def _anybody_may() -> bool:
-    """Whether every process may have a userfaultfd for all faults (sysctl, Linux 5.2)."""
+    """Return whether every process may have a userfaultfd for all faults (sysctl, Linux 5.2)."""
     try:
         return _FOR_ALL.read_text().strip() != "0"
     except FileNotFoundError:

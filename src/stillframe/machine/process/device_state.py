@@ -1,8 +1,8 @@
 """The state of all devices but RAM, as the VMM writes it: ``xen-save-devices-state``.
 
-QEMU opens the file itself and blocks while it writes, so it gets a memfd by ``add-fd`` where
-descriptors can be passed, and else a file in a private directory that both can reach. Everything
-that takes time is done in ``prepare``, before the downtime; ``save`` is the one command inside it.
+QEMU opens the file itself and blocks while it writes. So it gets a memfd by ``add-fd`` if the
+monitor passes descriptors, else a file in a private directory that both can reach. Everything slow
+happens in ``prepare``, before the downtime; ``save`` is the one command inside it.
 
 ``live`` is always false: with true, QEMU gives up the disks of a stopped VM (QEMU
 ``migration/savevm.c``: qmp_xen_save_devices_state). The bytes are a migration stream without
@@ -30,7 +30,7 @@ _STREAM_MAGIC = STREAM_MAGIC.to_bytes(4, "big")
 
 
 class DeviceStateSaver:
-    """Saves a VM's device state, several times if wanted. Not for use by two threads at once."""
+    """The saver of a VM's device state, once or several times. Not thread-safe."""
 
     def __init__(self, qmp: QmpClient, pid: int) -> None:
         self._qmp = qmp
@@ -41,10 +41,10 @@ class DeviceStateSaver:
         self._path = ""
 
     def prepare(self) -> None:
-        """Create the buffer and make it known to the VMM. The guest's state is left as it is.
+        """Create the buffer and hand it to the VMM. The guest is not touched.
 
         Raises:
-            RefusedError: over TCP, when no directory is shared with the VMM.
+            RefusedError: over TCP, if the VMM shares no directory with us.
             MachineError: the monitor went away.
         """
         if self._fd >= 0:
@@ -57,8 +57,8 @@ class DeviceStateSaver:
     def _prepare_memfd(self) -> None:
         self._fd = os.memfd_create("stillframe-device-state", os.MFD_CLOEXEC)
         try:
-            # An fd set gives out a descriptor whose access mode is just what is asked for, and
-            # saving asks for write-only.
+            # An fd set hands out a descriptor only if its access mode is exactly the one asked for,
+            # and saving asks for write-only.
             write_only = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
             try:
                 self._added = self._qmp.add_fd(write_only)
@@ -91,22 +91,22 @@ class DeviceStateSaver:
 
         ``then``: the likely next command, announced behind this one.
 
-        The guest should be stopped (a running one is stopped for it and continued by QEMU); its
-        state afterwards is the same as before, and its disks stay its own.
+        The guest should be stopped (QEMU stops and continues a running one); its run state
+        afterwards is the same as before, and it keeps its disks.
 
         Raises:
-            QmpCommandError: a device cannot be saved. MachineError: the monitor went away, or
-                what came is no stream.
+            QmpCommandError: a device cannot be saved. MachineError: the monitor went away, or what
+                the VMM wrote is no stream.
         """
         self.prepare()
-        # Descriptors of an fd set share one file offset, so a further save appends; a path is
-        # opened anew, and truncated.
+        # Descriptors of an fd set share one file offset, so a second save appends; QEMU opens a
+        # path anew, and truncates it.
         start = os.fstat(self._fd).st_size if self._added is not None else 0
         self._qmp.execute(_COMMAND, self._arguments(), timeout_s=timeout_s, announce=then)
         return self._taken(start)
 
     def announce(self) -> None:
-        """If prepared, have the VMM read all of the save command but its end already.
+        """If prepared, have the VMM read all of the save command but its end ahead of time.
 
         Raises:
             MachineError: the monitor went away.
@@ -136,7 +136,7 @@ class DeviceStateSaver:
         return data
 
     def finish(self) -> None:
-        """Take everything back; never raises. The guest's state is left as it is."""
+        """Release the buffer; never raises. The guest is not touched."""
         if self._added is not None:
             with contextlib.suppress(MachineError):
                 self._qmp.remove_fd(self._added)
@@ -157,7 +157,7 @@ class DeviceStateSaver:
 
 
 def save_device_state(qmp: QmpClient, pid: int) -> bytes:
-    """Prepare, save and clean up in one go; see ``DeviceStateSaver.save``.
+    """Prepare, save and clean up in one call; see ``DeviceStateSaver.save``.
 
     Raises:
         RefusedError, MachineError: as ``DeviceStateSaver``.
@@ -167,7 +167,7 @@ def save_device_state(qmp: QmpClient, pid: int) -> bytes:
 
 
 def _shared_directory(pid: int) -> str:
-    """A directory for temporary files that the VMM sees under the same name."""
+    """Return a directory for temporary files that the VMM sees under the same name."""
     try:
         shared = same_files(Path(f"/proc/{pid}"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the pre-flight looks at, gathered once and quickly, without touching the guest."""
+"""The evidence for the pre-flight, gathered once and quickly, without touching the guest."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def gather(info: VmInfo, qmp: QmpClient, blocks: Sequence[RamBlock], mode: Mode) -> Inspection:
-    """Look at everything once; at nothing that takes long if there are no ``blocks``.
+    """Gather the evidence once; skip whatever takes long if there are no ``blocks``.
 
     Raises:
-        MachineError, HostError: as the things it calls.
+        MachineError: the monitor or the process went away. HostError: not permitted.
     """
     return Inspection(
         mode=mode,
@@ -57,7 +57,7 @@ def gather(info: VmInfo, qmp: QmpClient, blocks: Sequence[RamBlock], mode: Mode)
 def ask(
     qmp: QmpClient, command: str, arguments: Mapping[str, object] | None = None
 ) -> object | None:
-    """A command that this VM may not have, or not answer: None then.
+    """Run a command that this VM may lack or refuse; return None then.
 
     Raises:
         MachineError: the monitor went away.
@@ -78,7 +78,7 @@ def _ram_vmas(pid: int, blocks: Sequence[RamBlock]) -> tuple[Vma, ...]:
 
 
 def fd_targets(pid: int) -> frozenset[str]:
-    """What a process's descriptors point to.
+    """Return what a process's descriptors point to.
 
     Raises:
         HostError: not permitted. MachineError: the process is gone.

@@ -26,7 +26,7 @@ from stillframe.qmp.command import Command, QmpCommandError
 from stillframe.qmp.replies import as_list, as_map
 
 _STOP_TIMEOUT_S = 10.0
-"""Stopping drains and flushes the guest's disks. Nothing ends that but the disks themselves."""
+"""Stopping drains and flushes the guest's disks. Only the disks themselves can end that."""
 _CONT_TIMEOUT_S = 60.0
 _STATUS_TIMEOUT_S = 5.0
 
@@ -35,11 +35,12 @@ class ProcessMachine(ABC):
     """A connection to one VM: its monitor, and its process. Made by ``finding.connect``."""
 
     user_mode_only_ok: ClassVar[bool] = False
-    """Whether the VMM copes with system calls that write into protected RAM and fail."""
+    """Whether the VMM tolerates system calls that fail because they write into protected RAM."""
     managed_by: ClassVar[str] = ""
-    """What else keeps account of the VM's disks, so that they may not change behind its back."""
+    """The manager that keeps its own record of the VM's disks, so that we may not change them
+    unknown to it."""
     without_userfaultfd: ClassVar[str | None] = None
-    """What its user can do where nobody may make a userfaultfd for it."""
+    """What the user can do where no userfaultfd for the VM is permitted."""
 
     def __init__(self, info: VmInfo, qmp: QmpClient, table: RamTable) -> None:
         self.info = info
@@ -53,7 +54,7 @@ class ProcessMachine(ABC):
 
     @abstractmethod
     def accelerator(self) -> str:
-        """What runs the guest: ``kvm``, ``tcg``, ``unicorn``, ...
+        """Return what runs the guest: ``kvm``, ``tcg``, ``unicorn``, ...
 
         Raises:
             MachineError: the monitor went away.
@@ -61,11 +62,11 @@ class ProcessMachine(ABC):
 
     @abstractmethod
     def preflight(self, mode: Mode = "background", moment: Moment = "first") -> list[Blocker]:
-        """Everything that stands in the way of a snapshot now. The guest is not touched.
+        """Return everything that blocks a snapshot now. The guest is not touched.
 
         Raises:
             MachineError: the monitor or the process went away. HostError: not permitted.
-            RefusedError: the RAM blocks cannot be told for certain.
+            RefusedError: the RAM blocks cannot be determined for certain.
         """
 
     # What is the same
@@ -77,16 +78,16 @@ class ProcessMachine(ABC):
 
     @property
     def lock_name(self) -> str:
-        """Its process, which the time of its start tells from a later one of that number."""
+        """Its pid and start time, which tells the process from a later one with the same pid."""
         return f"{self.pid}-{self._start_time}"
 
     @property
     def version(self) -> str:
-        """The VMM's version, as its monitor's greeting told."""
+        """The VMM's version, from its monitor's greeting."""
         return ".".join(str(number) for number in self.qmp.version)
 
     def monitor_fd(self) -> int:
-        """The QMP socket's descriptor, for the guard process to share."""
+        """Return the QMP socket's descriptor, for the guard process to share."""
         return self.qmp.fileno()
 
     def open_write_protection(self) -> Userfaultfd:
@@ -108,22 +109,22 @@ class ProcessMachine(ABC):
         )
 
     def process_alive(self) -> bool:
-        """Whether the VM's process still runs (and is no zombie)."""
+        """Return whether the VM's process still runs (and is no zombie)."""
         return process_alive(self.pid, self._start_time)
 
     def resume_at_all_costs(self) -> None:
-        """See ``resume.resume_at_all_costs``. The guest runs afterwards.
+        """See ``resume.resume_at_all_costs``. A paused guest runs afterwards.
 
         Raises:
-            MachineError: the VM did not answer; or has not even answered ``stop``: then it is for
-                the guard to let it go on once it has.
+            MachineError: the VM did not answer, or has not even answered ``stop``: then the guard
+                continues it once it has.
         """
         if self._stop_unanswered is not None:
             raise self._stop_unanswered
         resume_at_all_costs(self.qmp, (self.qmp.address, *self.info.qmp_addresses))
 
     def describe(self) -> MachineRecord:
-        """What the VM is, enough to start it again. The guest is not touched.
+        """Return a record of the VM, enough to start it again. The guest is not touched.
 
         Raises:
             MachineError: the monitor or the process went away. HostError: not permitted.
@@ -157,13 +158,13 @@ class ProcessMachine(ABC):
         )
 
     def machine_type(self) -> str:
-        """The machine class's full versioned name, such as ``pc-q35-7.2`` (never the alias).
+        """Return the machine class's full versioned name, such as ``pc-q35-7.2`` (never the alias).
 
-        It is what the stream's configuration section holds (QEMU ``migration/savevm.c``:
+        The stream's configuration section holds it (QEMU ``migration/savevm.c``:
         vmstate_configuration).
 
         Raises:
-            MachineError: the monitor went away, or does not tell.
+            MachineError: the monitor went away, or does not know it.
         """
         kind = self.qmp.execute("qom-get", {"path": "/machine", "property": "type"})
         if not isinstance(kind, str) or not kind:
@@ -171,7 +172,7 @@ class ProcessMachine(ABC):
         return kind.removesuffix("-machine")
 
     def memory_map(self, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
-        """Where the guest sees these blocks now. The guest is not touched.
+        """Return where the guest sees these blocks now. The guest is not touched.
 
         Raises:
             MachineError: the monitor went away.
@@ -189,7 +190,7 @@ class ProcessMachine(ABC):
         return tuple(_disk(entry) for entry in entries if isinstance(entry, Mapping))
 
     def ram_blocks(self) -> list[RamBlock]:
-        """All migratable RAM blocks in the VMM's order; see ``RamTable.read``."""
+        """Return all migratable RAM blocks in the VMM's order; see ``RamTable.read``."""
         return self._table.read()
 
     def blocks_signature(self) -> Signature:
@@ -197,7 +198,7 @@ class ProcessMachine(ABC):
         return self._table.signature()
 
     def status(self) -> str:
-        """The run state (QEMU ``qapi/run-state.json``: RunState). The guest is not touched.
+        """Return the run state (QEMU ``qapi/run-state.json``: RunState). The guest is not touched.
 
         Raises:
             MachineError: the monitor went away.
@@ -208,11 +209,11 @@ class ProcessMachine(ABC):
     def stop(self) -> None:
         """Stop the vCPUs; the VMM drains and flushes all disks. The guest is paused afterwards.
 
-        A guest that was not live stays as it was.
+        A guest that did not run stays as it was.
 
         Raises:
-            MachineError: the monitor went away, or the disks hold the answer back: the guest is
-                paused until they have answered, and the monitor is given up.
+            MachineError: the monitor went away, or the disks hold up the answer: the guest stays
+                paused until they answer, and the monitor is closed.
         """
         try:
             self.qmp.execute("stop", timeout_s=_STOP_TIMEOUT_S)
@@ -222,13 +223,13 @@ class ProcessMachine(ABC):
             if not self.qmp.alive:
                 raise
             self._stop_unanswered = unanswered_stop(self.pid, _STOP_TIMEOUT_S)
-            self.qmp.close()  # nothing else would be answered either; the guard holds it, too
+            self.qmp.close()  # the VM would answer nothing else; the guard has the socket, too
             raise self._stop_unanswered from error
-        # The VMM reads it while the caller protects RAM.
+        # The VMM reads the save command while the caller protects RAM.
         self._saver.announce()
 
     def announce_cont(self) -> None:
-        """Have the VMM read all of ``cont`` but its end already. The guest stays stopped.
+        """Have the VMM read all of ``cont`` but its end ahead of time. The guest stays stopped.
 
         Raises:
             MachineError: the monitor went away (state unknown).
@@ -239,7 +240,7 @@ class ProcessMachine(ABC):
         """Continue a stopped guest; it runs afterwards.
 
         Raises:
-            QmpCommandError: it cannot be continued (a reset is needed, a disk is gone); the
+            QmpCommandError: the VMM cannot continue it (a reset is needed, a disk is gone); the
                 guest stays paused. MachineError: the monitor went away (state unknown).
         """
         self.qmp.execute("cont", timeout_s=_CONT_TIMEOUT_S)
@@ -257,11 +258,11 @@ class ProcessMachine(ABC):
         self._saver.finish()
 
     def watch(self) -> MonitorWatch:
-        """Begin to collect events. The guest is not touched."""
+        """Start to collect events. The guest is not touched."""
         return MonitorWatch(self.qmp)
 
     def close(self) -> None:
-        """Let go of monitor and process; never raises. The guest stays as it is."""
+        """Release monitor and process; never raises. The guest stays as it is."""
         self._saver.finish()
         self._table.close()
         self.qmp.close()

@@ -1,8 +1,8 @@
 """The guest-physical layout of RAM blocks, from the monitor's ``info mtree -f``.
 
 The flat view of the address space "memory" shows what a CPU sees, region by region (QEMU
-``system/memory.c``: mtree_print_flatview). Regions are named as QEMU names them, which for main
-RAM is the block's idstr and for device RAM is the idstr's last part.
+``system/memory.c``: mtree_print_flatview). A region has QEMU's name: for main RAM the block's
+idstr, for device RAM the idstr's last part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stillframe.qmp.client import QmpClient
 
 _SYSTEM_SPACE = 'AS "memory", root: '
 
-# " KVM" follows once per address space that the accelerator has the range in.
+# " KVM" follows once for each address space in which the accelerator has the range.
 _RANGE = re.compile(
     r"\s+(?P<first>[0-9a-f]{8,16})-(?P<last>[0-9a-f]{8,16}) \(prio -?\d+, (?:nv-)?"
     r"(?P<kind>ram|rom|romd)\): (?P<name>.*?)(?: @(?P<offset>[0-9a-f]{8,16}))?(?: KVM)*\s*"
@@ -35,7 +35,7 @@ class FlatRange(msgspec.Struct, frozen=True):
 
 
 def flat_ranges(text: str) -> list[FlatRange]:
-    """RAM and ROM ranges of the CPU's address space in ``info mtree -f``, ascending."""
+    """Return the RAM and ROM ranges of the CPU's address space in ``info mtree -f``, ascending."""
     for view in text.split("\nFlatView #"):
         if _SYSTEM_SPACE not in view:
             continue
@@ -52,7 +52,8 @@ def flat_ranges(text: str) -> list[FlatRange]:
 
 
 def names_of_regions(regions: Iterable[str], idstrs: Sequence[str]) -> dict[str, str]:
-    """Region name to idstr, where it is certain: the same name, or the only one ending in it."""
+    """Map region names to idstrs where that is certain: the same name, or the only idstr ending in
+    it."""
     known = set(idstrs)
     names: dict[str, str] = {}
     for region in set(regions):
@@ -65,7 +66,7 @@ def names_of_regions(regions: Iterable[str], idstrs: Sequence[str]) -> dict[str,
 
 
 def host_address(qmp: QmpClient, gpa: int) -> tuple[str, int] | None:
-    """Region name and host virtual address behind a guest-physical address, or None.
+    """Return the region name and host virtual address behind a guest-physical address, or None.
 
     Raises:
         MachineError: the monitor went away.
@@ -75,9 +76,9 @@ def host_address(qmp: QmpClient, gpa: int) -> tuple[str, int] | None:
 
 
 def read_memory_map(qmp: QmpClient, blocks: Sequence[RamBlock]) -> tuple[GpaRange, ...]:
-    """Where the guest sees its RAM blocks now, ascending; parts that no block owns are left out.
+    """Return where the guest sees its RAM blocks now, ascending, without parts that no block owns.
 
-    A block may be seen in several places (the BIOS), or in none (an unmapped ROM).
+    The guest may see a block in several places (the BIOS), or in none (an unmapped ROM).
 
     Raises:
         MachineError: the monitor went away.
@@ -105,7 +106,7 @@ def read_memory_map(qmp: QmpClient, blocks: Sequence[RamBlock]) -> tuple[GpaRang
 
 
 def _block_behind(qmp: QmpClient, flat: FlatRange, blocks: Sequence[RamBlock]) -> RamBlock | None:
-    """The block that a region of an ambiguous name belongs to, by its host address."""
+    """Return the block that a region with an ambiguous name belongs to, by its host address."""
     answer = host_address(qmp, flat.gpa)
     if answer is None:
         return None

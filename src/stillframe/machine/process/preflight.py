@@ -1,8 +1,8 @@
-"""The pre-flight: what could make a snapshot wrong without anybody noticing (invariant 7).
+"""The pre-flight: what could make a snapshot wrong unnoticed (invariant 7).
 
-Each blocker has its own small function that takes the evidence and yields what it finds. Those
-that ask the host are in ``preflight_host``; these ask the monitor. Nothing touches the guest. These
-are for every VM that is seen from outside; each kind adds its own.
+Each blocker has its own small function, which takes the evidence and yields its findings. These
+functions ask the monitor; those that ask the host are in ``preflight_host``. Nothing touches the
+guest. These checks apply to every VM seen from outside; each kind adds its own.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _UNFIT_STATES = {
 _ONLY_ELSEWHERE = re.compile(
     r"^The (?!vvfat).* format used by node|VHOST_F_LOG_ALL|failed to allocate shared memory"
 )
-"""Two hosts with one disk image (QEMU ``block/vmdk.c``, ``vdi.c``, ...: what was written is in the
-file once the VM has stopped), or a vhost that cannot log writes (ours are seen in page tables)."""
+"""Either two hosts would share one disk image (QEMU ``block/vmdk.c``, ``vdi.c``, ...: once the VM
+has stopped, the file holds all writes), or a vhost cannot log writes (we see those in page
+tables)."""
 _PASSING_STATES = ("finish-migrate", "restore-vm", "save-vm")
 
 
 def blockers(inspection: Inspection, checks: Sequence[Check]) -> list[Blocker]:
-    """Everything that the checks find, refusals first.
+    """Return everything that the checks find, refusals first.
 
     Raises:
         MachineError: the monitor or the process went away. HostError: not permitted.
@@ -47,15 +48,15 @@ def blockers(inspection: Inspection, checks: Sequence[Check]) -> list[Blocker]:
 
 
 def in_background(inspection: Inspection) -> Literal["refuse", "warn"]:
-    """For what does no harm while the VM stands still."""
+    """Return the severity of a problem that does no harm while the VM is paused."""
     return "refuse" if inspection.mode == "background" else "warn"
 
 
 def migration_blockers(inspection: Inspection) -> Iterator[Blocker]:
-    """A device that cannot be saved; ``xen-save-devices-state`` itself does not look."""
+    """Find devices that cannot be saved; ``xen-save-devices-state`` itself does not check."""
     for reason in as_list(inspection.migration.get("blocked-reasons")):
         if "dump-guest-memory" in str(reason):
-            continue  # goes away with the dump
+            continue  # ends with the dump
         if cpu_ties([reason], ()) or _ONLY_ELSEWHERE.search(str(reason)):
             yield Blocker(
                 name="other-host",
@@ -81,7 +82,7 @@ def _blocker_remedy(reason: str) -> str:
 
 
 def migration_running(inspection: Inspection) -> Iterator[Blocker]:
-    """A migration, or a snapshot that the VMM takes of itself, is under way."""
+    """Find a running migration, or a snapshot that the VMM takes of itself."""
     status = str(inspection.migration.get("status"))
     if status not in MIGRATION_IDLE:
         yield Blocker(
@@ -93,7 +94,8 @@ def migration_running(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def dump(inspection: Inspection) -> Iterator[Blocker]:
-    """While a dump of guest memory runs, QEMU refuses ``cont`` (``monitor/qmp-cmds.c``)."""
+    """Find a running dump of guest memory: meanwhile QEMU refuses ``cont``
+    (``monitor/qmp-cmds.c``)."""
     if as_map(ask(inspection.qmp, "query-dump")).get("status") == "active":
         yield Blocker(
             name="dump-running",
@@ -104,7 +106,7 @@ def dump(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def run_state(inspection: Inspection) -> Iterator[Blocker]:
-    """A run state in which RAM and devices do not belong together."""
+    """Find a run state in which RAM and devices do not match."""
     why = _UNFIT_STATES.get(inspection.status)
     if why is not None:
         yield Blocker(

@@ -1,4 +1,4 @@
-"""Pre-flight checks that ask the host: who else can write or drop the guest's RAM."""
+"""The pre-flight's host checks: which other processes can write or drop the guest's RAM."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _USERFAULTFD_FLAGS = frozenset({"um", "uw", "ui"})
 
 
 def another_userfaultfd(inspection: Inspection) -> Iterator[Blocker]:
-    """Memory can be registered with one userfaultfd only; the kernel refuses a second one.
+    """Find another userfaultfd on the RAM: the kernel refuses a second one for the same memory.
 
-    Whether RAM is registered stands in ``smaps``, for which the kernel walks all page tables (30 ms
-    per GiB of shared RAM). So it is read only if somebody has a userfaultfd at all.
+    ``smaps`` shows whether RAM is registered, but the kernel walks all page tables for it (30 ms
+    per GiB of shared RAM). So read it only if some process has a userfaultfd at all.
     """
     if not any(_holds_userfaultfd(pid) for pid in process_ids()):
         return
@@ -44,7 +44,7 @@ def another_userfaultfd(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def _has_flag(inspection: Inspection, flags: frozenset[str]) -> bool:
-    """Whether a mapping of the RAM has one of these VmFlags."""
+    """Return whether a mapping of the RAM has one of these VmFlags."""
     starts = {vma.start for vma in inspection.ram_vmas}
     return any(
         detail.vma.start in starts and detail.flags & flags
@@ -56,11 +56,11 @@ def _holds_userfaultfd(pid: int) -> bool:
     try:
         return "anon_inode:[userfaultfd]" in fd_targets(pid)
     except StillframeError:
-        return False  # gone, or somebody else's
+        return False  # gone, or another user's
 
 
 def file_backed(inspection: Inspection) -> Iterator[Blocker]:
-    """A file on a disk file system cannot be write-protected by userfaultfd."""
+    """Find RAM in a file on a disk file system, which userfaultfd cannot write-protect."""
     blocks = [block for block in inspection.blocks if block.backing == "file"]
     if blocks and inspection.mode == "background":
         yield Blocker(
@@ -74,7 +74,7 @@ def file_backed(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def read_only(inspection: Inspection) -> Iterator[Blocker]:
-    """The VM cannot write such a block, but whoever owns the file can."""
+    """Find blocks that the VM cannot write, but the owner of the file can."""
     for block in inspection.blocks:
         if block.readonly:
             yield Blocker(
@@ -86,10 +86,10 @@ def read_only(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def second_mapper(inspection: Inspection) -> Iterator[Blocker]:
-    """Another process that can write the same shared memory (ivshmem, vhost-user, a helper).
+    """Find another process that can write the same shared memory (ivshmem, vhost-user, a helper).
 
-    Processes of other users that may not be looked into are passed over: without root only
-    the check of vhost-user devices sees theirs.
+    Skips processes of other users that we may not inspect: without root, only the check of
+    vhost-user devices sees theirs.
     """
     shared = {
         (vma.device, vma.inode): block
@@ -137,8 +137,9 @@ def _writable_mapping(
 
 
 def merged(inspection: Inspection) -> Iterator[Blocker]:
-    """KSM maps one page in the place of equal ones, and drops the mark of write-protection with the
-    old page table entry (``mm/ksm.c``, replace_page): the next write comes to nobody's notice."""
+    """Find RAM that KSM merges. KSM maps one page in place of equal ones, and drops the
+    write-protect bit with the old page table entry (``mm/ksm.c``, replace_page): the next write
+    goes unnoticed."""
     if inspection.mode != "background" or not inspection.ram_vmas or not merges_pages():
         return
     if _has_flag(inspection, frozenset({"mg"})):
@@ -152,7 +153,7 @@ def merged(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def merges_pages() -> bool:
-    """Whether the host merges equal pages now."""
+    """Return whether the host merges equal pages now."""
     try:
         return KSM_RUN.read_text().strip() == "1"
     except OSError:

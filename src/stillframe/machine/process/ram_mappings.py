@@ -1,4 +1,4 @@
-"""RAM blocks whose place is known, joined with what lies under them in the VMM's memory map."""
+"""RAM blocks at known places, joined with the mappings under them in the VMM's address space."""
 
 from __future__ import annotations
 
@@ -29,25 +29,27 @@ Signature = tuple[tuple[str, int, int, int], ...]
 
 
 class RamTable(Protocol):
-    """Reads the RAM blocks of one VM, as often as wanted. The guest is not touched."""
+    """A reader of one VM's RAM blocks, as often as wanted. The guest is not touched."""
 
     def read(self) -> list[RamBlock]:
-        """The migratable blocks, in the VMM's order, with page size and what lies under them.
+        """Return the migratable blocks, in the VMM's order, with page size and the mapping under
+        each.
 
         Raises:
-            RefusedError: the blocks cannot be told for certain, or are not mapped as they should.
+            RefusedError: the blocks cannot be determined for certain, or are not mapped as they
+                should be.
             MachineError, HostError: the monitor or ``/proc`` is out of reach.
         """
 
     def signature(self) -> Signature:
-        """What must not change while a snapshot is made: cheap to read, and to compare.
+        """Return what must not change during a snapshot: cheap to read, and to compare.
 
         Raises:
             MachineError: the monitor went away.
         """
 
     def close(self) -> None:
-        """Give descriptors back."""
+        """Release descriptors."""
 
 
 class PlacedBlock(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +63,7 @@ class PlacedBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def mapped_blocks(pid: int, placed: Sequence[PlacedBlock]) -> list[RamBlock]:
-    """The blocks with what ``/proc/PID`` tells of the memory under them.
+    """Return the blocks with what ``/proc/PID`` shows of the memory under them.
 
     Raises:
         RefusedError: a block is not mapped as one piece.
@@ -74,7 +76,7 @@ def mapped_blocks(pid: int, placed: Sequence[PlacedBlock]) -> list[RamBlock]:
 
 
 def _open_files(pid: int) -> dict[tuple[tuple[int, int], int], int]:
-    """The VMM's regular files: (device, inode) to its lowest descriptor of that file."""
+    """Return the VMM's regular files: (device, inode) to its lowest descriptor of that file."""
     files: dict[tuple[tuple[int, int], int], int] = {}
     directory = f"/proc/{pid}/fd"
     try:
@@ -122,7 +124,7 @@ def _ram_block(
 
 
 def _continues(first: Vma, vma: Vma) -> bool:
-    """Whether a mapping shows the same thing as the first, further on."""
+    """Return whether a mapping shows the same object as the first, further on."""
     if (vma.shared, vma.writable, vma.device, vma.inode) != (
         first.shared,
         first.writable,
@@ -137,12 +139,12 @@ def _backing(vma: Vma, types: dict[tuple[int, int], str], page_size_bytes: int) 
     if vma.inode == 0:
         return "anonymous"
     kind = types.get(vma.device)
-    # Before the name: a memfd may be of huge pages, and these behave in another way.
+    # Before the name: a memfd may have huge pages, which behave differently.
     if page_size_bytes > _SMALL_PAGE_BYTES or kind == "hugetlbfs":
         return "hugetlbfs"
     if vma.path.startswith("/memfd:"):
         return "memfd"
-    # QEMU's shared memory without a name lies on the kernel's own, unmounted tmpfs.
+    # QEMU's unnamed shared memory is on the kernel's own, unmounted tmpfs.
     if kind in _TMPFS or vma.path.startswith(("/dev/zero", "/SYSV")):
         return "shmem"
     return "file"

@@ -31,7 +31,7 @@ class MonitorBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_info_ramblock(text: str) -> list[MonitorBlock]:
-    """All blocks in the monitor's order, also those without a name; other lines are skipped."""
+    """Return all blocks in the monitor's order, also unnamed ones; other lines are skipped."""
     blocks: list[MonitorBlock] = []
     for line in text.splitlines():
         match = _LINE.fullmatch(line)

@@ -1,4 +1,4 @@
-"""Let a VM go on after something failed while it was stopped."""
+"""Continuing a VM after a failure while it was stopped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillframe.qmp.connection import Address
 
 _PATIENCE_S = 10.0
 _REFUSED_PATIENCE_S = 300.0
-"""For a VM that answers but may not go on yet: a dump takes as long as RAM is big."""
+"""For a VM that answers but may not continue yet: a dump takes longer the bigger the RAM."""
 _TRY_TIMEOUT_S = 2.0
 _STOPPED_BY_OTHERS = ("paused", "prelaunch")
 """A paused guest that is reset is in ``prelaunch`` (QEMU ``system/runstate.c``)."""
@@ -25,11 +25,11 @@ _PAUSE_S = 0.05
 def resume_at_all_costs(qmp: QmpClient, addresses: Iterable[Address]) -> None:
     """Send ``cont`` over the connection that we have, or over a new one.
 
-    Only to a paused VM: one that stopped by itself (an I/O error, a panic) is left so, and one that
+    Only to a paused VM: one that stopped by itself (an I/O error, a panic) stays so, and one that
     was suspended is suspended again (QEMU >= 9.0, ``system/cpus.c``: vm_prepare_start).
 
     Raises:
-        MachineError: nobody answered for ten seconds, or the VM refused for five minutes; the
+        MachineError: the VM did not answer for ten seconds, or refused for five minutes; the
             guest's state is unknown.
     """
     began = time.monotonic()
@@ -69,10 +69,10 @@ def _go_on(qmp: QmpClient) -> None:
 
 
 def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot (proc(5): /proc/PID/stat, field 22).
+    """Return when a process started, in clock ticks since boot (proc(5): /proc/PID/stat, field 22).
 
     Raises:
-        MachineError: it is gone. HostError: it cannot be looked at.
+        MachineError: the process is gone. HostError: it cannot be examined.
     """
     try:
         return int(_stat(pid)[19])
@@ -81,9 +81,9 @@ def start_time(pid: int) -> int:
 
 
 def process_alive(pid: int, started: int) -> bool:
-    """Whether the process that started then still runs, and is no zombie.
+    """Return whether the process that started then still runs, and is no zombie.
 
-    Where /proc cannot be read (no descriptor is free), it is taken for the same one.
+    If /proc cannot be read (no descriptor is free), take a process with that pid for the same one.
     """
     try:
         fields = _stat(pid)
@@ -95,7 +95,7 @@ def process_alive(pid: int, started: int) -> bool:
 
 
 def process_state(pid: int) -> str:
-    """A process's state in one letter (proc(5)); ``X`` if it is gone."""
+    """Return a process's state in one letter (proc(5)); ``X`` if it is gone."""
     try:
         return _stat(pid)[0]
     except OSError:

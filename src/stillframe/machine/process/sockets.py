@@ -1,4 +1,4 @@
-"""Which process is behind a socket, and which socket behind a descriptor (proc(5), unix(7))."""
+"""The process behind a socket, and the socket behind a descriptor (proc(5), unix(7))."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TCP_LISTENS = "0A"
 
 
 def peer_pid(sock: socket.socket) -> int | None:
-    """The process that listened on the other end of a connected unix socket, or None."""
+    """Return the process that listened on the other end of a connected unix socket, or None."""
     try:
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     except OSError:
@@ -24,7 +24,8 @@ def peer_pid(sock: socket.socket) -> int | None:
 
 
 def unix_socket_path(process: Path, fd: int) -> str | None:
-    """The path that a process's socket descriptor is bound to, or None (``process``: /proc/PID)."""
+    """Return the path that a process's socket descriptor is bound to, or None (``process``:
+    /proc/PID)."""
     try:
         inode = _socket_inode(str((process / "fd" / str(fd)).readlink()))
         table = (process / "net/unix").read_text(errors="surrogateescape")
@@ -37,7 +38,7 @@ def unix_socket_path(process: Path, fd: int) -> str | None:
 
 
 def unix_listener_pids(path: str) -> list[int]:
-    """The processes that hold a socket listening at ``path``, as far as may be seen."""
+    """Return the processes that hold a socket listening at ``path``, as far as we can see."""
     try:
         table = Path("/proc/net/unix").read_text(errors="surrogateescape")
     except OSError:
@@ -46,7 +47,7 @@ def unix_listener_pids(path: str) -> list[int]:
 
 
 def listening_unix_paths(*names: str) -> list[str]:
-    """Where sockets listen whose path ends with one of ``names``."""
+    """Return the paths of listening sockets that end with one of ``names``."""
     try:
         table = Path("/proc/net/unix").read_text(errors="surrogateescape")
     except OSError:
@@ -56,7 +57,7 @@ def listening_unix_paths(*names: str) -> list[str]:
 
 
 def tcp_listener_pid(port: int) -> int | None:
-    """The process that holds the TCP socket listening on a local port, or None."""
+    """Return the process that holds the TCP socket listening on a local port, or None."""
     inodes: set[int] = set()
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -69,7 +70,7 @@ def tcp_listener_pid(port: int) -> int | None:
 
 
 def _unix_entries(table: str) -> Iterator[tuple[int, bool, str]]:
-    """(inode, whether it listens, path) of ``/proc/net/unix``."""
+    """Yield (inode, whether it listens, path) for each entry of ``/proc/net/unix``."""
     for line in table.splitlines()[1:]:
         fields = line.split(None, 7)
         if len(fields) == 8:

@@ -1,7 +1,7 @@
-"""Requests to the VM's disks that hang, as its process shows it.
+"""Hung requests to the VM's disks, as its process shows them.
 
-QEMU's ``stop`` pauses the vCPUs first and then waits for every request without a bound (``system/
-cpus.c``: do_vm_stop), and nothing can call that off. So what hangs is looked for before.
+QEMU's ``stop`` pauses the vCPUs first and then waits for every request without a limit
+(``system/cpus.c``: do_vm_stop); nothing can cancel that wait. So look for hung requests before.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 from stillframe.errors import MachineError
 
 Pending = Mapping[str, Hashable]
-"""Requests that are under way: what to call each, and a mark that stays the same as long as it
-makes no progress."""
+"""Requests under way: a label, and a mark that changes only if the request makes progress."""
 
 _PATIENCE_S = 3.0
 _LOOK_EVERY_S = 0.02
@@ -25,7 +24,8 @@ fdatasync, sync_file_range, fallocate, preadv, pwritev, preadv2, pwritev2."""
 
 
 def stuck(look: Callable[[], Pending]) -> list[str]:
-    """What is under way now and makes no progress for three seconds; returns as soon as it does."""
+    """Return the requests that make no progress for three seconds; as soon as all do, return
+    none."""
     pending = set(look().items())
     deadline_s = time.monotonic() + _PATIENCE_S
     while pending and time.monotonic() < deadline_s:
@@ -35,7 +35,8 @@ def stuck(look: Callable[[], Pending]) -> list[str]:
 
 
 def file_requests(pid: int) -> dict[str, Hashable]:
-    """Files that threads of the process are reading, writing or syncing (proc(5): syscall)."""
+    """Return the files that threads of the process are reading, writing or syncing (proc(5):
+    syscall)."""
     found: dict[str, Hashable] = {}
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -49,13 +50,14 @@ def file_requests(pid: int) -> dict[str, Hashable]:
 
 
 def _switches(task: Path) -> str:
-    """How often the thread went to sleep: the same number as before means the same sleep."""
+    """Return how often the thread went to sleep: an unchanged number means the same sleep."""
     text = (task / "status").read_text()
     return text.partition("\nvoluntary_ctxt_switches:")[2].split(None, 1)[0]
 
 
 def unanswered_stop(pid: int, waited_s: float) -> MachineError:
-    """What to say when ``stop`` is not answered; the monitor tells nothing any more."""
+    """Return the error for an unanswered ``stop``, from the process alone: the monitor is
+    silent."""
     files = ", ".join(file_requests(pid))
     return MachineError(
         f"the VM has not stopped within {waited_s:g} s",

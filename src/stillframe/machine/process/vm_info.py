@@ -1,4 +1,4 @@
-"""What is known of a running VM by looking at its process."""
+"""What a running VM's process shows of it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _CAP_SYS_PTRACE = 19
 
 
 class VmInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A running VM, seen from outside; nothing was asked of it unless ``version`` is set.
+    """A running VM, seen from outside; no command was sent to it unless ``version`` is set.
 
-    ``started_s``: seconds since 1970. ``uid``: whose process it is. ``name``: may be empty.
-    ``version``: of its VMM, None when its monitor was not asked or did not answer.
-    ``accelerator``: ``kvm``, ``tcg``, ``unicorn``, ...; ``ram_bytes``: main RAM as started.
-    ``qmp_addresses``: unix paths (absolute, reachable from here) and (host, port) pairs.
-    ``vmm``: what runs the guest: ``qemu``, or a wing's kind of machine.
+    ``started_s``: seconds since 1970. ``uid``: the owner of its process. ``name``: may be empty.
+    ``version``: its VMM's, None if the monitor was not asked or did not answer. ``accelerator``:
+    ``kvm``, ``tcg``, ``unicorn``, ...; ``ram_bytes``: main RAM as started. ``qmp_addresses``: unix
+    paths (absolute, reachable from here) and (host, port) pairs. ``vmm``: what runs the guest:
+    ``qemu``, or a wing's kind of machine.
     """
 
     pid: int
@@ -40,7 +40,7 @@ class VmInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``/proc`` tells everybody of a process. ``executable`` is empty if it may not be told.
+    """What ``/proc`` shows every user of a process. ``executable`` is empty if we may not read it.
 
     ``started_s``: seconds since 1970.
     """
@@ -53,20 +53,20 @@ class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def process_ids() -> Iterator[int]:
-    """All processes that may be seen, ascending."""
+    """Yield all processes that we can see, ascending."""
     yield from sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
 
 
 def process_facts(pid: int) -> ProcessFacts | None:
-    """The facts of one process; None if it is gone, a kernel thread or a zombie.
+    """Return the facts of one process; None if it is gone, a kernel thread or a zombie.
 
     Raises:
-        HostError: it cannot be looked at: no descriptor is free.
+        HostError: it cannot be examined: no descriptor is free.
     """
     directory = Path(f"/proc/{pid}")
     try:
         argv = tuple(
-            # A manifest holds text; a name that is none must not make a snapshot fail.
+            # A manifest holds text; a word that is not must not make a snapshot fail.
             word.decode(errors="backslashreplace")
             for word in (directory / "cmdline").read_bytes().split(b"\0")[:-1]
         )
@@ -81,7 +81,7 @@ def process_facts(pid: int) -> ProcessFacts | None:
     try:
         executable = str((directory / "exe").readlink()).removesuffix(" (deleted)")
     except OSError:
-        executable = ""  # somebody else's process
+        executable = ""  # another user's process
     return ProcessFacts(
         directory=directory, uid=uid, started_s=started_s, argv=argv, executable=executable
     )
@@ -97,7 +97,7 @@ def _started_s(directory: Path) -> float:
 
 
 def may_trace_anybody(pid: int) -> bool:
-    """Whether a process has CAP_SYS_PTRACE (capabilities(7), proc(5)).
+    """Return whether a process has CAP_SYS_PTRACE (capabilities(7), proc(5)).
 
     Raises:
         OSError: it is gone.
@@ -109,7 +109,8 @@ def may_trace_anybody(pid: int) -> bool:
 
 
 def reachable_path(directory: Path, path: str) -> str | None:
-    """A process's path as we can use it: absolute, and through its own root if that is another.
+    """Return a process's path as we can use it: absolute, and through the process's root if that
+    differs from ours.
 
     Args:
         directory: the process's, ``/proc/PID``.
@@ -125,10 +126,10 @@ def reachable_path(directory: Path, path: str) -> str | None:
 
 
 def same_files(directory: Path) -> bool:
-    """Whether the process (``/proc/PID``) sees the same file tree as we do.
+    """Return whether the process (``/proc/PID``) sees the same file tree as we do.
 
     Raises:
-        OSError: it may not be looked into, or is gone.
+        OSError: we may not inspect it, or it is gone.
     """
     return all(
         (directory / link).readlink() == Path("/proc/self", link).readlink()
@@ -137,7 +138,7 @@ def same_files(directory: Path) -> bool:
 
 
 def asked_version(vm: VmInfo) -> str | None:
-    """The version that the first free monitor of a VM tells; it is connected to for a moment."""
+    """Connect briefly to the first free monitor of a VM, and return the version it reports."""
     for address in vm.qmp_addresses:
         if has_client(address):
             continue

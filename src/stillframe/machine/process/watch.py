@@ -1,7 +1,7 @@
-"""Notice what happens to a VM while it is snapshotted, as its monitor tells it.
+"""The events of a VM during a snapshot, as its monitor reports them.
 
-MIGRATION events come only where the capability ``events`` is on, and free page reporting tells
-nothing at all; the kernel's own events and ``blocks_signature`` see what the monitor does not.
+MIGRATION events come only if the capability ``events`` is on, and free page reporting sends no
+event at all; the kernel's own events and ``blocks_signature`` show what the monitor does not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OF_INTEREST = frozenset(
 
 
 class MonitorWatch:
-    """Collects the events of interest of one monitor until ``close``."""
+    """A collector of one monitor's relevant events, until ``close``."""
 
     def __init__(self, qmp: QmpClient) -> None:
         self._lock = threading.Lock()
@@ -44,7 +44,7 @@ class MonitorWatch:
 
     def _note(self, event: QmpEvent) -> None:
         if event.name == "BLOCK_IO_ERROR" and event.data.get("action") != "stop":
-            return  # the guest is told, and runs on
+            return  # the guest sees the error, and runs on
         if event.name in _OF_INTEREST:
             with self._lock:
                 self._seen.append(
@@ -54,10 +54,10 @@ class MonitorWatch:
                 )
 
     def seen(self) -> list[MachineEvent]:
-        """The events so far, oldest first; they stay in the list."""
+        """Return the events so far, oldest first; they stay in the list."""
         with self._lock:
             return list(self._seen)
 
     def close(self) -> None:
-        """End watching; never raises."""
+        """Stop watching; never raises."""
         self._unsubscribe()

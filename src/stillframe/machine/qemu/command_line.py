@@ -1,6 +1,6 @@
-"""What a QEMU command line says: name, RAM, accelerator, monitors (QEMU ``qemu-options.hx``).
+"""The facts in a QEMU command line: name, RAM, accelerator, monitors (QEMU ``qemu-options.hx``).
 
-Only what is needed to list and find VMs. It reads; it never runs or rewrites anything.
+Only what is needed to list and find VMs; nothing here runs or rewrites a command line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _ANY_HOST = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class Chardev(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a monitor listens: a unix path (as given), (host, port), or an inherited fd."""
+    """The address of a monitor's socket: a unix path (as given), (host, port), or an inherited
+    fd."""
 
     path: str | None = None
     host_port: tuple[str, int] | None = None
@@ -47,7 +48,7 @@ class CommandLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(option, value) pairs without the leading dashes; the program's name is skipped."""
+    """Yield (option, value) pairs without the leading dashes; skip the program's name."""
     words = iter(argv[1:])
     for word in words:
         if not word.startswith("-") or word == "-":
@@ -57,8 +58,8 @@ def options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def key_values(text: str, implied: str) -> dict[str, str]:
-    """``a=b,c`` as a dict; ``c`` alone is on; a comma in a value is written twice (QEMU
-    ``util/keyval.c``)."""
+    """Return ``a=b,c`` as a dict; a bare ``c`` means on; a doubled comma stands for one in a value
+    (QEMU ``util/keyval.c``)."""
     found: dict[str, str] = {}
     # An argument cannot hold a NUL byte, so one can stand for the doubled comma.
     parts = text.replace(",,", "\0").split(",") if text else []
@@ -71,7 +72,7 @@ def key_values(text: str, implied: str) -> dict[str, str]:
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read what matters; unknown or malformed parts are passed over."""
+    """Read the facts; skip unknown or malformed parts."""
     name, machine, ram_bytes = "", "", _DEFAULT_RAM_BYTES
     accelerators: list[str] = []
     chardevs: dict[str, Chardev] = {}
@@ -128,7 +129,7 @@ def _size_bytes(text: str) -> int:
 
 
 def _chardev(given: dict[str, str]) -> Chardev | None:
-    """A socket chardev on which QEMU listens, else None."""
+    """Return a socket chardev on which QEMU listens, else None."""
     if given.get("backend") != "socket" or given.get("server", "off") not in _ON:
         return None
     if given.get("abstract", "off") in _ON:
@@ -145,7 +146,7 @@ def _chardev(given: dict[str, str]) -> Chardev | None:
 
 
 def _legacy_chardev(text: str) -> Chardev | None:
-    """``unix:PATH,server`` and ``tcp:HOST:PORT,server`` (QEMU ``chardev/char.c``)."""
+    """Parse ``unix:PATH,server`` and ``tcp:HOST:PORT,server`` (QEMU ``chardev/char.c``)."""
     kind, _, rest = text.partition(":")
     given = key_values(rest, "address")
     address = given.pop("address", "")

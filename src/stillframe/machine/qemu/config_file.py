@@ -1,4 +1,4 @@
-"""``-readconfig FILE`` and ``-set`` become the options that they stand for.
+"""The expansion of ``-readconfig FILE`` and ``-set`` into the options that they stand for.
 
 Syntax: QEMU ``util/qemu-config.c`` (qemu_config_foreach), ``softmmu/vl.c`` (qemu_set_option).
 """
@@ -17,20 +17,22 @@ _GROUP = re.compile(r'\[\s*([\w-]+)\s*(?:"([^"]*)")?\s*\]')
 _ARGUMENT = re.compile(r'\s*([^\s="]+)\s*=\s*"([^"]*)"\s*')
 _SET = re.compile(r"([^.=]+)\.([^.=]+)\.([^=]+)=(.*)", re.DOTALL)
 _GROUP_OPTIONS = {"memory": "m", "smp-opts": "smp", "boot-opts": "boot", "realtime": "overcommit"}
-"""Groups of options that are not called as the option is (QEMU ``QemuOptsList.name``)."""
+"""Option groups whose name differs from the option's (QEMU ``QemuOptsList.name``)."""
 
 
 class Expansion:
-    """Expands a command line; ``files``: what was read, ``notes``: what could not be."""
+    """The expansion of a command line; ``files``: those that were read, ``notes``: what could not
+    be read."""
 
     def __init__(self, directory: Path) -> None:
-        """``directory``: what relative paths are relative to."""
+        """``directory``: the base of relative paths."""
         self._directory = directory
         self.files: list[FileRecord] = []
         self.notes: list[str] = []
 
     def expand(self, line: Sequence[Option]) -> list[Option]:
-        """The line without ``-readconfig`` and ``-set``; those that cannot be applied stay."""
+        """Return the line without ``-readconfig`` and ``-set``; those that cannot be applied
+        stay."""
         found: list[Option] = []
         for option in line:
             if option.name == "readconfig":
@@ -42,7 +44,7 @@ class Expansion:
     def _config(self, option: Option) -> list[Option]:
         path = self._directory / option.value
         try:
-            with path.open("rb") as file:  # of a FIFO or a device nothing more is read than that
+            with path.open("rb") as file:  # a FIFO or a device has no end: bound the read
                 text = file.read(_MAX_BYTES).decode()
             groups = list(_groups(text))
         except (OSError, ValueError) as error:
@@ -73,7 +75,8 @@ def _groups(text: str) -> Iterator[Option]:
 
 
 def _set(line: list[Option], text: str) -> bool:
-    """Apply ``GROUP.ID.KEY=VALUE`` to the option that it means; False if there is none."""
+    """Apply ``GROUP.ID.KEY=VALUE`` to the option that it refers to; return False if there is
+    none."""
     match = _SET.fullmatch(text)
     if match is None:
         return False

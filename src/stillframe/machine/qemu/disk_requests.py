@@ -1,8 +1,8 @@
-"""Disk requests that are under way in a QEMU, whatever backend they wait for.
+"""Disk requests under way in a QEMU, whatever backend they wait for.
 
-QEMU tells of them nowhere but in the controllers: a virtio queue's elements in use, AHCI's command
-issue register, the busy bit of an IDE channel. Reading these has no side effect (QEMU
-``hw/ide/core.c``: ide_status_read, ``hw/ide/ahci.c``: ahci_port_read).
+QEMU shows them only in the controllers: a virtio queue's elements in use, AHCI's command issue
+register, the busy bit of an IDE channel. Reading these has no side effect (QEMU ``hw/ide/core.c``:
+ide_status_read, ``hw/ide/ahci.c``: ahci_port_read).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stillframe.qmp.client import QmpClient
 from stillframe.qmp.replies import as_list, as_map
 
 _VIRTIO_DISKS = {"virtio-blk": 0, "virtio-scsi": 2}
-"""The first queue that carries requests."""
+"""The first queue that carries requests, by device type."""
 _MOST_QUEUES = 1024
 """QEMU ``include/hw/virtio/virtio.h``: VIRTIO_QUEUE_MAX."""
 _AHCI_CLASS = 0x106
@@ -27,7 +27,7 @@ _BUSY = 0x80
 
 
 class _Disk:
-    """A disk that a guest sees: what to call it, and the bus that it is on."""
+    """A disk that a guest sees: its label, and the bus that it is on."""
 
     def __init__(self, qmp: QmpClient, entry: object) -> None:
         qdev = str(as_map(entry).get("qdev") or "")
@@ -42,9 +42,9 @@ class _Disk:
 
 
 def stuck_requests(inspection: Inspection) -> Iterator[Blocker]:
-    """A request that hangs would keep the guest from going on until it is answered."""
+    """Find requests that hang: the guest could not continue until they are answered."""
     if inspection.status not in ("running", "suspended"):
-        return  # stopped, so drained; what failed with an I/O error is kept for later
+        return  # stopped, so drained; QEMU retries failed requests after cont
     qmp, pid = inspection.qmp, inspection.info.pid
     disks = [_Disk(qmp, entry) for entry in as_list(ask(qmp, "query-block")) if _in_use(entry)]
     names = stuck(lambda: {**file_requests(pid), **_of_virtio(qmp, disks), **_of_ide(qmp, disks)})
@@ -69,7 +69,7 @@ def _of_virtio(qmp: QmpClient, disks: list[_Disk]) -> dict[str, Hashable]:
         if kind not in _VIRTIO_DISKS:
             continue
         behind = [disk.called for disk in disks if disk.path == path or disk.bus.startswith(path)]
-        # How many there are is not asked: QEMU 11.1 aborts at x-query-virtio-status.
+        # Do not query the number of queues: QEMU 11.1 aborts at x-query-virtio-status.
         for number in range(_VIRTIO_DISKS[kind], _MOST_QUEUES):
             where = {"path": path, "queue": number}
             queue = as_map(ask(qmp, "x-query-virtio-queue-status", where))
@@ -89,7 +89,7 @@ def _of_ide(qmp: QmpClient, disks: list[_Disk]) -> dict[str, Hashable]:
     for disk in ports:
         number = int(disk.bus_name[4:])
         if "ahci" in disk.controller:
-            # Several controllers have ports of that number: each may be this disk's.
+            # Several controllers may have a port of that number; any of them may be this disk's.
             words = tuple(qmp.hmp(f"xp /2wx {base + 0x134 + 0x80 * number:#x}") for base in ahci)
             if any(int(word, 16) for text in words for word in text.split(":")[-1].split()):
                 found[disk.called] = words
@@ -101,7 +101,7 @@ def _of_ide(qmp: QmpClient, disks: list[_Disk]) -> dict[str, Hashable]:
 
 
 def _ahci_registers(qmp: QmpClient) -> list[int]:
-    """Guest-physical addresses of the AHCI controllers' registers."""
+    """Return the guest-physical addresses of the AHCI controllers' registers."""
     return [
         int(str(as_map(region).get("address")))
         for bus in as_list(ask(qmp, "query-pci"))

@@ -1,7 +1,7 @@
 """The disks of a running QEMU, from its live block graph.
 
 Sources: QEMU ``qapi/block-core.json`` (query-block, query-named-block-nodes,
-x-debug-query-block-graph: the only one that tells which node is whose).
+x-debug-query-block-graph: the only command that shows which node is whose child).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNNAMED = "#"
 
 
 def read_disks(qmp: QmpClient, fd_targets: Set[str]) -> tuple[DiskRecord, ...]:
-    """All block devices, in the order of ``query-block``. The guest is not touched.
+    """Return all block devices, in the order of ``query-block``. The guest is not touched.
 
     Args:
         fd_targets: what the process's descriptors point to.
@@ -39,7 +39,7 @@ def read_disks(qmp: QmpClient, fd_targets: Set[str]) -> tuple[DiskRecord, ...]:
 
 
 class _Graph:
-    """The nodes by name, and the children of each by role."""
+    """The nodes by name, and each node's children by role."""
 
     def __init__(self, qmp: QmpClient) -> None:
         found = as_list(ask(qmp, "query-named-block-nodes", {"flat": True}))
@@ -55,7 +55,7 @@ class _Graph:
             self.children.setdefault(parent, {})[str(edge.get("name"))] = child
 
     def below_jobs(self, name: str) -> str:
-        """The node below the filters that block jobs have put on top of it while they run."""
+        """Return the node below the filters that running block jobs have put on top of it."""
         for _ in range(_CHAIN_MAX):
             of_job = self.nodes.get(name, {}).get("drv") in _JOB_FILTERS
             if not of_job or not name.startswith(_UNNAMED):
@@ -65,7 +65,7 @@ class _Graph:
         return name
 
     def images(self, name: str) -> Iterator[ImageRecord]:
-        """The image that a node shows, and what lies below it."""
+        """Yield the image that a node shows, and the images below it."""
         for _ in range(_CHAIN_MAX):
             node, below = self.nodes.get(name), self.children.get(name, {})
             if node is None:
@@ -85,7 +85,7 @@ class _Graph:
             name = below.get("backing", "")
 
     def _source(self, name: str) -> Mapping[str, object]:
-        """The node at the end of the ``file`` children: what is opened on the host."""
+        """Return the node at the end of the ``file`` children: what QEMU opens on the host."""
         for _ in range(_CHAIN_MAX):
             below = self.children.get(name, {}).get("file", "")
             if below not in self.nodes:

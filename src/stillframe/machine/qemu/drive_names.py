@@ -1,5 +1,5 @@
-"""What QEMU calls the drives of a command line that gives them no id (QEMU ``blockdev.c``:
-drive_new; ``softmmu/vl.c``: the short forms)."""
+"""QEMU's names for drives without an id on the command line (QEMU ``blockdev.c``: drive_new;
+``softmmu/vl.c``: the short forms)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ SHORT_FORMS = {
     "sd": {"if": "sd"},
 }
 _UNITS = {"ide": 2, "scsi": 7}
-"""Devices on one bus, where there are buses."""
+"""Devices on one bus, for interfaces that have buses."""
 _DEFAULTS = ("ide", "virtio", "scsi", "sd")
 
 
 def drive_fields(option: Option) -> dict[str, str] | None:
-    """The keys of an option that makes a drive, also of a short form; None for other options."""
+    """Return the keys of an option that makes a drive, short forms included; None for other
+    options."""
     if option.name == "drive":
         return option.fields()
     short = SHORT_FORMS.get(option.name)
@@ -36,11 +37,11 @@ def drive_fields(option: Option) -> dict[str, str] | None:
 def drive_names(
     line: Iterable[Option], live: Collection[str], *, one_per_bus: bool = False
 ) -> list[tuple[Option, str]]:
-    """The options that make drives, each with the drive's name.
+    """Return the options that make drives, each with the drive's name.
 
     Args:
-        live: names of the drives that there are; they tell the machine's default interface.
-        one_per_bus: of a machine whose IDE buses take one drive (q35).
+        live: names of the existing drives; they reveal the machine's default interface.
+        one_per_bus: the machine's IDE buses take one drive each (q35).
     """
     default = next((kind for kind in _DEFAULTS if any(n.startswith(kind) for n in live)), "ide")
     units = _UNITS | ({"ide": 1} if one_per_bus else {})
@@ -81,8 +82,8 @@ def _number(text: str | None) -> int | None:
 
 
 def device_id(qdev: str) -> str:
-    """``vd0`` of ``/machine/peripheral/vd0/virtio-backend``, as ``query-block`` calls a device (or
-    by its id alone); empty for a device without one."""
+    """Return ``vd0`` for ``/machine/peripheral/vd0/virtio-backend``, which is how ``query-block``
+    names a device (or by its id alone); empty for a device without an id."""
     parts = qdev.split("/")
     if not qdev.startswith("/"):
         return qdev

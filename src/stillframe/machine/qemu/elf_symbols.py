@@ -1,8 +1,8 @@
-"""Find an exported symbol of a running program: a small reader of ELF64 ``.dynsym``.
+"""A small reader of ELF64 ``.dynsym``, to find an exported symbol of a running program.
 
-The address comes from the program's own dynamic section, looked up by its GNU hash table
-(or the older SysV one), so that neither section headers nor debug data are needed, and only a
-few hundred bytes of the file are read. The load bias comes from the auxiliary vector.
+The address comes from the program's own dynamic section, through its GNU hash table (or the older
+SysV one). So it needs neither section headers nor debug data, and reads only a few hundred bytes of
+the file. The load bias comes from the auxiliary vector.
 
 Sources: System V gABI (ELF-64), the DT_GNU_HASH layout as glibc's ``elf/dl-lookup.c`` reads it,
 proc(5) for ``/proc/PID/auxv`` and ``/proc/PID/exe``.
@@ -27,7 +27,7 @@ _CHAIN_MAX = 1_000_000
 
 
 class ElfError(Exception):
-    """The file is not an ELF that we can read; the caller has another way."""
+    """The file is not an ELF that we can read; the caller falls back to another way."""
 
 
 class _Segment(msgspec.Struct, frozen=True):
@@ -80,7 +80,7 @@ class ElfFile:
         return data
 
     def load(self, vaddr: int, length: int) -> bytes:
-        """Bytes of the file that are loaded at ``vaddr`` (before the bias is added)."""
+        """Return the file's bytes that are loaded at ``vaddr`` (before the bias is added)."""
         for segment in self.segments:
             start = vaddr - segment.vaddr
             if segment.kind == _PT_LOAD and 0 <= start <= segment.file_bytes - length:
@@ -92,7 +92,7 @@ class ElfFile:
         return value
 
     def dynamic(self) -> dict[int, int]:
-        """The dynamic section, first value of each tag."""
+        """Return the dynamic section, with the first value of each tag."""
         for segment in self.segments:
             if segment.kind == _PT_DYNAMIC and segment.file_bytes <= _DYNAMIC_MAX_BYTES:
                 usable = segment.file_bytes // 16 * 16
@@ -105,7 +105,7 @@ class ElfFile:
         raise ElfError("statically linked")
 
     def find(self, name: str) -> int | None:
-        """Value (unbiased address) of a defined symbol, or None."""
+        """Return the value (unbiased address) of a defined symbol, or None."""
         tags = self.dynamic()
         try:
             symtab, strtab, strtab_bytes = (tags[t] for t in (_DT_SYMTAB, _DT_STRTAB, _DT_STRSZ))
@@ -128,7 +128,7 @@ class ElfFile:
         return None
 
     def _gnu_candidates(self, table: int, name: str) -> list[int]:
-        """Indices of the symbols in ``name``'s bucket whose hash agrees."""
+        """Return the indices of the symbols in ``name``'s bucket whose hash matches."""
         buckets, first_index, bloom_words, _shift = struct.unpack("<IIII", self.load(table, 16))
         if buckets == 0:
             return []
@@ -157,9 +157,9 @@ def _gnu_hash(name: str) -> int:
 
 
 def symbol_address(pid: int, name: str) -> int | None:
-    """Where an exported symbol of the program of ``pid`` lies in its address space.
+    """Return the address of an exported symbol in the address space of ``pid``.
 
-    Returns None when the program does not export it. The process is only looked at.
+    Returns None if the program does not export it. The process is only read.
 
     Raises:
         ElfError: the program is no ELF64, or is not loaded in the usual way.

@@ -1,15 +1,15 @@
-"""Speaks with a human monitor; and as a process of its own puts a VM back that QEMU saves for us,
-if we die meanwhile (invariant 4).
+"""A client of a human monitor; also a guard process that brings a VM back to normal if we die while
+QEMU saves it for us (invariant 4).
 
-Run as a plain script, with nothing but the standard library, so that it starts in milliseconds::
+Runs as a plain script, with nothing but the standard library, so that it starts in milliseconds::
 
     human_guard.py MONITOR_FD CONTROL_FD STREAM_FD background|stop
 
-It shares our connection, because QEMU serves one client a monitor, and the end of the pipe that
-QEMU writes to. On CONTROL it reads ``A`` (QEMU saves) and ``D`` (all is put back). At the end of
-CONTROL an armed guard reads a background snapshot to its end: before QEMU 8.1 one whose reader goes
-leaves RAM write-protected, and the guest stands still for good (QEMU commit 3a8b81f2e6). A stopped
-guest goes on at once.
+It shares our connection, because QEMU serves one client a monitor, and the read end of the pipe
+that QEMU writes to. On CONTROL it reads ``A`` (QEMU saves) and ``D`` (all is normal). When
+CONTROL closes, an armed guard reads a background snapshot to its end: QEMU before 8.1 leaves RAM
+write-protected if the reader goes away, and the guest hangs for good (QEMU commit 3a8b81f2e6). A
+stopped guest continues at once.
 """
 
 import os
@@ -29,7 +29,7 @@ FD = "stillframe"
 
 
 def say(monitor: socket.socket, line: str, fd: int | None = None) -> str:
-    """Say one line, with a descriptor if need be; the answer is empty if all is well.
+    """Send one line, with a descriptor if given; return the answer, empty on success.
 
     Raises:
         OSError: QEMU does not answer, or is gone.
@@ -43,7 +43,7 @@ def say(monitor: socket.socket, line: str, fd: int | None = None) -> str:
 
 
 def hear(monitor: socket.socket) -> str:
-    """All up to the next prompt. Raises OSError."""
+    """Read up to the next prompt. Raises OSError."""
     heard = b""
     while not heard.endswith(PROMPT):
         part = monitor.recv(65536)
@@ -54,27 +54,27 @@ def hear(monitor: socket.socket) -> str:
 
 
 def give_up(monitor: socket.socket, stream: int, mode: str) -> None:
-    """Let QEMU write to the end, or fail if the guest stands still for it. The monitor has answers
-    then that nobody waited for: while QEMU writes it may not answer.
+    """Let QEMU write to the end, or fail if the guest is stopped for it. Afterwards the monitor
+    holds answers that no caller has read: QEMU may not answer while it writes.
 
     Raises:
         OSError: QEMU is gone.
     """
-    monitor.sendall(f"closefd {FD}\n".encode())  # it may not have begun
+    monitor.sendall(f"closefd {FD}\n".encode())  # the migration may not have begun
     if mode == "background":
         drain(stream)
     os.close(stream)
 
 
 def drain(stream: int) -> None:
-    """Read to the end."""
+    """Read to the end of the stream."""
     while os.read(stream, 1 << 20):
         pass
 
 
 def go_on(monitor: socket.socket, mode: str) -> bool:
-    """The guest runs, and QEMU's next migration is an ordinary one; whether QEMU says so. While a
-    migration ends QEMU refuses both.
+    """Let the guest run, and make QEMU's next migration an ordinary one; return whether QEMU
+    confirms it. QEMU refuses both while a migration ends.
 
     Raises:
         OSError: QEMU does not answer, or is gone.
@@ -106,7 +106,7 @@ def main() -> None:
     give_up(monitor, stream, mode)
     monitor.settimeout(ANSWER_S)
     while select.select([monitor], [], [], QUIET_S)[0] and monitor.recv(65536):
-        pass  # an answer that was not for us
+        pass  # answers to earlier commands
     go_on(monitor, mode)
 
 

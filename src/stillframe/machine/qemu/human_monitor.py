@@ -1,6 +1,6 @@
-"""A QEMU that has a monitor for people only: what it says about itself, and what it is told.
+"""A QEMU with a human monitor only: its answers, and the commands for it.
 
-``xen-save-devices-state`` is QMP's, so such a VM is saved by QEMU's own migration (see
+``xen-save-devices-state`` is QMP's, so QEMU's own migration saves such a VM (see
 ``snapshot/by_migration.py``). Sources: QEMU ``hmp-commands.hx``, ``hmp-commands-info.hx``.
 """
 
@@ -34,17 +34,17 @@ _BEHIND_QEMU = ("vfio-", "x-vfio-", "vhost-user-", "vhost-vdpa-", "ivshmem-", "x
 
 
 class HumanMonitor:
-    """A connection to it. Use it as a context manager.
+    """A connection to a human monitor. Use it as a context manager.
 
     Attributes:
-        info: the VM. Guest state: nothing here changes it but ``say``.
+        info: the VM. Only ``say`` and ``go_on`` change the guest's state.
     """
 
     def __init__(self, info: VmInfo, path: str) -> None:
         """Connect.
 
         Raises:
-            BusyError: somebody else talks with it. MachineError: it does not greet as one.
+            BusyError: another client holds it. MachineError: it does not greet as a human monitor.
         """
         self.info = info
         self._path = path
@@ -91,10 +91,10 @@ class HumanMonitor:
         return process_alive(self.info.pid, self._started)
 
     def say(self, line: str, fd: int | None = None) -> str:
-        """Say a line, with a descriptor; what it answers is empty if all is well.
+        """Send a line, with a descriptor if given; return the answer, empty on success.
 
         Raises:
-            MachineError: it does not answer, or is gone.
+            MachineError: the monitor does not answer, or is gone.
         """
         try:
             return human_guard.say(self.socket, line, fd)
@@ -102,8 +102,8 @@ class HumanMonitor:
             raise self._gone(error) from error
 
     def go_on(self, stream: int, mode: Mode) -> None:
-        """The guest runs, and QEMU's next migration is an ordinary one; ``stream``, which QEMU may
-        write to, is closed. Raises MachineError."""
+        """Let the guest run, make QEMU's next migration an ordinary one, and close ``stream``,
+        which QEMU may still write to. Raises MachineError."""
         try:
             human_guard.give_up(self.socket, stream, mode)
             human_guard.hear(self.socket)
@@ -116,12 +116,13 @@ class HumanMonitor:
             )
 
     def status(self) -> str:
-        """The run state. Raises MachineError."""
+        """Return the run state. Raises MachineError."""
         found = _STATUS.search(self.say("info status"))
         return found[1] if found else ""
 
     def blockers(self, mode: Mode) -> Iterator[Blocker]:
-        """What stands in the way; QEMU itself refuses the rest. Raises MachineError, HostError."""
+        """Yield what blocks a snapshot; QEMU itself refuses the rest. Raises MachineError,
+        HostError."""
         status = self.status()
         if status != "running":
             yield _refusal(
@@ -151,7 +152,7 @@ class HumanMonitor:
         return any("mg" in detail.flags for detail in read_smaps(self.info.pid))
 
     def record(self, machine_type: str) -> MachineRecord:
-        """What the VM is, as its command line tells. Raises MachineError, HostError."""
+        """Return a record of the VM, from its command line. Raises MachineError, HostError."""
         info = self.info
         try:
             executable = Path(f"/proc/{info.pid}/exe").readlink()

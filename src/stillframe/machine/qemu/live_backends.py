@@ -1,7 +1,6 @@
-"""The back ends that a running QEMU has (net, character devices, objects), and the options that
-make them again.
+"""The backends of a running QEMU (net, character devices, objects), and options that recreate them.
 
-Sources: QEMU ``net/net.c`` (print_net_client: nothing but text tells of them), ``chardev/char.c``,
+Sources: QEMU ``net/net.c`` (print_net_client: only text describes them), ``chardev/char.c``,
 ``qapi/qom.json``.
 """
 
@@ -18,14 +17,14 @@ from stillframe.qmp.replies import as_list, as_map
 _NET = re.compile(r"^(?: \\ )?(\S+): index=\d+,type=([\w-]+)(?:,(.*))?$", re.MULTILINE)
 _HUB = re.compile(r"^hub (\d+)\n((?: \\ .*\n?)*)", re.MULTILINE)
 _PORT = re.compile(r"^ \\ (\S+?)(?:: (.*))?$", re.MULTILINE)
-"""A port of a hub, and who is plugged into it (QEMU ``net/hub.c``: net_hub_info)."""
+"""A port of a hub, and the client plugged into it (QEMU ``net/hub.c``: net_hub_info)."""
 _NET_KEYS = {"user": ("net", "restrict"), "tap": ("ifname",), "hubport": ("hubid",)}
 _REFERENCES = {
     "netdev": ("netdev",),
     "chardev": ("chardev", "outdev", "indev"),
     "object": ("memdev", "iothread", "rng", "cryptodev", "hostmem", "throttle-group", "authz"),
 }
-"""Keys by which a device names a back end of each kind."""
+"""Keys by which a device names a backend of each kind."""
 _MEMORY_WORDS = """
 size share mem-path hugetlb hugetlbsize prealloc policy host-nodes reserve readonly rom pmem
 align offset discard-data seal
@@ -35,11 +34,13 @@ _OUT_OF_DATE = frozenset({"type", "opened", "loaded"})
 
 
 class Backends:
-    """What there is of each kind, by id; ``nics``: how many network cards."""
+    """The existing backends of each kind, by id; ``nics``: the number of network cards."""
 
     def __init__(self, qmp: QmpClient) -> None:
-        """Raises:
-        MachineError: the monitor went away.
+        """Query the backends.
+
+        Raises:
+            MachineError: the monitor went away.
         """
         self._qmp = qmp
         text = qmp.hmp("info network").replace("\r", "")
@@ -60,14 +61,14 @@ class Backends:
         return {name: kind[6:-1] for name, kind in children.items() if kind.startswith("child<")}
 
     def has(self, option: Option) -> bool:
-        """Whether the back end of a recorded option is still there; True where nobody can tell."""
+        """Return whether the backend of a recorded option still exists; True if that is unknown."""
         if option.name == "netdev":
             return option.identity in self._nets or not option.identity
         live = self._kinds.get(option.name)
         return not live or option.identity in live
 
     def needed(self, option: Option) -> list[tuple[str, str]]:
-        """(kind, id) of what an option names."""
+        """Return (kind, id) of each backend that an option names."""
         fields = option.fields()
         return [
             (kind, fields[key])
@@ -77,7 +78,8 @@ class Backends:
         ]
 
     def option(self, kind: str, identity: str) -> Option | None:
-        """The option that makes it again; None if it is not there, or cannot be described."""
+        """Return the option that recreates a backend; None if it is gone, or cannot be
+        described."""
         if kind == "netdev":
             return self._net(identity)
         found = self._kinds[kind].get(identity)
@@ -85,7 +87,8 @@ class Backends:
             return None
         if kind == "chardev":
             backend = found.removeprefix("chardev-")
-            # Its own file or address is never used again (docs/reference/restore.md).
+            # The restored VM never reuses the original's file or address
+            # (docs/reference/restore.md).
             place = {"file": {"path": "/dev/null"}, "socket": {"path": f"{identity}.sock"}}
             return made("chardev", {"backend": backend, "id": identity} | place.get(backend, {}))
         return self._object(identity, found)
@@ -121,7 +124,8 @@ class Backends:
 
 
 def missing(backends: Backends, line: Iterable[Option], of: Iterable[Option]) -> list[Option]:
-    """Back ends that the options ``of`` need and ``line`` does not make, in the order of need."""
+    """Return the backends that the options ``of`` need and ``line`` does not make, in the order of
+    need."""
     there = {(option.name, option.identity) for option in line}
     found: list[Option] = []
     waiting = list(of)

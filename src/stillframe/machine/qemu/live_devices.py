@@ -1,7 +1,7 @@
-"""The devices that a running QEMU has, from its object tree, and the options that make them again.
+"""The devices of a running QEMU, from its object tree, and the options that recreate them.
 
-Sources: QEMU ``qapi/qom.json``, ``qapi/qdev.json``; ``softmmu/qdev-monitor.c`` (qdev_set_id: where
-devices are in the tree, and the numbers of those without id).
+Sources: QEMU ``qapi/qom.json``, ``qapi/qdev.json``; ``softmmu/qdev-monitor.c`` (qdev_set_id: the
+devices' places in the tree, and the numbers of those without an id).
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ socket-id die-id cluster-id core-id thread-id module-id book-id drawer-id node-i
 """
 _CPU_KEYS = frozenset(_CPU_WORDS.split())
 _PLACES = ("bus", "addr", "scsi-id", "channel", "lun", "port", "unit", "nr", "slot")
-"""Properties that say where a device is; QEMU chooses those that are not given."""
+"""Properties that say where a device is; QEMU chooses those that are absent."""
 _TEXTS = frozenset({"str", "string"})
 _ALWAYS = frozenset({"romfile"})
-"""Empty is another value than none."""
+"""An empty value differs from none."""
 _MADE_BY_BOARD = frozenset({"busnr", "hotplugged", "failover_pair_id", "bootindex"})
 
 
 class LiveDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """A device that somebody asked for. ``id``: empty if it has none; ``number``: then its place
-    in the order of all such. ``bus``: name of the bus that it is on, ``bus_path`` its QOM path."""
+    """A device that a user asked for. ``id``: empty if it has none; ``number``: then its position
+    among all such devices. ``bus``: the name of the bus that it is on, ``bus_path`` its QOM
+    path."""
 
     path: str
     kind: str
@@ -43,7 +44,7 @@ class LiveDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_devices(qmp: QmpClient) -> list[LiveDevice]:
-    """All devices of ``-device`` and ``device_add``; those on a bus come after who has the bus.
+    """Return all devices of ``-device`` and ``device_add``; each one after the owner of its bus.
 
     Raises:
         MachineError: the monitor went away.
@@ -55,7 +56,7 @@ def read_devices(qmp: QmpClient) -> list[LiveDevice]:
         if str(as_map(item).get("type")).startswith("child<")
     ]
     ordered: list[LiveDevice] = []
-    for _ in range(len(found)):  # each round takes those whose bus is there by now
+    for _ in range(len(found)):  # each round takes those whose bus exists by now
         waiting = {f"{device.path}/" for device in found if device not in ordered}
         ready = [
             device
@@ -82,7 +83,7 @@ def _device(qmp: QmpClient, container: str, name: str, kind: str) -> LiveDevice:
 
 
 class DeviceOptions:
-    """Says by which options a device would be made as it is now."""
+    """The options that would create a device as it is now."""
 
     def __init__(self, qmp: QmpClient) -> None:
         self._qmp = qmp
@@ -91,7 +92,7 @@ class DeviceOptions:
         self._usb_ports: dict[str, str] | None = None
 
     def all(self, device: LiveDevice) -> dict[str, object]:
-        """Everything that differs from the defaults of its kind, and where it is.
+        """Return everything that differs from the defaults of its kind, and its place.
 
         Raises:
             MachineError: the monitor went away.
@@ -119,7 +120,7 @@ class DeviceOptions:
         return fields
 
     def place(self, device: LiveDevice) -> dict[str, object]:
-        """Where it is: its bus, and its address there.
+        """Return the device's place: its bus, and its address there.
 
         Raises:
             MachineError: the monitor went away.
@@ -135,13 +136,13 @@ class DeviceOptions:
         names = self._names(device)
         value = self._value(device, name) if name in names else None
         if name == "addr" and "multifunction" in names and isinstance(value, int):
-            return f"{value >> 3:x}.{value & 7}"  # of PCI: slot and function
+            return f"{value >> 3:x}.{value & 7}"  # PCI: slot and function
         if name == "port" and not value and device.kind.startswith("usb-"):
             return self._usb_port(device.id)
         return value
 
     def has(self, device: LiveDevice, key: str) -> bool:
-        """Whether it has that property.
+        """Return whether the device has that property.
 
         Raises:
             MachineError: the monitor went away.
@@ -149,7 +150,7 @@ class DeviceOptions:
         return key in self._names(device)
 
     def text(self, device: LiveDevice, key: str) -> str:
-        """One property as an option would say it.
+        """Return one property in the form that an option would give it.
 
         Raises:
             MachineError: the monitor went away.

@@ -1,4 +1,4 @@
-"""Brings the disks of a command line up to date: media that were changed, overlays, other nodes.
+"""Updates to the disks of a command line: changed media, overlays, other nodes.
 
 Sources: QEMU ``blockdev.c``, ``qapi/block-core.json``.
 """
@@ -24,7 +24,8 @@ _NODE_NAME_MAX = 31
 
 
 class DiskLine:
-    """Takes a command line and the disks that there are; ``notes``: what could not be written."""
+    """A command line, brought up to date with the existing disks; ``notes``: what no option can
+    express."""
 
     def __init__(
         self, line: Iterable[Option], disks: Sequence[DiskRecord], directory: Path, machine: str
@@ -38,7 +39,7 @@ class DiskLine:
         self._changed = False
 
     def update(self, devices: Mapping[str, str]) -> list[Option]:
-        """The line with the disks of now.
+        """Return the line with the present disks.
 
         Args:
             devices: value of a ``-device`` option to its QOM path.
@@ -75,7 +76,7 @@ class DiskLine:
                 self.line[index] = self._drive(option, disk)
         for disk in live.values():
             match = _OWN_DRIVE.fullmatch(disk.device)
-            if match and disk.filename:  # a medium in a drive that the machine has of itself
+            if match and disk.filename:  # a medium in one of the machine's built-in drives
                 kind, bus, unit = match[1], match[2], match[3]
                 place = {"bus": bus, "unit": unit} if unit else {"bus": "0", "unit": bus}
                 self._warn_of_address(disk)
@@ -86,7 +87,7 @@ class DiskLine:
         fields = drive_fields(option) or {}
         given = fields.get("file.filename") or fields.get("file", "")
         if given in {image.node_name for image in disk.images[:1]}:
-            return option  # it names a node of a -blockdev
+            return option  # names a node of a -blockdev
         if disk.filename == given or self._same(given, disk):
             return option
         self._warn_of_address(disk)
@@ -100,7 +101,7 @@ class DiskLine:
         return made("drive", stays | _opened(disk))
 
     def _same(self, given: str, disk: DiskRecord) -> bool:
-        """Whether a recorded file name is the live one."""
+        """Return whether a recorded file name is the live one."""
         driver = disk.images[-1 if disk.temporary else 0].driver if disk.images else ""
         given = given.removeprefix("file:")
         if _ADDRESS.match(given):
@@ -144,7 +145,7 @@ class DiskLine:
         return option.changed({"drive": name})
 
     def _recorded_chain(self, name: str, disk: DiskRecord) -> bool:
-        """Whether the recorded ``-blockdev`` options lead from a node to the live images."""
+        """Return whether the recorded ``-blockdev`` options lead from a node to the live images."""
         nodes = {o.identity: o.fields() for o in self.line if o.name == "blockdev"}
         live = [image.filename for image in disk.images]
         for filename in live:
@@ -162,7 +163,8 @@ class DiskLine:
         return False
 
     def _nodes(self, disk: DiskRecord) -> list[Option] | None:
-        """New ``-blockdev`` options, lowest image first; None for an image that has none."""
+        """Return new ``-blockdev`` options, lowest image first; None if an image cannot be
+        expressed as one."""
         images = disk.images[1 if disk.temporary else 0 :]
         made_: list[Option] = []
         for level, image in reversed(list(enumerate(images))):
@@ -181,7 +183,7 @@ class DiskLine:
         return made_
 
     def _prune(self) -> None:
-        """Leave out nodes that no device leads to any more."""
+        """Drop nodes that no device leads to any more."""
         named = {v for o in self.line if o.name != "blockdev" for v in o.fields().values()}
         nodes = [option for option in self.line if option.name == "blockdev"]
         reached: set[str] = set()
@@ -192,8 +194,8 @@ class DiskLine:
 
 
 def _is_at(qdev: str, path: str) -> bool:
-    """Whether ``query-block`` means the device of a QOM path; it gives the id where there is one
-    (QEMU ``block/block-backend.c``: blk_get_attached_dev_id)."""
+    """Return whether ``query-block`` means the device at a QOM path; it gives the id if there is
+    one (QEMU ``block/block-backend.c``: blk_get_attached_dev_id)."""
     return f"{qdev}/".startswith(f"{path}/") or path == f"/machine/peripheral/{qdev}"
 
 
@@ -221,7 +223,7 @@ def _node_name(disk: DiskRecord, image: ImageRecord, level: int) -> str:
 
 
 def _file_of(nodes: Mapping[str, Mapping[str, str]], name: str) -> str | None:
-    """The file that a recorded node shows; None if it is none in a file."""
+    """Return the file that a recorded node shows; None if it shows none."""
     for _ in range(len(nodes) + 1):
         fields = nodes.get(name, {})
         found = fields.get("filename") or fields.get("file.filename")
@@ -232,7 +234,8 @@ def _file_of(nodes: Mapping[str, Mapping[str, str]], name: str) -> str | None:
 
 
 def _below(nodes: Mapping[str, Mapping[str, str]], name: str) -> str | None:
-    """The recorded backing node; empty if there is to be none, None if the image says it."""
+    """Return the recorded backing node; empty if the option rules one out, None if the image names
+    it."""
     for _ in range(len(nodes) + 1):
         fields = nodes.get(name, {})
         if "backing" in fields:

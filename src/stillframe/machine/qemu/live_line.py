@@ -1,8 +1,7 @@
 """The command line of a QEMU that has what a running one has now (DESIGN section 8).
 
-The recorded line is the basis: what still holds stays as it was written. Devices that were
-unplugged are left out with their back ends, those that were plugged in are added, and media and
-overlays are those of now.
+The recorded line is the basis: whatever still holds stays as written. Unplugged devices are left
+out with their backends, plugged ones are added, and media and overlays are the present ones.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ _ALIASES = {
     "lsi": "lsi53c895a",
     "e1000-82540em": "e1000",
 }
-"""Names of devices that are not the beginning of the real one (``softmmu/qdev-monitor.c``)."""
+"""Device names that are not a prefix of the real name (``softmmu/qdev-monitor.c``)."""
 _TELLING = ("mac", "netdev", "chardev", "memdev", "addr", "bus")
-"""Properties that show that another device has come under the same id."""
+"""Properties that reveal a different device under the same id."""
 
 
 class LiveLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +46,10 @@ class LiveLine(msgspec.Struct, frozen=True, kw_only=True):
 def live_line(
     qmp: QmpClient, argv: Sequence[str], directory: Path, disks: Sequence[DiskRecord]
 ) -> LiveLine:
-    """Write it. The guest is not touched.
+    """Write the live command line. The guest is not touched.
 
     Args:
-        argv: as QEMU was started. directory: where.
+        argv: QEMU's original command line. directory: where it was started.
 
     Raises:
         MachineError: the monitor went away.
@@ -68,7 +67,7 @@ def live_line(
         if id(option) in gone or not (backends.has(option) and _has_node(nodes, option)):
             continue
         device = paired.get(id(option))
-        if device is not None and gone:  # else those after the gone ones would move up
+        if device is not None and gone:  # else devices after the gone ones would move up
             fields = option.fields()
             place = {k: v for k, v in describe.place(device).items() if k not in fields}
             kept.append(option.changed(place))
@@ -131,7 +130,8 @@ def _has_node(nodes: Set[str], option: Option) -> bool:
 def _made_by_drive(
     device: LiveDevice, disks: Iterable[DiskRecord], line: Iterable[Option]
 ) -> tuple[Option, Option] | None:
-    """The ``-drive`` that a device comes from (``if=virtio``), and the same without a device."""
+    """Return the ``-drive`` that a device comes from (``if=virtio``), and the same without a
+    device."""
     names = {disk.device for disk in disks if disk.qdev.startswith(f"{device.path}/")}
     for option, name in drive_names(line, {disk.device for disk in disks}):
         fields = drive_fields(option) or {}
@@ -144,7 +144,8 @@ def _made_by_drive(
 def _made_by_virtfs(
     device: LiveDevice, describe: DeviceOptions, line: Iterable[Option]
 ) -> tuple[Option, Option] | None:
-    """The ``-virtfs`` that a device comes from (QEMU ``system/vl.c``), and its half without it."""
+    """Return the ``-virtfs`` that a device comes from (QEMU ``system/vl.c``), and the same without
+    a device."""
     if not device.kind.startswith("virtio-9p"):
         return None
     name = describe.text(device, "fsdev")
@@ -157,14 +158,16 @@ def _made_by_virtfs(
 
 
 def _is_debugcon(device: LiveDevice, line: Iterable[Option]) -> bool:
-    """Whether ``-debugcon`` makes it (QEMU ``system/vl.c``), whatever else is on the bus."""
+    """Return whether ``-debugcon`` makes the device (QEMU ``system/vl.c``), whatever else is on the
+    bus."""
     return device.id == "debugcon" and any(option.name == "debugcon" for option in line)
 
 
 def _pair(
     line: Iterable[Option], live: Sequence[LiveDevice], describe: DeviceOptions
 ) -> dict[int, LiveDevice]:
-    """Which live device each ``-device`` option has made, by the ``id()`` of the option."""
+    """Return the live device that each ``-device`` option has made, by the ``id()`` of the
+    option."""
     options = [option for option in line if option.name == "device"]
     named = {device.id: device for device in live if device.id}
     found = {
@@ -172,7 +175,7 @@ def _pair(
         for option in options
         if option.identity in named and _is_still(option, named[option.identity], describe)
     }
-    # Those without id are in the order of their making: JSON comes last.
+    # Devices without an id are in the order of their creation: JSON options come last.
     waiting = [device for device in live if not device.id]
     anonymous = sorted((o for o in options if not o.identity), key=lambda o: o.is_json)
     for telling in ((*_TELLING, "drive"), _TELLING):  # another medium, another drive
@@ -191,7 +194,7 @@ def _is_still(
     describe: DeviceOptions,
     telling: Iterable[str] = _TELLING,
 ) -> bool:
-    """Whether a live device is the one that an option has made."""
+    """Return whether an option has made this live device."""
     fields = option.fields()
     driver = fields.get("driver", "")
     if device.kind not in (driver, _ALIASES.get(driver)) and not device.kind.startswith(
@@ -206,7 +209,7 @@ def _is_still(
 
 
 def _plain(key: str, value: str) -> str:
-    """A value in one of the forms that mean the same."""
+    """Return one canonical form of equivalent values."""
     if key == "addr":
         parts = [part.removeprefix("0x").lstrip("0") or "0" for part in value.lower().split(".")]
         return ".".join([*parts, "0"][:2])

@@ -1,4 +1,4 @@
-"""What was changed in a running QEMU and no option of a new command line says: told by name."""
+"""Changes in a running QEMU that no option of a new command line expresses: reported by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LIMITS = ("iops", "iops_rd", "iops_wr", "bps", "bps_rd", "bps_wr")
 def unsaid(
     qmp: QmpClient, line: Sequence[Option], *, nics: int, plugged_nics: int
 ) -> Iterator[str]:
-    """The differences.
+    """Yield the differences.
 
     Args:
-        line: the options of the start. nics: network cards that there are; plugged_nics: those of
+        line: the options at the start. nics: existing network cards; plugged_nics: those of
             ``-device`` and ``device_add``.
 
     Raises:

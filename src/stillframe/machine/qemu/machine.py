@@ -26,20 +26,21 @@ class QemuMachine(ProcessMachine):
         """Prepare; the guest is not touched.
 
         Raises:
-            HostError: the process's memory may not be read. MachineError: the process is gone.
+            HostError: we may not read the process's memory. MachineError: the process is gone.
         """
         self._ram_list = QemuRamTable(info.pid, qmp)
         super().__init__(info, qmp, self._ram_list)
 
     def accelerator(self) -> str:
-        """``kvm``, ``tcg``, or what the command line asked for."""
+        """Return ``kvm``, ``tcg``, or what the command line asked for."""
         reply = self.qmp.execute("query-kvm")
         if isinstance(reply, Mapping) and reply.get("enabled") is True:
             return "kvm"
         return self.info.accelerator
 
     def describe(self) -> MachineRecord:
-        """What the VM is, with what was plugged, unplugged and changed since its start.
+        """Return a record of the VM, with everything plugged, unplugged and changed since its
+        start.
 
         The guest is not touched.
 
@@ -60,10 +61,10 @@ class QemuMachine(ProcessMachine):
         )
 
     def preflight(self, mode: Mode = "background", moment: Moment = "first") -> list[Blocker]:
-        """Everything that stands in the way of a snapshot now. The guest is not touched.
+        """Return everything that blocks a snapshot now. The guest is not touched.
 
         Raises:
             MachineError: the monitor or the process went away. HostError: not permitted.
-            RefusedError: the RAM blocks cannot be told for certain.
+            RefusedError: the RAM blocks cannot be determined for certain.
         """
         return preflight(self.info, self.qmp, self._ram_list, mode, moment)

@@ -1,4 +1,4 @@
-"""The options of a QEMU command line, one by one: read, changed, and written again.
+"""The options of a QEMU command line, one by one: parsed, changed, and written again.
 
 Syntax: QEMU ``util/keyval.c``, ``util/qemu-option.c``; JSON for the options that take it.
 """
@@ -37,7 +37,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         return self.value.startswith("{")
 
     def fields(self) -> dict[str, str]:
-        """Its keys and values; those of nested JSON joined by dots."""
+        """Return its keys and values; keys of nested JSON are joined by dots."""
         if self.is_json:
             try:
                 return _flat(json.loads(self.value))
@@ -53,7 +53,8 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     def changed(
         self, new: Mapping[str, object] | None = None, *, without: Iterable[str] = ()
     ) -> Option:
-        """The same with other values: keys added or replaced, and left out with all below them."""
+        """Return the option with ``new`` keys added or replaced, and ``without`` dropped with all
+        below them."""
         gone = tuple(without)
 
         def stays(key: str) -> bool:
@@ -70,7 +71,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def split(argv: Sequence[str]) -> list[Option]:
-    """The options of a command line; the program's name is skipped. Loses no word."""
+    """Split a command line into options; skip the program's name. No word is lost."""
     found: list[Option] = []
     rest = list(argv[1:])
     while rest:
@@ -86,14 +87,14 @@ def split(argv: Sequence[str]) -> list[Option]:
 
 
 def made(name: str, fields: Mapping[str, object], *, as_json: bool = False) -> Option:
-    """A new option."""
+    """Build a new option."""
     value = json.dumps(fields, separators=(",", ":")) if as_json else ""
     value = value or _text(fields, _IMPLIED.get(name, ""))
     return Option(name=name, value=value, words=(f"-{name}", value))
 
 
 def words(line: Iterable[Option]) -> list[str]:
-    """The words of options."""
+    """Return the words of the options."""
     return [word for option in line for word in option.words]
 
 

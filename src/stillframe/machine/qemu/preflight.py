@@ -1,4 +1,4 @@
-"""The pre-flight of a QEMU (see ``machine.process.preflight``): what its monitor tells.
+"""The pre-flight of a QEMU (see ``machine.process.preflight``): what its monitor shows.
 
 QEMU's own background snapshot inhibits or refuses the same things from inside (QEMU
 ``migration/options.c``: migrate_caps_check, ``migration/ram.c``: ram_write_tracking_compatible).
@@ -27,8 +27,8 @@ _DEVICE_PATHS = ("/machine/peripheral", "/machine/peripheral-anon")
 _ARCHITECTURES = """
 i386 x86_64 riscv32 riscv64 loongarch64 m68k sh4 sh4eb sparc ppc hppa rx xtensa xtensaeb
 """
-"""Their target pages are always 4096 bytes. Arm and MIPS have several sizes, and say in the stream
-which; ppc64 and s390x have RAM-like state that ``xen-save-devices-state`` leaves out."""
+"""Their target pages are always 4096 bytes. Arm and MIPS have several sizes, and state theirs in
+the stream; ppc64 and s390x have RAM-like state that ``xen-save-devices-state`` leaves out."""
 _PAGE_4096 = frozenset(_ARCHITECTURES.split())
 _EVER = (1 << 16,)
 _UNSAVABLE = {
@@ -38,7 +38,7 @@ _UNSAVABLE = {
     "isa-vga": ((8,), _EVER, "QEMU crashes when it loads it again"),
     "sd-card-spi": ((8,), _EVER, "QEMU aborts when it loads it again"),
 }
-"""By QOM type: the first QEMU that may have the fault, the first without it, and what it does. From
+"""By QOM type: the first QEMU that may have the fault, the first without it, and its effect. From
 the sweep of ``tests/soak/device_sweep.py`` on 7.2 and 10.0."""
 _HINT_PROPERTIES = ("free-page-reporting", "free-page-hint")
 
@@ -46,11 +46,11 @@ _HINT_PROPERTIES = ("free-page-reporting", "free-page-hint")
 def preflight(
     info: VmInfo, qmp: QmpClient, table: QemuRamTable, mode: Mode, moment: Moment
 ) -> list[Blocker]:
-    """Everything that stands in the way of a snapshot now, refusals first.
+    """Return everything that blocks a snapshot now, refusals first.
 
     Raises:
         MachineError: the monitor or the process went away. HostError: not permitted.
-        RefusedError: the RAM blocks cannot be told for certain.
+        RefusedError: the RAM blocks cannot be determined for certain.
     """
     inspection = msgspec.structs.replace(
         gather(info, qmp, table.read() if moment != "stop" else (), mode), devices=_devices(qmp)
@@ -72,7 +72,7 @@ def _devices(qmp: QmpClient) -> dict[str, str]:
 
 
 def snapshot_jobs(inspection: Inspection) -> Iterator[Blocker]:
-    """QEMU's own snapshot is under way."""
+    """Find a running snapshot of QEMU's own."""
     for job in as_list(ask(inspection.qmp, "query-jobs")):
         kind, state = as_map(job).get("type"), as_map(job).get("status")
         if kind in ("snapshot-save", "snapshot-load") and state not in ("concluded", "null"):
@@ -85,8 +85,8 @@ def snapshot_jobs(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def suspended(inspection: Inspection) -> Iterator[Blocker]:
-    """Before 9.0 QEMU wakes a suspended guest to migrate it, and a loaded one never wakes (QEMU
-    commit b533450e74: system/cpus.c, vm_was_suspended)."""
+    """Find a suspended guest: QEMU before 9.0 wakes it to migrate it, and a loaded one never wakes
+    (QEMU commit b533450e74: system/cpus.c, vm_was_suspended)."""
     if inspection.status == "suspended" and inspection.qmp.version < (9,):
         yield Blocker(
             name="suspended",
@@ -98,13 +98,14 @@ def suspended(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def why_unsavable(kind: str, version: Sequence[int]) -> str:
-    """What that QEMU does to a device of that QOM type; empty if nothing."""
+    """Return what a QEMU of that version does wrong with a device of that QOM type, or an empty
+    string."""
     since, before, why = _UNSAVABLE.get(kind, (_EVER, _EVER, ""))
     return why if since <= tuple(version) < before else ""
 
 
 def unsavable(inspection: Inspection) -> Iterator[Blocker]:
-    """Devices that QEMU saves or loads wrongly, and does not say so (docs/reference/devices.md)."""
+    """Find devices that QEMU silently saves or loads wrongly (docs/reference/devices.md)."""
     for path, kind in inspection.devices.items():
         why = why_unsavable(kind, inspection.qmp.version)
         if why:
@@ -117,10 +118,11 @@ def unsavable(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def balloon(inspection: Inspection) -> Iterator[Blocker]:
-    """A balloon gives pages away behind the protection; from outside nobody can inhibit it.
+    """Find a balloon, which discards pages past the protection; nothing outside QEMU can inhibit
+    it.
 
-    Pages of private and of unnamed memory are saved before they go. Those of a file are punched
-    out before anybody is told, from hugetlbfs also private ones (QEMU ``system/physmem.c``:
+    Pages of private and of unnamed memory are saved before they go. Pages of a file are punched out
+    before any event, from hugetlbfs also private ones (QEMU ``system/physmem.c``:
     ram_block_discard_range).
     """
     of_files = [
@@ -158,7 +160,7 @@ def balloon(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def virtio_mem(inspection: Inspection) -> Iterator[Blocker]:
-    """virtio-mem plugs and unplugs parts of its block as the guest agrees."""
+    """Find virtio-mem, which plugs and unplugs parts of its block as the guest agrees."""
     for device in as_list(ask(inspection.qmp, "query-memory-devices")):
         data = as_map(as_map(device).get("data"))
         kind = as_map(device).get("type")
@@ -185,7 +187,7 @@ def virtio_mem(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def confidential(inspection: Inspection) -> Iterator[Blocker]:
-    """Encrypted or private guest memory cannot be read from outside."""
+    """Find encrypted or private guest memory, which cannot be read from outside."""
     hidden = [
         idstr
         for idstr, flags in inspection.ram_flags.items()
@@ -208,7 +210,7 @@ def confidential(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def target(inspection: Inspection) -> Iterator[Blocker]:
-    """The stream is written in target pages of 4096 bytes."""
+    """Find guests that the stream, in target pages of 4096 bytes, cannot represent."""
     arch = str(as_map(ask(inspection.qmp, "query-target")).get("arch"))
     if arch not in _PAGE_4096:
         yield Blocker(
@@ -220,7 +222,7 @@ def target(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def xen(inspection: Inspection) -> Iterator[Blocker]:
-    """Under Xen the guest's RAM is not QEMU's."""
+    """Find Xen, under which the guest's RAM is not QEMU's."""
     kind = inspection.qmp.execute("qom-get", {"path": "/machine", "property": "type"})
     if inspection.info.accelerator == "xen" or str(kind).startswith("xen"):
         yield Blocker(
@@ -238,7 +240,7 @@ CHECKS: dict[Moment, tuple[Check, ...]] = {
         *shared.CHECKS["first"],
         *_BEFORE_STOP,
         *_WRITERS,
-        virtio_mem,  # what it unplugs meanwhile is seen
+        virtio_mem,  # we see what it unplugs meanwhile
         confidential,
         target,
         xen,

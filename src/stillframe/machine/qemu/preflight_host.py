@@ -10,7 +10,7 @@ from stillframe.machine.process.preflight_host import Check
 
 
 def vfio(inspection: Inspection) -> Iterator[Blocker]:
-    """A passed-through device writes RAM without any page table of ours."""
+    """Find a passed-through device: it writes RAM past the VMM's page tables."""
     fds = sorted(
         target
         for target in inspection.fd_targets
@@ -29,7 +29,7 @@ def vfio(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def vhost_user(inspection: Inspection) -> Iterator[Blocker]:
-    """A vhost-user process writes the shared RAM through its own mapping."""
+    """Find a vhost-user process: it writes the shared RAM through its own mapping."""
     devices = _devices_of(inspection, ("vhost-user-",))
     if "type=vhost-user" in inspection.qmp.hmp("info network"):
         devices.append("a vhost-user network backend")
@@ -43,7 +43,7 @@ def vhost_user(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def vhost_vdpa(inspection: Inspection) -> Iterator[Blocker]:
-    """A vDPA device writes RAM by DMA."""
+    """Find a vDPA device: it writes RAM by DMA."""
     fds = sorted(t for t in inspection.fd_targets if t.startswith("/dev/vhost-vdpa"))
     devices = _devices_of(inspection, ("vhost-vdpa-",))
     if fds or devices:
@@ -56,7 +56,7 @@ def vhost_vdpa(inspection: Inspection) -> Iterator[Blocker]:
 
 
 def rdma(inspection: Inspection) -> Iterator[Blocker]:
-    """RDMA pins guest RAM and writes it by DMA."""
+    """Find RDMA: it pins guest RAM and writes it by DMA."""
     fds = sorted(t for t in inspection.fd_targets if t.startswith("/dev/infiniband/uverbs"))
     devices = _devices_of(inspection, ("pvrdma",))
     if fds or devices:

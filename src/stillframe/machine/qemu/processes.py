@@ -1,4 +1,4 @@
-"""The QEMU system emulators that run on this host, as ``/proc`` and their command lines tell."""
+"""The QEMU system emulators that run on this host, from ``/proc`` and their command lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EMULATOR = re.compile(r"qemu-system-[\w-]+|qemu-kvm|kvm")
 
 
 def read_qemu(pid: int, *, any_program: bool = False) -> VmInfo | None:
-    """The VM that process ``pid`` is, or None: no such process, or no QEMU system emulator.
+    """Return the VM that process ``pid`` is, or None: no such process, or no QEMU system emulator.
 
     Args:
         any_program: take the process for a VM whatever its program is called.
@@ -52,7 +52,7 @@ def read_qemu(pid: int, *, any_program: bool = False) -> VmInfo | None:
 
 
 def human_monitors(info: VmInfo) -> tuple[str, ...]:
-    """Unix sockets on which a QEMU has monitors for people, absolute and reachable from here."""
+    """Return the unix sockets of a QEMU's human monitors, absolute and reachable from here."""
     start, argv = _expanded(info.pid, info.argv)
     directory = Path(f"/proc/{info.pid}")
     found = (
@@ -63,7 +63,7 @@ def human_monitors(info: VmInfo) -> tuple[str, ...]:
 
 
 def _expanded(pid: int, argv: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
-    """Where it was started, and its command line with what ``-readconfig`` adds."""
+    """Return where it was started, and its command line with what ``-readconfig`` adds."""
     start = _started_in(pid, argv)
     if any(word.lstrip("-") == "readconfig" for word in argv):
         argv = (argv[0], *words(Expansion(start).expand(split(argv))))
@@ -71,7 +71,7 @@ def _expanded(pid: int, argv: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
 
 
 def _accelerator(directory: Path, line: CommandLine) -> str:
-    """What runs the guest: certain where the descriptors may be read, else the first asked for."""
+    """Return what runs the guest: certain if we may read the descriptors, else the first choice."""
     try:
         targets = [str(entry.readlink()) for entry in (directory / "fd").iterdir()]
     except OSError:
@@ -85,13 +85,14 @@ def _started_in(pid: int, argv: Sequence[str]) -> Path:
     try:
         return start_directory(pid, argv)
     except (OSError, StillframeError):
-        return Path("/")  # somebody else's process, or gone
+        return Path("/")  # another user's process, or gone
 
 
 def _reachable(
     directory: Path, monitor: Chardev, start: Path, argv: Sequence[str]
 ) -> Address | None:
-    """The monitor's address as we can use it: absolute, and through the VM's own root if needed."""
+    """Return the monitor's address as we can use it: absolute, and through the VM's own root if
+    needed."""
     if monitor.host_port is not None:
         return monitor.host_port
     path = monitor.path
@@ -100,5 +101,5 @@ def _reachable(
     if not path:
         return None
     path = str(start / path)
-    # It was bound before QEMU went into its own -chroot.
+    # QEMU bound it before it entered its own -chroot.
     return os.path.normpath(path) if chroots(argv) else reachable_path(directory, path)

@@ -1,9 +1,9 @@
-"""QEMU's own list of RAM blocks, read in its memory without stopping it.
+"""QEMU's own list of RAM blocks, read from its memory without stopping it.
 
 ``ram_list`` is a global that builds with modules export. The layout is that of QEMU 5.2 to 10.2 on
-x86-64 with glibc (``include/exec/ramlist.h``, ``include/exec/ramblock.h``); it is never trusted
+x86-64 with glibc (``include/exec/ramlist.h``, ``include/exec/ramblock.h``). It is never trusted
 alone: the caller compares every block with the monitor's ``info ramblock``. The list may change
-under us, so a walk is bounded and each pointer may be stale.
+during a read, so a walk is bounded and any pointer may be stale.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from stillframe.kernel.proc_maps import proc_error
 from stillframe.machine.qemu.elf_symbols import ElfError, symbol_address
 
 HEAD_OFFSETS = (56, 72)
-"""First block's pointer behind mutex and mru_block; the mutex is larger with CONFIG_DEBUG_MUTEX."""
+"""Offset of the first block's pointer, behind mutex and mru_block; CONFIG_DEBUG_MUTEX enlarges the
+mutex."""
 
 _BLOCK_BYTES = 344
 _HOST, _OFFSET, _FLAGS, _IDSTR, _NEXT = 24, 40, 72, 76, 336
@@ -31,7 +32,7 @@ RAM_GUEST_MEMFD = 1 << 12
 
 
 class ListedBlock(msgspec.Struct, frozen=True, kw_only=True):
-    """A RAMBlock as it lies in QEMU's memory; ``flags`` are RAM_* of ``include/exec/memory.h``."""
+    """A RAMBlock from QEMU's memory; ``flags`` are RAM_* of ``include/exec/memory.h``."""
 
     idstr: str
     hva: int
@@ -42,11 +43,11 @@ class ListedBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RamListError(Exception):
-    """The list is not readable now (torn), or its layout is another one."""
+    """The list cannot be read now (torn), or has another layout."""
 
 
 class RamList:
-    """A handle on the ``ram_list`` of one process; it only reads."""
+    """A read-only handle on the ``ram_list`` of one process."""
 
     def __init__(self, pid: int) -> None:
         """Find the list.
@@ -69,16 +70,16 @@ class RamList:
         self._address = address
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def walk(self, head_offset: int) -> list[ListedBlock]:
-        """The blocks in QEMU's order, if the list's head lies at ``head_offset``.
+        """Return the blocks in QEMU's order, if the list's head is at ``head_offset``.
 
         Raises:
-            RamListError: it makes no sense, now or with this layout.
+            RamListError: the list makes no sense, now or with this layout.
         """
         pointer: int = struct.unpack("<Q", self._read(self._address + head_offset, 8))[0]
         blocks: list[ListedBlock] = []

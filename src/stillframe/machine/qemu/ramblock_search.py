@@ -1,9 +1,10 @@
-"""Find RAM blocks by the shape of their mappings, for QEMU that neither exports nor prints them.
+"""A search for RAM blocks by the shape of their mappings, for a QEMU that neither exports nor
+prints them.
 
-Every block that QEMU allocates is a mapping of exactly its maximal length, writable, not copied
-on fork (VmFlags ``dc``), with one page without access behind it (``util/mmap-alloc.c``:
-qemu_ram_mmap). Blocks that the guest sees now are asked for by ``gpa2hva``; the rest must be the
-only mapping of its length. Anything else is refused: a guess could snapshot the wrong memory.
+Every block that QEMU allocates is a mapping of exactly its maximal length, writable, not copied on
+fork (VmFlags ``dc``), with an inaccessible page behind it (``util/mmap-alloc.c``: qemu_ram_mmap).
+``gpa2hva`` locates the blocks that the guest sees now; each other block must be the only mapping of
+its length. Anything else is refused: a guess could snapshot the wrong memory.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _ANONYMOUS_ALIGN_BYTES = 2 << 20
 
 
 def search_blocks(pid: int, qmp: QmpClient, blocks: list[MonitorBlock]) -> list[int]:
-    """Host virtual address of each block, in the given order (0 for a block without a name).
+    """Return the host virtual address of each block, in the given order (0 for an unnamed block).
 
     Raises:
-        RefusedError: a block is not found, or cannot be told from another.
+        RefusedError: a block is not found, or is ambiguous.
         MachineError, HostError: the monitor or ``/proc`` is out of reach.
     """
     candidates = _candidates(pid)
@@ -49,9 +50,9 @@ def search_blocks(pid: int, qmp: QmpClient, blocks: list[MonitorBlock]) -> list[
 
 
 def _pair(pid: int, names: list[str], starts: list[int]) -> dict[str, int]:
-    """Blocks and mappings of one length that belong together for certain.
+    """Match blocks and mappings of one length where that is certain.
 
-    A PCI option ROM is told from other blocks by its first two bytes (PCI Firmware Specification).
+    The first two bytes distinguish a PCI option ROM from other blocks (PCI Firmware Specification).
     """
     roms = [name for name in names if name.endswith(".rom") and "/" in name]
     others = [name for name in names if name not in roms]
@@ -89,7 +90,8 @@ def _candidates(pid: int) -> list[Vma]:
 
 
 def _anchors(qmp: QmpClient, blocks: list[MonitorBlock], candidates: list[Vma]) -> dict[str, int]:
-    """Blocks that the guest sees now: their start by ``gpa2hva``, checked against a mapping."""
+    """Return the start of each block that the guest sees now, by ``gpa2hva``, checked against a
+    mapping."""
     starts = {(vma.start, vma.length_bytes) for vma in candidates}
     by_name = {block.name: block for block in blocks}
     flats = flat_ranges(qmp.hmp("info mtree -f"))

@@ -1,12 +1,12 @@
-"""The RAM blocks of a running QEMU: names, lengths, host addresses, and what lies under them.
+"""The RAM blocks of a running QEMU: names, lengths, host addresses, and the mappings under them.
 
-Three ways, the first that agrees with the monitor's ``info ramblock`` counts:
+There are three sources; the first that agrees with the monitor's ``info ramblock`` counts:
 
 1. ``ram_list`` in QEMU's memory (``ram_list``), compared field by field;
 2. the host addresses that ``info ramblock`` prints from QEMU 8.0 on;
 3. the mappings' shape, anchored by ``gpa2hva`` (``ramblock_search``), for older builds.
 
-A wrong block would make a wrong snapshot, so where nothing agrees the VM is refused.
+A wrong block would make a wrong snapshot, so if none agrees the VM is refused.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _PAUSE_S = 0.01
 
 
 class QemuRamTable:
-    """Reads the RAM blocks of one VM, as often as wanted. The guest is not touched."""
+    """A reader of one VM's RAM blocks, as often as wanted. The guest is not touched."""
 
     def __init__(self, pid: int, qmp: QmpClient) -> None:
-        """Prepare reading.
+        """Prepare to read.
 
         Raises:
-            HostError: ``/proc/PID/mem`` may not be read.
+            HostError: we may not read ``/proc/PID/mem``.
             MachineError: the process is gone.
         """
         self._pid = pid
@@ -53,15 +53,15 @@ class QemuRamTable:
             self._why_no_list = str(error)
 
     def close(self) -> None:
-        """Give descriptors back."""
+        """Close descriptors."""
         if self._list is not None:
             self._list.close()
 
     def listed(self) -> list[tuple[ListedBlock, int]]:
-        """The migratable blocks with their page sizes in bytes, in QEMU's order.
+        """Return the migratable blocks with their page sizes in bytes, in QEMU's order.
 
         Raises:
-            RefusedError: the blocks cannot be told for certain.
+            RefusedError: the blocks cannot be determined for certain.
             MachineError: the monitor went away.
         """
         for attempt in range(_TRIES):
@@ -97,7 +97,7 @@ class QemuRamTable:
         return None
 
     def read(self) -> list[RamBlock]:
-        """The migratable blocks, in QEMU's order, with page size and what lies under them.
+        """Return the migratable blocks, in QEMU's order, with page size and the mapping under each.
 
         Raises:
             RefusedError: as ``listed``; or a block is not mapped as it should be.
@@ -118,16 +118,16 @@ class QemuRamTable:
         )
 
     def signature(self) -> Signature:
-        """What must not change while a snapshot is made: cheap to read, and to compare.
+        """Return what must not change during a snapshot: cheap to read, and to compare.
 
-        From QEMU's memory where the list is found there (well under a millisecond, without the
-        monitor), else from the monitor.
+        It comes from QEMU's memory if the list was found there (well under a millisecond, without
+        the monitor), else from the monitor.
 
         Raises:
             RefusedError: as ``listed``. MachineError: the monitor went away.
         """
         if self._list is not None and self._head_offset is None:
-            self.listed()  # all signatures are to be made in one way
+            self.listed()  # take all signatures from the same source
         if self._list is not None and self._head_offset is not None:
             for _ in range(_TRIES):
                 with contextlib.suppress(RamListError):
@@ -143,7 +143,7 @@ class QemuRamTable:
 
 
 def read_ram_blocks(pid: int, qmp: QmpClient) -> list[RamBlock]:
-    """The migratable RAM blocks of a VM; ``QemuRamTable`` is for reading them more than once.
+    """Return the migratable RAM blocks of a VM, once; ``QemuRamTable`` reads them repeatedly.
 
     Raises:
         RefusedError, HostError, MachineError: as ``QemuRamTable``.

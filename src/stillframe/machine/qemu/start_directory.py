@@ -1,7 +1,7 @@
-"""Where a QEMU was started: what relative paths of its command line are relative to.
+"""The directory in which a QEMU was started: the base of its command line's relative paths.
 
-A daemonized or chrooted QEMU has changed its working directory. Its open files still know theirs,
-and its environment the shell's (QEMU ``os-posix.c``: os_setup_post).
+A daemonized or chrooted QEMU has changed its working directory. Its open files still show their
+paths, and its environment the shell's directory (QEMU ``os-posix.c``: os_setup_post).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ _SOCKET = re.compile(r"unix:([^,]+)")
 
 
 def start_directory(pid: int, argv: Sequence[str]) -> Path:
-    """The directory, as far as it can be told; the present one of a QEMU that stays in it.
+    """Return the start directory, as far as it can be determined; for a QEMU that stays in it, the
+    present one.
 
     Raises:
-        OSError: the process may not be looked into, or is gone.
+        OSError: we may not inspect the process, or it is gone.
         HostError, MachineError: the same.
     """
     process = Path(f"/proc/{pid}")
@@ -48,7 +49,7 @@ def start_directory(pid: int, argv: Sequence[str]) -> Path:
 
 
 def chroots(argv: Sequence[str]) -> bool:
-    """Whether a QEMU changes its root directory itself, once it has opened everything."""
+    """Return whether a QEMU changes its root directory itself, once it has opened everything."""
     return any(
         option.name == "chroot" or (option.name == "run-with" and "chroot" in option.fields())
         for option in split(argv)
