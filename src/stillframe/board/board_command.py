@@ -17,6 +17,7 @@ import msgspec
 from stillframe.board.guests import GUEST_NAMES
 from stillframe.board.hardware.config import BoardConfig
 from stillframe.board.hardware.layout import (
+    DISPLAY_LIMIT_PIXELS,
     GUEST_GPA,
     PAGE_BYTES,
     RAM_LIMIT_BYTES,
@@ -31,7 +32,6 @@ DEFAULT_RESOLUTION = (640, 480)
 
 _SIZE = re.compile(r"([0-9]{1,15})([KMG]?)(?:iB)?")
 _RESOLUTION = re.compile(r"([0-9]{1,4})x([0-9]{1,4})")
-_SIDE_LIMIT = 4096
 _UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -192,9 +192,9 @@ def _vcpus(text: str, _cwd: str) -> int:
 
 def _resolution(text: str, _cwd: str) -> tuple[int, int]:
     match = _RESOLUTION.fullmatch(text)
-    if match is None or not all(0 < int(side) <= _SIDE_LIMIT for side in match.groups()):
+    if match is None or not all(0 < int(side) <= DISPLAY_LIMIT_PIXELS for side in match.groups()):
         raise ValueError(
-            f"no resolution; write one such as 640x480, each side 1 to {_SIDE_LIMIT} pixels"
+            f"no resolution; write one such as 640x480, each side 1 to {DISPLAY_LIMIT_PIXELS} pixels"
         )
     return int(match[1]), int(match[2])
 

@@ -83,7 +83,11 @@ class GuestAgent:
         handle = self._ask("guest-file-open", {"path": path, "mode": "w"})
         try:
             text = base64.b64encode(content).decode()
-            self._ask("guest-file-write", {"handle": handle, "buf-b64": text})
+            reply = self._ask("guest-file-write", {"handle": handle, "buf-b64": text})
+            if as_map(reply).get("count") != len(content):
+                raise MachineError(
+                    f"the guest agent did not write all of {path}", guest_state="running"
+                )
         finally:
             self._ask("guest-file-close", {"handle": handle})
 

@@ -7,6 +7,7 @@ image. So a take pins its overlay before its snapshot has a name, and every fold
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import msgspec
@@ -18,8 +19,14 @@ PIN = ".pin"
 
 
 class _Pin(msgspec.Struct, frozen=True):
+    """``mount``: the mount point of the file system that the snapshot is on."""
+
     snapshot: str
     pending: bool
+    mount: str = ""
+
+
+_UNREADABLE = _Pin("a snapshot that its pin does not tell", False)
 
 
 def pin(overlay: str, snapshot: str, *, pending: bool) -> None:
@@ -32,15 +39,33 @@ def pin(overlay: str, snapshot: str, *, pending: bool) -> None:
         SinkError: the pin cannot be written.
     """
     path = Path(overlay + PIN)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    place = os.path.abspath(snapshot)  # noqa: PTH100
+    content = msgspec.json.encode(_Pin(place, pending, _mount_of(place)))
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, msgspec.json.encode(_Pin(os.path.abspath(snapshot), pending)))  # noqa: PTH100
-            os.fsync(fd)
+            _write(new, content)
+            new.replace(path)
         finally:
-            os.close(fd)
+            new.unlink(missing_ok=True)
+        _sync(path.parent)
     except OSError as error:
         raise SinkError(f"cannot write {path}", why=error.strerror) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def unpin(overlay: str) -> None:
@@ -61,8 +86,11 @@ def pinned_by(overlay: str) -> str | None:
     if found is None:
         return None
     snapshot = found.snapshot
+    if found is _UNREADABLE:
+        return snapshot
     if not Path(snapshot).exists():
-        return None if Path(snapshot).parent.is_dir() else snapshot
+        was_removed = Path(snapshot).parent.is_dir() and _mount_of(snapshot) == found.mount
+        return None if was_removed else snapshot
     try:
         with open_file(snapshot) as opened:
             disks = opened.manifest.captured_disks
@@ -80,5 +108,15 @@ def is_nobodys(overlay: str) -> bool:
 def _read(overlay: str) -> _Pin | None:
     try:
         return msgspec.json.decode(Path(overlay + PIN).read_bytes(), type=_Pin)
-    except (OSError, msgspec.MsgspecError):
+    except FileNotFoundError:
         return None
+    except (OSError, msgspec.MsgspecError):
+        return _UNREADABLE  # a fold would destroy what some snapshot needs
+
+
+def _mount_of(path: str) -> str:
+    """Return the mount point of a path's file system, which may be absent now."""
+    place = Path(os.path.realpath(path)).parent
+    while not place.is_mount() and place != place.parent:
+        place = place.parent
+    return str(place)

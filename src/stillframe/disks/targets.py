@@ -149,6 +149,7 @@ class Target:
                 " out with --disks none",
                 guest_state="running",
             )
+        self.reserved_bytes = max(self.reserved_bytes, length_bytes)  # there is twice as much
 
     def set_length(self, length_bytes: int) -> None:
         """Set the file's own length, where the image is as long as the disk."""

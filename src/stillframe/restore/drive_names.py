@@ -48,10 +48,9 @@ def _place(
         return divmod(index, most) if most else (0, index)
     if unit is not None:
         return bus or 0, unit
-    places = (
-        (at // most if bus is None else bus, at % most) if most else (bus or 0, at)
-        for at in count()
-    )
+    # A full bus is followed by the next one (QEMU blockdev.c: drive_new).
+    first = bus or 0
+    places = ((first + at // most, at % most) if most else (first, at) for at in count())
     return next(place for place in places if (kind, *place) not in taken)
 
 

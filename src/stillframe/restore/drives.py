@@ -62,7 +62,7 @@ def drive(builder: Builder, option: Option) -> None:
         files = image.files if image is not None and not read_only else ()
         captured = builder.captured.find(name, files=files)
         if captured is None:
-            image = _of_the_instant(builder, option, value, image)
+            image = _of_the_instant(builder, option, name, value, image)
     except UnknownNode as unknown:
         image, captured = None, builder.captured.find(name)
         if captured is None:
@@ -123,10 +123,10 @@ def _is_of_drive(key: str) -> bool:
 
 
 def _of_the_instant(
-    builder: Builder, option: Option, value: OptionValue, image: Image | None
+    builder: Builder, option: Option, name: str, value: OptionValue, image: Image | None
 ) -> Image | None:
     """Return the image that the VM had at the instant, as far as the monitor told."""
-    record = builder.disk_record(value.get("id"))
+    record = builder.disk_record(name)
     temporary = value.is_on("snapshot") or any(o.name == "snapshot" for o in builder.recorded)
     if record is None or (temporary and record.filename):
         return image

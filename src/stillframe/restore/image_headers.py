@@ -42,6 +42,7 @@ def named_images(image: Image) -> Iterator[tuple[str, Image | str]]:
     """Yield all that QEMU opens beyond the nodes of ``image`` because headers name it, at any
     depth, each with the file that names it. A text stands for a name unknown to Stillframe."""
     waiting, seen = [image.tree], set(image.files)
+    read: set[tuple[str, str]] = set()  # a header may name its own file, by way of others
     while waiting:
         tree = waiting.pop()
         waiting += [child for child in tree.values() if isinstance(child, dict)]
@@ -53,6 +54,9 @@ def named_images(image: Image) -> Iterator[tuple[str, Image | str]]:
                 yield f"the {driver} image", "what is not known before it is opened"
             continue
         holder = str(file["filename"])
+        if (holder, driver) in read:
+            continue
+        read.add((holder, driver))
         for named in named_in(holder, driver):
             if named.role in tree:
                 continue  # the command line says otherwise

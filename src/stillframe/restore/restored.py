@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -238,7 +239,7 @@ def _is_needed(directory: Path) -> bool:
 
 def write_vm(vm: RestoredVm) -> None:
     """Write its record into its directory, atomically."""
-    new = Path(vm.directory, f".{RECORD_NAME}.new")
+    new = Path(vm.directory, f".{RECORD_NAME}.{secrets.token_hex(4)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with open(new, "wb", opener=lambda name, _: os.open(name, flags, 0o600)) as file:
         file.write(msgspec.json.encode(vm))

@@ -23,19 +23,22 @@ from stillframe.qmp.command import QmpCommandError
 
 
 class FakeAgent:
-    """Answers as qemu-ga does, with ``answer``; ``silent`` names what it leaves unanswered."""
+    """Answers as qemu-ga does, with ``answer``; ``silent`` names what it leaves unanswered, and
+    ``late`` what it answers when it is asked the next time."""
 
     def __init__(
         self,
         path: Path,
         *,
         silent: str = "",
+        late: str = "",
         refuse: str = "",
         stale: bytes = b"",
         answer: bytes = b'{"return": 2}',
     ) -> None:
         self.asked: list[str] = []
         self._silent, self._refuse, self._stale = silent, refuse, stale
+        self._late, self._owed = late, b""
         self._reply = answer + b"\n"
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.bind(str(path))
@@ -60,6 +63,11 @@ class FakeAgent:
                 self.asked.append(name)
                 if name == self._silent:
                     continue
+                if name == self._late:
+                    self._owed = self._reply
+                    continue
+                link.sendall(self._owed)
+                self._owed = b""
                 if name == self._refuse:
                     link.sendall(b'{"error": {"class": "GenericError", "desc": "no"}}\n')
                 elif name == "guest-sync-delimited":
@@ -95,6 +103,31 @@ def test_freezes_and_thaws(path: Path) -> None:
     agent.thaw()
     agent.thaw()
     assert fake.asked == ["guest-sync-delimited", "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]
+    agent.close()
+    fake.close()
+
+
+def test_an_answer_that_comes_late_is_not_taken_for_the_next_ones(path: Path) -> None:
+    """It froze after all: what a thaw says must be the thaw's own answer."""
+    fake = FakeAgent(path, late="guest-fsfreeze-freeze", refuse="guest-fsfreeze-thaw")
+    agent = agent_at(path)
+    with pytest.raises(MachineError, match="did not answer"):
+        agent.freeze()
+    with pytest.raises(MachineError, match="refused"):
+        agent.thaw()
+    assert agent.frozen
+    agent.close()
+    fake.close()
+
+
+def test_an_agent_that_answers_late_is_told_to_thaw_all_the_same(path: Path) -> None:
+    fake = FakeAgent(path, silent="guest-fsfreeze-freeze")
+    agent = agent_at(path)
+    with pytest.raises(MachineError, match="did not answer"):
+        agent.freeze()
+    agent.thaw()
+    assert not agent.frozen
+    assert fake.asked[-1] == "guest-fsfreeze-thaw"
     agent.close()
     fake.close()
 

@@ -42,7 +42,7 @@ class FakeInspection:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_requests, "file_requests", lambda _pid: {})
+    monkeypatch.setattr(disk_requests, "file_requests", lambda _pid: set())
     monkeypatch.setattr(disk_requests, "stuck", lambda look: sorted(look()))
 
 

@@ -6,16 +6,14 @@ import msgspec
 
 from stillframe.board.hardware.layout import (
     COMMAND_LINE_LIMIT_BYTES,
+    DISPLAY_LIMIT_PIXELS,
     GUEST_GPA,
     PAGE_BYTES,
     RAM_LIMIT_BYTES,
     STACK_BYTES,
     VCPUS_LIMIT,
-    VRAM_LIMIT_BYTES,
 )
 from stillframe.errors import UsageError
-
-_DISPLAY_LIMIT_PIXELS = 8192
 
 
 class BoardConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,13 +52,8 @@ class BoardConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.ram_bytes % PAGE_BYTES:
             raise UsageError(f"{self.ram_bytes} bytes of RAM are not whole pages of 4 KiB")
         for pixels in (self.display_width, self.display_height):
-            if not 1 <= pixels <= _DISPLAY_LIMIT_PIXELS:
+            if not 1 <= pixels <= DISPLAY_LIMIT_PIXELS:
                 raise UsageError(f"a display cannot be {pixels} pixels wide or high")
-        if self.vram_bytes > VRAM_LIMIT_BYTES:
-            raise UsageError(
-                f"a display of {self.display_width}x{self.display_height} pixels is too large: "
-                f"{VRAM_LIMIT_BYTES >> 20} MiB of video RAM hold {VRAM_LIMIT_BYTES // 4} pixels"
-            )
         text = self.command_line.encode()
         if b"\0" in text or len(text) >= COMMAND_LINE_LIMIT_BYTES:
             raise UsageError(

@@ -6,15 +6,12 @@ Source: QEMU ``softmmu/runstate.c`` (main_loop_should_exit), for the order of ev
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from stillframe.board.hardware.board_thread import BoardThread
 from stillframe.board.hardware.power import NOTHING, Power
 from stillframe.board.hardware.run_control import RunControl
 from stillframe.board.hardware.vcpu import Vcpu
-
-logger = logging.getLogger(__name__)
 
 
 class GuestRequests(BoardThread):
@@ -28,7 +25,7 @@ class GuestRequests(BoardThread):
     ) -> None:
         """
         Args:
-            serve: carries out a request; called while everything is stopped.
+            serve: carries out a request and raises nothing; called while everything is stopped.
             end: ends the board; called last by the thread, without the board lock.
         """
         super().__init__("control", control.lock)
@@ -57,12 +54,5 @@ class GuestRequests(BoardThread):
                     # Another thread may have stopped, reset or quit the board first.
                     if self._waiting():
                         request, self._power.request = self._power.request, NOTHING
-                        self._serve_safely(request)
+                        self._serve(request)
         self._end()
-
-    def _serve_safely(self, request: int) -> None:
-        try:
-            self._serve(request)
-        except Exception:  # this thread is needed to end the board
-            logger.exception("request %d of the guest has failed", request)
-            self._control.set_state("internal-error")

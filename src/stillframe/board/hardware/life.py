@@ -75,7 +75,14 @@ class Life:
         self._events.tell("RESET", guest=guest_asked, reason=reason)
 
     def serve(self, request: int) -> None:
-        """Carry out a guest request; see ``power``."""
+        """Carry out a guest request; see ``power``. A request that fails ends the guest."""
+        try:
+            self._carry_out(request)
+        except Exception:  # somebody waits for the end
+            logger.exception("%s: request %d of the guest has failed", self._config.name, request)
+            self._end("internal-error", FAILURE_STATUS)
+
+    def _carry_out(self, request: int) -> None:
         power = self._hardware.power
         if request == RESET:
             self.begin_again(guest_asked=True)

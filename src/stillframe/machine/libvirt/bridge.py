@@ -20,6 +20,7 @@ Sources: libvirt ``include/libvirt/libvirt-qemu.h``, ``src/qemu/qemu_driver.c``.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -75,10 +76,7 @@ class Bridge:
         self._resumed: queue.SimpleQueue[float] = queue.SimpleQueue()
         self._fds: list[int] = []
         self._stopped_s: float | None = None
-        libvirt_qemu.qemuMonitorEventRegister(
-            *(self._connection, self._domain, _EVENTS, self._on_event, None),
-            libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX,
-        )
+        self._register_events()
         threading.Thread(target=self._run_events, name="libvirt-events", daemon=True).start()
         self._own = connect_own(paths)
 
@@ -239,11 +237,18 @@ class Bridge:
             connection = libvirt.open(self._connection.getURI())
             self._domain = connection.lookupByUUIDString(self._domain.UUIDString())
             self._connection = connection
+            self._register_events()
         except libvirt.libvirtError:
             return False
         return True
 
     # Events
+
+    def _register_events(self) -> None:
+        libvirt_qemu.qemuMonitorEventRegister(
+            *(self._connection, self._domain, _EVENTS, self._on_event, None),
+            libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX,
+        )
 
     def _run_events(self) -> None:
         while True:
@@ -273,6 +278,7 @@ class Bridge:
 
     def _commands(self) -> Iterator[Json]:
         decoder, text = json.JSONDecoder(), ""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
             try:
                 data, fds, _flags, _ = socket.recv_fds(self._socket, 1 << 16, _FDS_AT_ONCE)
@@ -283,7 +289,10 @@ class Bridge:
             self._fds += fds
             # The byte that flushes QEMU's parser drops what came before it.
             _, flush, tail = data.rpartition(b"\xff")
-            text = tail.decode(errors="replace") if flush else text + data.decode(errors="replace")
+            if flush:
+                utf8.reset()
+                text = ""
+            text += utf8.decode(tail)
             while text := text.lstrip():
                 try:
                     command, end = decoder.raw_decode(text)

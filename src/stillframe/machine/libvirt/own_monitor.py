@@ -51,7 +51,11 @@ def make_own(ask: Ask, failures: tuple[type[Exception], ...]) -> QmpClient | Non
     monitor = {"qom-type": "monitor-qmp", "id": f"{name}-monitor", "chardev": name}
     either: tuple[type[Exception], ...] = (*failures, StillframeError)
     with contextlib.suppress(*failures):
-        ask({"execute": "chardev-add", "arguments": backend_of}, None)
+        try:
+            ask({"execute": "chardev-add", "arguments": backend_of}, None)
+        except failures:
+            ask({"execute": "closefd", "arguments": {"fdname": name}}, None)
+            raise
         try:
             arguments = {**monitor, "close-action": "delete"}
             ask({"execute": "object-add", "arguments": arguments}, None)

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from stillframe.errors import MachineError, RefusedError
+from stillframe.errors import MachineError, RefusedError, host_error
 from stillframe.kernel.proc_maps import proc_error
 from stillframe.machine.process.vm_info import same_files
 from stillframe.qmp.client import AddedFd, QmpClient
@@ -55,8 +55,8 @@ class DeviceStateSaver:
             self._prepare_file()
 
     def _prepare_memfd(self) -> None:
-        self._fd = os.memfd_create("stillframe-device-state", os.MFD_CLOEXEC)
         try:
+            self._fd = os.memfd_create("stillframe-device-state", os.MFD_CLOEXEC)
             # An fd set hands out a descriptor only if its access mode is exactly the one asked for,
             # and saving asks for write-only.
             write_only = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
@@ -64,16 +64,19 @@ class DeviceStateSaver:
                 self._added = self._qmp.add_fd(write_only)
             finally:
                 os.close(write_only)
+        except OSError as error:
+            self.finish()
+            raise host_error("no memory for the device state", error) from error
         except BaseException:
             self.finish()
             raise
         self._path = self._added.path
 
     def _prepare_file(self) -> None:
-        directory = tempfile.mkdtemp(prefix="stillframe-", dir=_shared_directory(self._pid))
-        self._directory = directory
-        path = Path(directory) / "device-state"
+        shared = _shared_directory(self._pid)
         try:
+            directory = self._directory = tempfile.mkdtemp(prefix="stillframe-", dir=shared)
+            path = Path(directory) / "device-state"
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             _give_to_vmm(self._pid, Path(directory), path)
         except OSError as error:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from stillframe.errors import MachineError
 
-Pending = Mapping[str, Hashable]
-"""Requests under way: a label, and a mark that changes only if the request makes progress."""
+Pending = AbstractSet[tuple[str, Hashable]]
+"""Requests under way: a label, and a mark that changes if the request makes progress. Several
+requests may have the same label."""
 
 _PATIENCE_S = 3.0
 _LOOK_EVERY_S = 0.02
@@ -26,18 +28,18 @@ fdatasync, sync_file_range, fallocate, preadv, pwritev, preadv2, pwritev2."""
 def stuck(look: Callable[[], Pending]) -> list[str]:
     """Return the requests that make no progress for three seconds; as soon as all do, return
     none."""
-    pending = set(look().items())
+    pending = set(look())
     deadline_s = time.monotonic() + _PATIENCE_S
     while pending and time.monotonic() < deadline_s:
         time.sleep(_LOOK_EVERY_S)
-        pending &= set(look().items())
-    return sorted(name for name, _mark in pending)
+        pending &= look()
+    return sorted({name for name, _mark in pending})
 
 
-def file_requests(pid: int) -> dict[str, Hashable]:
+def file_requests(pid: int) -> Pending:
     """Return the files that threads of the process are reading, writing or syncing (proc(5):
     syscall)."""
-    found: dict[str, Hashable] = {}
+    found: set[tuple[str, Hashable]] = set()
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
@@ -45,7 +47,7 @@ def file_requests(pid: int) -> dict[str, Hashable]:
                 if call[0].isdigit() and int(call[0]) in _FILE_IO:
                     target = str(Path(f"/proc/{pid}/fd/{int(call[1], 16)}").readlink())
                     if target.startswith("/"):
-                        found[target] = (task.name, *call, _switches(task))
+                        found.add((target, (task.name, *call, _switches(task))))
     return found
 
 
@@ -58,7 +60,7 @@ def _switches(task: Path) -> str:
 def unanswered_stop(pid: int, waited_s: float) -> MachineError:
     """Return the error for an unanswered ``stop``, from the process alone: the monitor is
     silent."""
-    files = ", ".join(file_requests(pid))
+    files = ", ".join(sorted({name for name, _mark in file_requests(pid)}))
     return MachineError(
         f"the VM has not stopped within {waited_s:g} s",
         why=f"a request to {files or 'one of its disks'} hangs, and QEMU waits for it",

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator
 
 from stillframe.machine import Blocker
 from stillframe.machine.process.inspection import Inspection, ask
-from stillframe.machine.process.stuck_io import file_requests, stuck
+from stillframe.machine.process.stuck_io import Pending, file_requests, stuck
 from stillframe.qmp.client import QmpClient
 from stillframe.qmp.replies import as_list, as_map
 
@@ -47,7 +47,7 @@ def stuck_requests(inspection: Inspection) -> Iterator[Blocker]:
         return  # stopped, so drained; QEMU retries failed requests after cont
     qmp, pid = inspection.qmp, inspection.info.pid
     disks = [_Disk(qmp, entry) for entry in as_list(ask(qmp, "query-block")) if _in_use(entry)]
-    names = stuck(lambda: {**file_requests(pid), **_of_virtio(qmp, disks), **_of_ide(qmp, disks)})
+    names = stuck(lambda: file_requests(pid) | _of_virtio(qmp, disks) | _of_ide(qmp, disks))
     if names:
         yield Blocker(
             name="stuck-disk-request",
@@ -62,8 +62,8 @@ def _in_use(entry: object) -> bool:
     return bool(as_map(entry).get("qdev") and as_map(entry).get("inserted"))
 
 
-def _of_virtio(qmp: QmpClient, disks: list[_Disk]) -> dict[str, Hashable]:
-    found: dict[str, Hashable] = {}
+def _of_virtio(qmp: QmpClient, disks: list[_Disk]) -> Pending:
+    found: set[tuple[str, Hashable]] = set()
     for device in as_list(ask(qmp, "x-query-virtio")):
         path, kind = str(as_map(device).get("path")), str(as_map(device).get("name"))
         if kind not in _VIRTIO_DISKS:
@@ -76,12 +76,13 @@ def _of_virtio(qmp: QmpClient, disks: list[_Disk]) -> dict[str, Hashable]:
             if not queue:
                 break
             if queue.get("inuse"):
-                found[", ".join(behind) or path] = (number, str(queue.get("used-idx")))
+                mark = (number, str(queue.get("used-idx")))
+                found.add((", ".join(behind) or path, mark))
     return found
 
 
-def _of_ide(qmp: QmpClient, disks: list[_Disk]) -> dict[str, Hashable]:
-    found: dict[str, Hashable] = {}
+def _of_ide(qmp: QmpClient, disks: list[_Disk]) -> Pending:
+    found: set[tuple[str, Hashable]] = set()
     ports = [disk for disk in disks if re.fullmatch(r"ide\.\d+", disk.bus_name)]
     if not ports:
         return found
@@ -92,11 +93,11 @@ def _of_ide(qmp: QmpClient, disks: list[_Disk]) -> dict[str, Hashable]:
             # Several controllers may have a port of that number; any of them may be this disk's.
             words = tuple(qmp.hmp(f"xp /2wx {base + 0x134 + 0x80 * number:#x}") for base in ahci)
             if any(int(word, 16) for text in words for word in text.split(":")[-1].split()):
-                found[disk.called] = words
+                found.add((disk.called, words))
         elif (port := _ALTERNATE_STATUS.get(disk.bus_name)) is not None:
             status = qmp.hmp(f"i /b {port:#x}").partition("=")[2].strip()
             if status and status != "0xff" and int(status, 16) & _BUSY:
-                found[disk.called] = status
+                found.add((disk.called, status))
     return found
 
 
