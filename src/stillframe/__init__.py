@@ -1,7 +1,7 @@
 """Background snapshots of running virtual machines.
 
-The public functions are those of :mod:`stillframe.api`; they are loaded when first used, so
-that ``import stillframe`` costs next to nothing.
+The public functions live in :mod:`stillframe.api`, which is loaded on first use, so that
+``import stillframe`` costs next to nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 
 from stillframe.version import __version__
 
-# Not from typing, which takes longer to import than everything else here; type checkers know it.
+# Not from typing: importing that takes longer than everything else here. Type checkers know it.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -51,11 +51,11 @@ _ALSO_ROOMS = ("doctor", "restore")
 
 
 class _Package(ModuleType):
-    """This package, with its functions as attributes.
+    """The package's module type: the public functions are its attributes, loaded on first use.
 
-    Two functions are called like rooms below this package. The import system binds a room as an
-    attribute when it is imported; here the function keeps the name, and the room is still
-    found by ``import`` (which looks in ``sys.modules``).
+    ``doctor`` and ``restore`` are both functions and rooms. The import system binds a room as an
+    attribute of the package; this class drops that binding, so the function keeps the name.
+    ``import`` still finds the room, in ``sys.modules``.
     """
 
     def __getattr__(self, name: str) -> Any:

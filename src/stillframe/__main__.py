@@ -1,17 +1,17 @@
-"""``python -m stillframe``, and the program ``stillframe``."""
+"""Entry point of ``python -m stillframe`` and of the program ``stillframe``."""
 
 from __future__ import annotations
 
-# What ``signal`` is made of. That module itself imports enum, which takes longer than all of this.
+# The C part of ``signal``. That module imports enum, which takes longer than everything here.
 import _signal  # type: ignore[import-not-found]
 import sys
 
 
 def main() -> int:
-    """Load the program and run it; returns its exit code (docs/reference/errors.md).
+    """Load the program, run it, and return its exit code (docs/reference/errors.md).
 
-    Until it is loaded it has nothing to tidy up, so Ctrl-C just ends it; a KeyboardInterrupt would
-    show a traceback from the middle of an import. ``cli.main`` takes the signal over.
+    While it loads there is nothing to clean up, so Ctrl-C simply kills it; a KeyboardInterrupt
+    would print a traceback from the middle of an import. ``cli.main`` takes the signal over.
     """
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

@@ -1,8 +1,8 @@
 """The public functions of Stillframe, in one place.
 
-Importing this module imports all rooms but the board's; ``stillframe`` and the command line do so
-when a function is first used. What only some hosts have (libvirt, obstore, cryptography, the
-board) is imported by the room that needs it, when it does.
+Importing this module imports every room except the board; ``stillframe`` and the command line
+defer that to the first call. Optional dependencies (libvirt, obstore, cryptography, the board)
+are imported by the room that needs them, at the time of use.
 """
 
 from __future__ import annotations
@@ -112,17 +112,16 @@ DEFAULT_EVERY_S: Final = 600.0
 
 
 def doctor(vm: str | int | None = None, *, directory: StrPath = ".") -> list[Check]:
-    """What this host, and one VM, lack for snapshots, each with its remedy.
+    """Check what this host, and one VM, lack for snapshots; every check carries a remedy.
 
-    The host is tried for real: a small process of ours is attached to as a VM would be. The
-    guest of ``vm`` is not touched.
+    The host check is a real trial: it attaches to a small process of ours as it would to a VM.
+    The guest of ``vm`` is not touched.
 
     Args:
-        directory: where snapshots would go; its free space is looked at.
+        directory: where snapshots would go; its free space is checked.
 
     Raises:
-        NotFoundError, UsageError: there is no such VM. Whatever else stands in the way is in
-            the list.
+        NotFoundError, UsageError: there is no such VM. Every other obstacle is in the list.
     """
     if vm is None:
         return host_checks(Path(directory))
@@ -156,54 +155,54 @@ def take(
     overwrite: bool = False,
     on_progress: Callable[[Statistics], None] | None = None,
 ) -> SnapshotJob:
-    """Begin a snapshot of a running VM, and return at once; the job's own thread does the work.
+    """Start a snapshot of a running VM and return at once; the job's own thread does the work.
 
-    A VM that was restored and whose image is still being filled is waited for first.
+    If the VM was restored and its image is still being filled, the job waits for that first.
 
-    The destination is opened before the VM is touched. When the job ends, however it ends, the
-    guest runs (if it ran before) and nothing of ours is left in it.
+    The destination is opened before the VM is touched. However the job ends, the guest runs
+    afterwards (if it ran before) and nothing of ours is left in it.
 
     Args:
-        vm: as for :func:`connect`; or a machine, which stays the caller's to close.
-        output: file to make, with mode 0600 and only once it is complete, or the URL of an object;
-            or a sink. None: it goes into a store, with its disks.
-        store: which, as for :func:`open_store`. tags: for it there.
-        level: of zstd, -50 to 19; None chooses while it runs, so that the snapshot is durable
-            soonest. Not with ``compression="none"``.
-        spill_bytes: most memory for pages that the guest overwrote before they were written.
-        max_bandwidth_bytes_per_s: limit on what is written; None is unlimited.
-        mode: ``background``, or ``stop`` to keep the guest stopped while it is saved.
-        arm: protect RAM before the stop, so that the downtime does not grow with RAM.
-        for_analysis: save RAM only, without device state: also of a VM with a device that cannot
-            be saved. Such a snapshot cannot be restored.
-        full: save all, whatever the store has. Else, of a VM that the store has a snapshot of, only
-            what changed since is saved, until the chain is as long as the store lets it be.
-        parent: a snapshot of before: save only what changed since. A clone of a snapshot
-            (:func:`fork`) knows that for nothing; of any other VM all of RAM is read and compared.
-        disks: of a QEMU: ``copy`` what the guest may write as it is at the instant, while it runs
-            on; ``overlay``: freeze it, the VM goes on in overlays until :func:`commit`; ``none``:
-            the snapshot is without disks, and says so.
-        disks_directory: for copies and overlays; else copies go to ``OUTPUT.disks``, overlays
-            beside their images.
-        max_drain_ms: longest that the guest may have to stand still for disk requests in flight.
-        quiesce: let the guest's agent freeze its file systems around the instant.
-        libvirt_snapshot: of a domain of libvirt (9.9 or newer): make the snapshot one of libvirt's
-            own, of that name, for ``virsh snapshot-revert``. Needs a save image, ``OUTPUT.save``.
-        image: keep its complete image, too, made in the same pass: VMs map that, and nothing is
-            filled (:func:`images`). Where that fails, a note says so.
-        key: of :func:`make_key`: encrypt the file. Copies of disks are not encrypted.
+        vm: as for :func:`connect`; or a machine, which the caller still has to close.
+        output: the file to create (mode 0600, under its name only once it is complete), the URL
+            of an object, or a sink. None: the snapshot goes into a store, with its disks.
+        store: which store, as for :func:`open_store`. tags: the snapshot's tags there.
+        level: zstd level, -50 to 19; None adapts the level during the job, so that the snapshot
+            is durable soonest. Not with ``compression="none"``.
+        spill_bytes: most memory for pages that the guest overwrites before they are written out.
+        max_bandwidth_bytes_per_s: limit on the write rate; None is unlimited.
+        mode: ``background``, or ``stop`` to keep the guest stopped while RAM is saved.
+        arm: write-protect RAM before the stop, so that the downtime does not grow with RAM.
+        for_analysis: save RAM only, without device state; this works even if a device cannot be
+            saved. Such a snapshot cannot be restored.
+        full: save all of RAM. By default, if the store has a snapshot of the VM, only what changed
+            since is saved, until the chain reaches the store's length limit.
+        parent: an earlier snapshot: save only what changed since. For its clones (:func:`fork`)
+            the changed pages are known at no cost; for other VMs all of RAM is read and compared.
+        disks: for QEMU: ``copy`` the writable disks as of the instant, while the guest runs;
+            ``overlay``: freeze them and let the VM write to overlays until :func:`commit`;
+            ``none``: leave the disks out, and say so in the snapshot.
+        disks_directory: for copies and overlays; by default copies go to ``OUTPUT.disks`` and
+            overlays beside their images.
+        max_drain_ms: longest time that the guest may stand still for disk requests in flight.
+        quiesce: have the guest agent freeze the file systems around the instant.
+        libvirt_snapshot: for a domain of libvirt 9.9 or newer: register the snapshot with libvirt
+            under this name, for ``virsh snapshot-revert``. Needs a save image, ``OUTPUT.save``.
+        image: also keep a complete image, made in the same pass: VMs map it, and nothing has to be
+            filled (:func:`images`). If that fails, a note says so.
+        key: from :func:`make_key`: encrypt the file. Disk copies are not encrypted.
         keys: for an encrypted parent.
-        overwrite: replace a file of that name.
+        overwrite: replace an existing file.
         on_progress: called from the job's thread about ten times a second; must be quick.
 
     Returns:
         The job: ``wait()``, ``cancel()``, ``stats``, or ``await job``. ``wait`` raises
         NotFoundError, UsageError, BusyError, HostError, RefusedError (the VM was not touched),
-        MachineError, SinkError, SnapshotFailed or SnapshotCancelled; ``guest_state`` tells
-        what the guest does then.
+        MachineError, SinkError, SnapshotFailed or SnapshotCancelled; ``guest_state`` says what
+        the guest does afterwards.
 
     Raises:
-        UsageError: options that make no sense, or the file exists.
+        UsageError: the options make no sense, or the file exists.
         NotFoundError: there is no store.
         SinkError: the destination may not be written to.
     """
@@ -271,31 +270,32 @@ def watch(
     stop: threading.Event | None = None,
     follower: Follower | None = None,
 ) -> int:
-    """Keep a VM armed, and take snapshots of it into a store on schedule; each but the first costs
-    what was written since the one before.
+    """Keep a VM armed and take snapshots of it into a store on a schedule; each snapshot but the
+    first costs only what the guest wrote since the previous one.
 
-    Returns when ``stop`` is set or ``count`` is reached; the guest runs then, un-protected, as it
-    does if this process dies. A snapshot that fails is told of, and the watch goes on. One VM
-    is watched once, and no other snapshot of it is taken meanwhile.
+    Return when ``stop`` is set or ``count`` is reached. The guest then runs unprotected, as it
+    does if this process dies. If a snapshot fails, the follower is told and the watch goes on. A VM
+    has one watch at most, and nothing else can snapshot it meanwhile.
 
     Args:
-        vm: as for :func:`connect`; it may go and come back, where it is named by its name.
-        every_s: from the beginning of one snapshot to that of the next, seconds.
-        count: end after so many; None: never.
-        store: as for :func:`open_store`; keys: for an encrypted one.
-        keep_last: and the others: as for :func:`prune`, after each snapshot; none: nothing goes.
-            Long chains are made short in the background, unless the store is append-only.
+        vm: as for :func:`connect`; a VM that is given by name may exit and come back.
+        every_s: seconds from the start of one snapshot to the start of the next.
+        count: end after this many snapshots; None: never.
+        store: as for :func:`open_store`; keys: for an encrypted store.
+        keep_last: and the other ``keep_`` arguments: as for :func:`prune`, applied after each
+            snapshot; without any, nothing is removed. Long chains are compacted in the background,
+            unless the store is append-only.
         compression: and level, spill_bytes, disks, max_drain_ms: as for :func:`take`; overlays
             would pile up, so ``disks`` is ``copy`` or ``none``.
-        most_away_s: longest that the VM may be away once it was there; None: for ever.
-        follower: is told how it goes.
+        most_away_s: how long the VM may be away after its first snapshot; None: no limit.
+        follower: receives the watch's events.
 
     Returns:
-        How many snapshots were taken.
+        The number of snapshots taken.
 
     Raises:
-        UsageError: options that make no sense. NotFoundError: there is no store, or no such VM.
-        RefusedError: RAM of the VM could change unseen. Else as the first :func:`take`, or
+        UsageError: the options make no sense. NotFoundError: there is no store, or no such VM.
+        RefusedError: the VM's RAM could change unseen. Otherwise as the first :func:`take`, or
         because the VM was away for too long.
     """
     check_choice("disks", disks, ("copy", "none"))
@@ -348,27 +348,26 @@ def verify(
     """Check every digest of a snapshot file, and that its stream parses to the end.
 
     Args:
-        keys: for an encrypted one.
-        progress: called with (bytes of the stream done, bytes in all).
+        keys: for an encrypted snapshot.
+        progress: called with (bytes of the stream done, total bytes).
 
     Raises:
-        DataError: the file is damaged; it names the place. Else as :func:`open`.
+        DataError: the file is damaged; the error names the place. Otherwise as :func:`open`.
     """
     with open(path, keys=keys) as snapshot:
         return snapshot.verify(progress=progress)
 
 
 def diff(a: StrPath, b: StrPath, *, keys: Keys | None = None) -> SnapshotDiff:
-    """What differs between two snapshots: pages by block and region, devices field by field.
+    """Compare two snapshots: pages by block and region, devices field by field.
 
-    Where b is an increment on a, only what was written since is read.
+    If b is an increment on a, only the pages written since a are read.
 
     Args:
-        keys: for encrypted ones.
+        keys: for encrypted snapshots.
 
     Raises:
-        UsageError: their pages have different sizes. DataError: one is damaged. Else as
-            :func:`open`.
+        UsageError: their page sizes differ. DataError: one is damaged. Otherwise as :func:`open`.
     """
     with open(a, keys=keys) as first, open(b, keys=keys) as second:
         return diff_snapshots(first, second)
@@ -384,21 +383,22 @@ def export(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a snapshot's content in a form that other programs read.
+    """Write a snapshot's content in a format that other programs read.
 
     Args:
         format: ``qemu``, the migration stream; ``raw``, guest-physical memory from address 0
             on, or one block; ``elf``, a core file with guest-physical segments and vCPUs;
-            ``libvirt``, a save image for ``virsh restore``; ``libvirt-zstd``, a compressed one,
-            for libvirt 10.4 on; ``still``, of an increment and its parents one whole snapshot.
+            ``libvirt``, a save image for ``virsh restore``; ``libvirt-zstd``, a compressed save
+            image, for libvirt 10.4 on; ``still``, an increment and its parents merged into one
+            whole snapshot.
         block: only with ``raw``: the block to write.
-        keys: for an encrypted snapshot; only ``still`` is encrypted as that is.
+        keys: for an encrypted snapshot; of the formats, only ``still`` stays encrypted.
         progress: called with the bytes written so far.
 
     Raises:
         UsageError: the arguments do not go together, or the file exists.
-        NotFoundError: no such block. SinkError: the destination cannot take it.
-        DataError: the snapshot is damaged. Else as :func:`open`.
+        NotFoundError: no such block. SinkError: the destination cannot be written.
+        DataError: the snapshot is damaged. Otherwise as :func:`open`.
     """
     check_export(format, block)
     own_key = (keys or Keys()).with_slots
@@ -423,21 +423,21 @@ def import_stream(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> str:
-    """Turn a QEMU migration stream into a snapshot; returns its id.
+    """Turn a QEMU migration stream into a snapshot; return its id.
 
     Args:
         source: a file, or anything open for reading bytes (a pipe, standard input).
-        output: file to make, or a sink. None: it goes into a store, as a snapshot of a VM
-            ``import``: a stream does not tell its VM's name.
-        store: which, as for :func:`open_store`, with ``keys``. tags: for it there.
-        key: of :func:`make_key`: encrypt the file.
+        output: the file to create, or a sink. None: the snapshot goes into a store, under the VM
+            name ``import``, because a stream does not contain its VM's name.
+        store: which store, as for :func:`open_store`, with ``keys``. tags: the snapshot's tags.
+        key: from :func:`make_key`: encrypt the file.
         progress: called with the bytes of the stream read so far.
 
     Raises:
         NotFoundError, HostError: there is no such stream, or it may not be read.
         SinkError: the destination cannot be written.
         DataError: the stream is damaged, or does not hold a whole VM.
-        UsageError: options that make no sense, or the file exists.
+        UsageError: the options make no sense, or the file exists.
     """
     encoded = choose_level(compression, level)
     if output is not None and tags:
@@ -478,9 +478,9 @@ def plan_restore(
     fill: bool = False,
     keys: Keys | None = None,
 ) -> RestorePlan:
-    """Say how a snapshot would be started, and what that would touch. Nothing is made or started.
+    """Plan a restore: what would be started, and what that would touch. Nothing is made or started.
 
-    Arguments and errors are those of :func:`restore`, which carries such a plan out.
+    Arguments and errors are those of :func:`restore`, which carries out such a plan.
     """
     with open(path, keys=keys) as snapshot:
         planned = plan.plan_restore(
@@ -503,7 +503,7 @@ def plan_restore(
 def ls(
     *vms: str, store: StrPath | Store | None = None, keys: Keys | None = None
 ) -> list[ListedSnapshot]:
-    """The snapshots of a store, of these VMs or of all: VM by VM, the oldest first.
+    """List a store's snapshots, of the given VMs or of all: grouped by VM, oldest first.
 
     Raises:
         NotFoundError: there is no store. HostError: not permitted.
@@ -517,7 +517,7 @@ def rm(
     keys: Keys | None = None,
     dry_run: bool = False,
 ) -> Removal:
-    """Remove snapshots from a store, with their disks; all of these or none.
+    """Remove snapshots from a store, with their disks: either all of them or none.
 
     Raises:
         NotFoundError, UsageError: as :func:`locate`.
@@ -539,11 +539,11 @@ def tag(
     store: StrPath | Store | None = None,
     keys: Keys | None = None,
 ) -> tuple[str, ...]:
-    """Add tags to a snapshot of a store, and take some off; returns those that it has then.
+    """Add tags to a snapshot in a store, remove others, and return the resulting tags.
 
     Raises:
-        NotFoundError, UsageError: as :func:`locate`; or no tag can be called so.
-        RefusedError: tags are to be taken off in a store that is append-only.
+        NotFoundError, UsageError: as :func:`locate`; or a tag's name is not valid.
+        RefusedError: ``remove`` is given, and the store is append-only.
     """
     found = as_store(store, keys)
     entry = found.find(name)
@@ -565,13 +565,13 @@ def prune(
     keys: Keys | None = None,
     dry_run: bool = False,
 ) -> Pruning:
-    """Remove the snapshots that a policy does not keep, of each VM by itself; -1 keeps all.
+    """Remove the snapshots that a policy does not keep, for each VM separately; -1 keeps all.
 
-    What is needed by what is kept, or by a VM, stays. Long chains are made short before.
+    A snapshot that a kept one or a VM needs stays. Long chains are compacted first.
 
     Raises:
         UsageError: nothing would be kept. NotFoundError: there is no store, or no such VM in it.
-        RefusedError: the store is append-only. Else as :func:`rm`.
+        RefusedError: the store is append-only. Otherwise as :func:`rm`.
     """
     found = as_store(store, keys)
     policy = Policy(
@@ -599,13 +599,13 @@ def copy(
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Copied:
-    """Copy snapshots of a store into another one: all, or these with what they build on; with their
-    disks and tags. What is there already is not sent again, so that after a failure the same call
-    goes on.
+    """Copy snapshots into another store, with their disks and tags: all, or the named ones with
+    their parents. What the other store already has is not sent again, so repeating the call after a
+    failure resumes the copy.
 
     Args:
         to: the other store.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, total bytes).
 
     Raises:
         NotFoundError, UsageError: as :func:`locate`; a store or a file is gone.
@@ -624,11 +624,11 @@ def check(
     read_data: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Look a store through: structure, digests, chains, leftovers. Nothing is changed.
+    """Check a store: structure, digests, chains, leftovers. Nothing is changed.
 
     Args:
         read_data: the share of the data to read, 0 to 1; 1 finds every damaged byte.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, total bytes).
 
     Raises:
         NotFoundError: there is no store. DataError: its configuration is damaged.
@@ -645,12 +645,11 @@ def repair(
     forget: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Repair:
-    """Mend a store: the catalog anew from the snapshots, and what dead processes left.
+    """Repair a store: rebuild the catalog from the snapshots, and clean up after dead processes.
 
     Args:
-        read_data: the share of the data to read, to find what is lost.
-        forget: also remove the snapshots that something is lost of, but for those that a sound
-            one, or a VM, needs.
+        read_data: the share of the data to read, 0 to 1, to find what is lost.
+        forget: also remove damaged snapshots, except those that a sound one, or a VM, needs.
 
     Raises:
         NotFoundError: there is no store. SinkError: not permitted.
@@ -671,7 +670,7 @@ def repair(
 
 
 def images() -> list[StoredImage]:
-    """The complete images of snapshots that this user has on this host, the last used one first.
+    """List this user's complete images of snapshots on this host, most recently used first.
 
     Raises:
         HostError: not permitted.
@@ -686,15 +685,15 @@ def add_image(
     progress: Callable[[int, int], None] | None = None,
 ) -> StoredImage:
     """Make the complete image of a snapshot, unless there is one: :func:`restore` and :func:`fork`
-    start VMs on it, with nothing to be read, checked or decompressed.
+    start VMs on it, with nothing to read, check or decompress.
 
     Args:
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, total bytes).
 
     Raises:
-        RefusedError: it is encrypted, or the image does not fit into the limit.
+        RefusedError: the snapshot is encrypted, or the image does not fit into the limit.
         DataError: the snapshot is damaged. SinkError: the cache's disk is full.
-        Else as :func:`open`.
+        Otherwise as :func:`open`.
     """
     cache = ImageCache()
     with open(path, keys=keys) as snapshot:
@@ -703,13 +702,13 @@ def add_image(
 
 
 def rm_images(*names: str) -> list[StoredImage]:
-    """Remove complete images; their snapshots stay. None, if one is not found, or in use.
+    """Remove complete images; their snapshots stay. If one is not found or in use, remove none.
 
     Args:
-        names: ids of snapshots, or how they begin.
+        names: ids of snapshots, or prefixes of ids.
 
     Raises:
-        NotFoundError, UsageError: there is no such image, or several. BusyError: VMs run on one.
+        NotFoundError, UsageError: a name matches no image, or several. BusyError: VMs run on one.
     """
     cache = ImageCache()
     cache.sweep()
@@ -720,14 +719,15 @@ def rm_images(*names: str) -> list[StoredImage]:
 
 
 def image_limit(limit_bytes: int | None = None) -> int:
-    """What all complete images together may take on the disk, bytes; those that were not used for
-    longest go first, and none that VMs run on.
+    """Return, and optionally set, the limit on the disk space of all complete images, bytes.
+
+    Eviction takes the least recently used images first, and never one that VMs run on.
 
     Args:
-        limit_bytes: the new limit, from now on; None: as it is.
+        limit_bytes: the new limit; None leaves it as it is.
 
     Raises:
-        UsageError, SinkError: it makes no sense, or cannot be written down.
+        UsageError, SinkError: the limit makes no sense, or cannot be stored.
     """
     cache = ImageCache()
     if limit_bytes is not None:
@@ -736,7 +736,7 @@ def image_limit(limit_bytes: int | None = None) -> int:
 
 
 def _forget_images(removed: Sequence[Entry]) -> None:
-    """Whoever removes a snapshot wants its RAM gone."""
+    """Remove the complete images of removed snapshots: their RAM must be gone, too."""
     with contextlib.suppress(HostError):
         cache = ImageCache()
         cache.sweep()
@@ -744,7 +744,7 @@ def _forget_images(removed: Sequence[Entry]) -> None:
 
 
 def list_keys(store: StrPath | None = None) -> list[StoreKey]:
-    """Who can open an encrypted store; no key is needed for that.
+    """List the keys that open an encrypted store; this needs none of them.
 
     Raises:
         NotFoundError: there is no store.
@@ -761,10 +761,10 @@ def add_key(
     recipients: Sequence[str] = (),
     label: str = "",
 ) -> list[StoreKey]:
-    """Let somebody else open an encrypted store, too.
+    """Add a key to an encrypted store: a passphrase or recipients.
 
     Raises:
-        UsageError: the store is not encrypted; else as :func:`make_key`. SinkError: not permitted.
+        UsageError: the store is not encrypted; or as :func:`make_key`. SinkError: not permitted.
     """
     if store.key is None:
         raise UsageError(
@@ -776,10 +776,10 @@ def add_key(
 
 
 def remove_key(store: Store, key_id: str) -> StoreKey:
-    """Let a key open a store no more.
+    """Remove a key from an encrypted store.
 
     Raises:
-        NotFoundError: there is none of that id. UsageError: it is the last.
+        NotFoundError: no key has that id. UsageError: it is the last key.
         RefusedError: the store is append-only. SinkError: not permitted.
     """
     store.check_may_remove()

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 GuestState = Literal["running", "paused", "unknown", "none"]
-"""``none``: no guest was involved (a file was read, for instance)."""
+"""``none``: no guest is involved (in reading a file, for instance)."""
 
 
 class StillframeError(Exception):
@@ -37,7 +37,7 @@ class StillframeError(Exception):
 
     Args:
         what: one line: what happened, and to what.
-        why: the reason, if it is known and not in ``what``.
+        why: the reason, if it is known and not part of ``what``.
         remedy: what to do about it.
         guest_state: what the guest does now.
     """
@@ -68,7 +68,7 @@ class StillframeError(Exception):
         return text
 
     def as_dict(self) -> dict[str, object]:
-        """The error as the command line's ``--json`` shows it."""
+        """Return the error as the command line's ``--json`` shows it."""
         return {
             "error": self.kind,
             "what": self.what,
@@ -80,7 +80,7 @@ class StillframeError(Exception):
 
 
 def _without_number(why: str | None) -> str | None:
-    """The text of an ``OSError`` begins with its number, which says nothing to people."""
+    """Strip the ``[Errno N]`` prefix of an ``OSError``'s text, which means nothing to users."""
     return why.partition("] ")[2] if why is not None and why.startswith("[Errno ") else why
 
 
@@ -134,7 +134,7 @@ class HostError(StillframeError):
 
 
 def host_error(what: str, error: OSError) -> HostError:
-    """An error that tells of this host or process, and nothing of the VM, which runs on."""
+    """Wrap an OSError of this host or process that does not concern the VM, which runs on."""
     few = error.errno in (errno.EMFILE, errno.ENFILE)
     return HostError(
         what,
@@ -232,6 +232,6 @@ class InternalError(StillframeError):
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
-    """Raise UsageError if a value is none of the choices."""
+    """Raise UsageError if the value is not one of the choices."""
     if value not in choices:
         raise UsageError(f"there is no {what} {value!r}", remedy=f"choose {', '.join(choices)}")

@@ -1,4 +1,4 @@
-"""Frozen records that the rooms hand to each other. No behaviour beyond small derived values."""
+"""Frozen records that rooms exchange. No behaviour beyond small derived values."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ JobState = Literal[
     "cancelling",
     "cancelled",
 ]
-"""States of a snapshot job, in QEMU's words (``qapi/migration.json``: MigrationStatus)."""
+"""States of a snapshot job, with QEMU's names (``qapi/migration.json``: MigrationStatus)."""
 
 TARGET_PAGE_BYTES = 4096
-"""The unit of QEMU's stream and of our files: the guest's page, on x86."""
+"""The unit of QEMU's stream and of our files: the guest page size on x86."""
 
 Backing = Literal["anonymous", "memfd", "shmem", "hugetlbfs", "file"]
-"""What lies under a RAM block: private anonymous memory, a memfd, a file on tmpfs or
+"""The memory behind a RAM block: private anonymous memory, a memfd, a file on tmpfs or
 hugetlbfs, or a file on a disk file system (which cannot be write-protected)."""
 
 
 ProtectionKind = Literal["userfaultfd", "userfaultfd-user", "mprotect"]
-"""What RAM is write-protected with: a userfaultfd, one that serves faults in user mode only, or
-mprotect(2) and a SIGSEGV handler."""
+"""The means of write protection: a userfaultfd, a userfaultfd for user-mode faults only, or
+mprotect(2) with a SIGSEGV handler."""
 
 
 FOR_ANALYSIS = "for analysis only: it has no device state, and cannot be restored"
-"""What is said of such a snapshot, everywhere."""
+"""The note on a snapshot for analysis, the same everywhere."""
 
 
 class RamBlock(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +43,7 @@ class RamBlock(msgspec.Struct, frozen=True, kw_only=True):
     ``used_length_bytes``: what goes into the stream; ``max_length_bytes``: what is mapped.
     ``page_size_bytes``: the host page size behind the block (4096, or a hugetlb size).
     ``shared``: mapped MAP_SHARED in the VMM.
-    ``backing_fd``: the VMM's own fd number of a memfd or file behind it, or None.
+    ``backing_fd``: the VMM's fd number of the memfd or file behind the block, or None.
     ``backing_offset_bytes``: where the block starts in that file.
     """
 
@@ -61,12 +61,12 @@ class RamBlock(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def pages(self) -> int:
-        """Number of pages (of ``page_size_bytes``) in the used length, rounded up."""
+        """Number of pages of ``page_size_bytes`` in the used length, rounded up."""
         return -(-self.used_length_bytes // self.page_size_bytes)
 
 
 class BlockRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A RAM block as the manifest keeps it: what a reader of the snapshot needs."""
+    """A RAM block in the manifest: what a reader of the snapshot needs."""
 
     idstr: str
     used_length_bytes: int
@@ -74,7 +74,7 @@ class BlockRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GpaRange(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of guest-physical addresses that shows a part of a RAM block."""
+    """One run of guest-physical addresses that maps a part of a RAM block."""
 
     gpa: int
     length_bytes: int
@@ -85,8 +85,8 @@ class GpaRange(msgspec.Struct, frozen=True, kw_only=True):
 class Downtime(msgspec.Struct, frozen=True, kw_only=True):
     """Parts of the downtime, milliseconds, monotonic clock of the snapshotter.
 
-    ``stop_ms``: until the vCPUs stood still; ``drain_ms``: from there until the requests in flight
-    were completed and flushed, for which QEMU's ``stop`` waits.
+    ``stop_ms``: until the vCPUs stood still; ``drain_ms``: from then until QEMU's ``stop`` had
+    completed and flushed the requests in flight.
     """
 
     stop_ms: float = 0.0
@@ -109,11 +109,11 @@ class Downtime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PageCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Pages of the snapshot by class, target pages (4096 bytes on x86).
+    """Pages of the snapshot by class, in target pages (4096 bytes on x86).
 
-    ``total == zero + data + unchanged``; ``never_populated`` is a part of ``zero`` (before an
-    increment leaves zero pages out that were zero before), ``faulted`` a part of ``total``.
-    ``unchanged``: of an increment: as in the parent, so not in the file.
+    ``total == zero + data + unchanged``; ``faulted`` is a part of ``total``, ``never_populated`` a
+    part of ``zero``, counted before an increment drops pages that were zero in the parent, too.
+    ``unchanged``: in an increment, pages that equal the parent's, so are not in the file.
     """
 
     total: int = 0
@@ -125,7 +125,7 @@ class PageCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoppedWrite(msgspec.Struct, frozen=True, kw_only=True):
-    """Guest RAM written between stop and cont, by the VMM itself (invariant 8)."""
+    """Guest RAM that the VMM itself wrote between stop and cont (invariant 8)."""
 
     idstr: str
     offset_bytes: int
@@ -133,15 +133,15 @@ class StoppedWrite(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """What a snapshot job knows about itself; progress while it runs, the result at its end.
+    """A snapshot job's numbers: progress while it runs, the result at its end.
 
     Sizes in bytes, times in milliseconds or microseconds as named, all monotonic.
-    ``stall_ms``: the sum of the times that faults waited because the spill was full.
+    ``stall_ms``: total time that faults waited because the spill was full.
     ``rate_bytes_per_s``: written to the destination over the last seconds, 0.0 in the first second.
-    ``protection``: what RAM is write-protected with; None without (``--mode stop``).
-    ``eta_s``: until RAM is through at the present pace; None if it cannot be told.
-    ``disks``: what becomes of the VM's disks, and what it costs, in words; empty without disks.
-    ``disk_bytes``, ``disk_done_bytes``: of the copies of disks, as far as they are known.
+    ``protection``: the means of write protection; None without (``--mode stop``).
+    ``eta_s``: seconds until RAM is saved at the current rate; None if unknown.
+    ``disks``: what the job does with the VM's disks, and the cost, in words; empty without disks.
+    ``disk_bytes``, ``disk_done_bytes``: size and progress of the disk copies, as far as known.
     """
 
     state: JobState = "none"
@@ -174,8 +174,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One image of a disk, as the VMM has it open.
 
-    ``driver``: how it reaches it (``file``, ``host_device``, ``nbd``, ...). ``format``: ``raw``,
-    ``qcow2``, ... ``filename``: path, or what QEMU calls it. ``size_bytes``: as the guest sees it.
+    ``driver``: protocol driver (``file``, ``host_device``, ``nbd``, ...). ``format``: ``raw``,
+    ``qcow2``, ... ``filename``: path, or QEMU's name for it. ``size_bytes``: as the guest sees it.
     """
 
     node_name: str
@@ -187,12 +187,12 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A block device of the VM at the instant, as its live block graph has it.
+    """A block device of the VM at the instant, from its live block graph.
 
     ``device``: its drive id; ``qdev``: QOM path of the device that the guest sees. ``filename``
     and ``driver``: file and format of the topmost image that has a name; empty without a medium.
-    ``images``: all of them, topmost first, each the backing file of the one before.
-    ``temporary``: the topmost one is a nameless file (``snapshot=on``) that ends with the VM.
+    ``images``: the backing chain, topmost image first.
+    ``temporary``: the topmost image is a nameless file (``snapshot=on``) that ends with the VM.
     """
 
     device: str
@@ -207,17 +207,17 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A small text file of the host that was a part of the command line."""
+    """A small text file on the host that the command line refers to."""
 
     path: str
     text: str
 
 
 class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The libvirt domain that a machine is.
+    """The libvirt domain of a machine.
 
-    ``xml``: migratable, with secrets, as ``virsh save`` stores it. ``live_xml``: of the running
-    domain, for its ``<cpu>``.
+    ``xml``: the migratable XML with secrets, as ``virsh save`` stores it. ``live_xml``: the running
+    domain's XML, for its ``<cpu>``.
     """
 
     uri: str
@@ -227,7 +227,7 @@ class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostCpu(msgspec.Struct, frozen=True, kw_only=True):
-    """A host's CPU in the words of ``/proc/cpuinfo``; ``flags`` are apart by blanks."""
+    """A host's CPU as ``/proc/cpuinfo`` describes it; ``flags`` are separated by blanks."""
 
     vendor: str
     family: str
@@ -237,13 +237,13 @@ class HostCpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine that a snapshot was taken of; enough to start it again.
+    """The machine that a snapshot was taken of, with enough detail to start it again.
 
-    ``argv``: the recorded command line, data and never a shell's. ``command_line``: one of a VMM
-    that has the devices and media of the instant; empty where ``argv`` is. ``cwd``: the directory
-    of relative paths in both. ``config_files``: what ``-readconfig`` read.
-    ``differences``: what of the running VM ``command_line`` does not say, each with its name.
-    ``cpu_ties``: why the guest goes on only on such a CPU as ``host_cpu``; usually empty.
+    ``argv``: the recorded command line; data, never passed to a shell. ``command_line``: a command
+    line with the devices and media of the instant; empty if ``argv`` is. ``cwd``: the directory
+    that relative paths in both refer to. ``config_files``: what ``-readconfig`` read.
+    ``differences``: what ``command_line`` does not express of the running VM, each with its name.
+    ``cpu_ties``: why the guest can only go on on a CPU like ``host_cpu``; usually empty.
     """
 
     name: str
@@ -268,11 +268,11 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrozenFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that a captured disk consists of, as it has to be found again.
+    """A file that belongs to a captured disk; a restore must find it exactly like this.
 
-    ``path``: relative to the snapshot's directory, or absolute. ``size_bytes``: the file's.
-    ``mtime_ns``: 0 for a block device. ``head``: BLAKE3 of its first MiB, hex.
-    ``digest``: BLAKE3 of all of it, hex; empty if nobody has read it all.
+    ``path``: relative to the snapshot's directory, or absolute. ``size_bytes``: the file's size.
+    ``mtime_ns``: 0 for a block device. ``head``: BLAKE3 of the first MiB, hex.
+    ``digest``: BLAKE3 of the whole file, hex; empty if the file was never read in full.
     """
 
     path: str
@@ -284,8 +284,8 @@ class FrozenFile(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name_beside(self) -> str:
-        """Its name, if it is in the snapshot's own directory of disks (which has the file's name
-        and ``.disks``, whatever that is called by now); else empty."""
+        """The file's name if it lies in the snapshot's own ``NAME.disks`` directory (whatever the
+        snapshot is called by now); else empty."""
         head, beside, name = self.path.partition(".disks/")
         ours = beside and "/" not in head + name and not name.startswith(".")
         return name if ours else ""
@@ -295,8 +295,8 @@ class CapturedDisk(msgspec.Struct, frozen=True, kw_only=True):
     """A disk's content at the instant.
 
     ``device``, ``qdev``, ``node_name``: as in :class:`DiskRecord`. ``kind``: ``copy``, or
-    ``overlay``: the image was frozen, and the VM writes to ``overlay`` above it since.
-    ``files``: the image and what lies below it, from the top down. Nothing may write to them.
+    ``overlay``: the image is frozen, and the VM has written to ``overlay`` above it since.
+    ``files``: the image's backing chain, topmost first. Nothing may write to these files.
     """
 
     device: str
@@ -309,8 +309,8 @@ class CapturedDisk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParentRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The snapshot that an increment goes with: its content id (64 hexadecimal digits), and where
-    its file was (absolute; empty if it had no name)."""
+    """The parent of an increment: its content id (64 hexadecimal digits), and where its file was
+    (absolute; empty if it had no name)."""
 
     id: str
     path: str = ""
@@ -320,15 +320,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The readable part of a snapshot file (docs/reference/file-format.md).
 
     ``format``: 1; 2 for an increment, which has a ``parent``.
-    ``created``: wall clock, RFC 3339, UTC. ``mode``: how it came to be.
+    ``created``: wall clock, RFC 3339, UTC. ``mode``: how the snapshot was made.
     ``stream_bytes``: length of the decompressed payload.
-    ``for_analysis``: it has RAM only, and no device state: it cannot be restored.
-    ``mark``: says that it was taken on this host by this user; empty without (still/host_mark.py).
-    ``captured_disks``: the disks of this instant. ``without_disks``: those that the guest could
-    write and that are not in the snapshot, as their user calls them. ``quiesced``: the guest's
-    agent had frozen its file systems, so whoever loads it has to have them thawed. ``whole_of``: id
-    of the increment that this is the whole form of. ``page_origins``: which pages were never
-    populated, and which a fault saved (still/page_origins.py); empty if not recorded.
+    ``for_analysis``: RAM only, no device state: the snapshot cannot be restored.
+    ``mark``: proof that this user took it on this host, or empty (still/host_mark.py).
+    ``captured_disks``: the disks of this instant. ``without_disks``: writable disks that are not in
+    the snapshot, by the names that users know. ``quiesced``: the guest agent had frozen the file
+    systems, so a loader must have them thawed. ``whole_of``: id of the increment that this is the
+    whole form of. ``page_origins``: which pages were never populated, and which a fault saved
+    (still/page_origins.py); empty if not recorded.
     """
 
     format: int = 1

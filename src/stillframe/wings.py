@@ -1,12 +1,12 @@
-"""Wings: parts of the house that may be missing, and that no other room imports.
+"""Wings: optional packages that no room imports directly.
 
-A wing's package has a module ``door`` with a ``WING``. Rooms ask here for what wings add to them,
-by the hook's name:
+A wing's package has a module ``door`` with a ``WING``. Rooms look up here what wings add to them,
+by hook name:
 
-``machine``  a ``machine.finding.MachineKind``: VMs of another kind, found and connected to
-``still``    a ``still.skeleton.SavedKind``: what is to be known of the saved state of such VMs
-``restore``  a ``restore.planners.Planner``: how such a VM is started from a snapshot
-``doctor``   a ``doctor.host.KindChecks``: what the host must have for such VMs
+``machine``  a ``machine.finding.MachineKind``: finds and connects to VMs of another kind
+``still``    a ``still.skeleton.SavedKind``: describes the saved state of such VMs
+``restore``  a ``restore.planners.Planner``: plans how to start such a VM from a snapshot
+``doctor``   a ``doctor.host.KindChecks``: checks what the host must have for such VMs
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NAMES = ("stillframe.board",)
 
 
 class Wing(NamedTuple):
-    """What one wing adds. Everything is imported when it is needed.
+    """The additions of one wing, each imported when it is used.
 
-    ``commands``: names on the command line, and the module that has each. ``hooks``: hook names,
-    and ``module:attribute``.
+    ``commands``: names on the command line, each with its module. ``hooks``: hook names, each with
+    a ``module:attribute``.
     """
 
     commands: Mapping[str, str]
@@ -30,7 +30,7 @@ class Wing(NamedTuple):
 
 
 def wings() -> list[Wing]:
-    """The wings that are installed."""
+    """Return the installed wings."""
     found = []
     for name in _NAMES:
         try:
@@ -42,11 +42,11 @@ def wings() -> list[Wing]:
 
 
 def commands() -> dict[str, str]:
-    """The commands of all wings, each with its module."""
+    """Return the commands of all wings, each with its module."""
     return {name: module for wing in wings() for name, module in wing.commands.items()}
 
 
 def hooks(name: str) -> list[Any]:
-    """What the wings have for a hook."""
+    """Import and return what the wings provide for a hook."""
     places = (wing.hooks[name].partition(":") for wing in wings() if name in wing.hooks)
     return [getattr(importlib.import_module(module), attribute) for module, _, attribute in places]
