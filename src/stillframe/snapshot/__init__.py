@@ -1,1 +1,1 @@
-"""The snapshot job: its state machine and the pipeline of DESIGN section 2."""
+"""The snapshot job: its state machine, and the pipeline of DESIGN section 2."""

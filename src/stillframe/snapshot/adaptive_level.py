@@ -1,10 +1,10 @@
-"""Chooses the compression level while the snapshot is taken, so that it is durable soonest.
+"""Adapts the compression level during a snapshot, so that the snapshot is durable soonest.
 
-While the destination keeps up, encoding is what takes the time, and a faster level is chosen;
-while it falls behind, a slower one that gives it less to write. Content decides with that: what
-compresses badly ends at the better levels, which cost little on it. zstd's fast levels differ
-little in speed on text; where even the fastest cannot feed the destination, every other frame is
-stored as it is.
+While the destination keeps up, encoding is the bottleneck, and the level gets faster; while the
+destination falls behind, the level gets slower and leaves it less to write. Content has its effect
+through this: data that compresses badly ends at the better levels, which cost little on it. zstd's
+fast levels differ little in speed on text; if even the fastest cannot feed the destination, every
+other frame is stored uncompressed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _FIRST = LEVELS.index(-3)
 _LOOK_EVERY_FRAMES = 16
 _KEEPS_UP_SHARE = 0.1
 _BEHIND_SHARE = 0.3
-"""Shares of the encoders' time that they spend waiting for the destination."""
+"""Shares of the encoders' time spent waiting for the destination."""
 
 
 class AdaptiveLevel:
-    """One controller for all encoders of a job; or a fixed level."""
+    """The level controller shared by all encoders of a job; with ``fixed``, a constant level."""
 
     def __init__(self, fixed: int | None) -> None:
         self._fixed = fixed
@@ -35,7 +35,7 @@ class AdaptiveLevel:
         self._stored_last = False
 
     def next_level(self) -> int:
-        """The level for the next frame."""
+        """Return the level for the next frame."""
         if self._fixed is not None:
             return self._fixed
         with self._lock:
@@ -45,7 +45,7 @@ class AdaptiveLevel:
             return LEVEL_NONE if self._stored_last else LEVELS[0]
 
     def note(self, *, encode_s: float, write_s: float) -> None:
-        """After each frame: what encoding it took, and handing it to the destination."""
+        """Record how long it took to encode a frame, and to write it to the destination."""
         with self._lock:
             self._frames += 1
             self._encode_s += encode_s

@@ -1,4 +1,4 @@
-"""From a protection to armed RAM: the steps before the stop; the caller's cleanup undoes each."""
+"""The steps from a write protection to armed RAM, before the stop; ``cleanup`` undoes each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_capture(
     *,
     spill_bytes: int,
 ) -> RamCapture:
-    """A capture that the job's progress follows; nothing of the guest is touched.
+    """Open a capture and attach it to the job's progress; the guest is not touched.
 
     Args:
         protection: closed by ``cleanup``; None for a guest that stands still throughout.
@@ -42,7 +42,7 @@ def open_capture(
 def arm_capture(
     control: JobControl, cleanup: ExitStack, ram: RamCapture, *, arm: bool = True
 ) -> None:
-    """Register all RAM, serve faults, and (``arm``) protect it while the guest runs.
+    """Register all RAM, serve faults, and with ``arm`` protect it while the guest runs.
 
     Raises:
         SnapshotCancelled: the job was cancelled.

@@ -1,4 +1,4 @@
-"""Judges what keeps a snapshot from being right: found before it, or while RAM was saved."""
+"""Judges what makes a snapshot unsafe or wrong: found by the pre-flight, or while RAM was saved."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from stillframe.snapshot.ram_blocks import check_kept
 _OF_DEVICES = frozenset({"migration-blocker", "unsavable-device", "suspended"})
 """Blockers that concern the device state only."""
 _DROPPERS = frozenset({"balloon", "virtio-mem"})
-"""Blockers by which the guest may give RAM back that is a file's."""
+"""Blockers through which the guest may give back file-backed RAM."""
 _MAY_DROP_RAM = ("BALLOON_CHANGE", "MEMORY_DEVICE_SIZE_CHANGE")
 
 
 class Findings(NamedTuple):
-    """``notes``: on what does not keep the snapshot from being taken. ``may_drop``: the guest may
-    give RAM back meanwhile."""
+    """Result of the pre-flight. ``notes``: on blockers that do not prevent the snapshot.
+    ``may_drop``: the guest may give RAM back during the snapshot."""
 
     notes: list[str]
     may_drop: bool
@@ -32,7 +32,7 @@ def check_fit(hold: Hold, options: SnapshotOptions) -> Findings:
     """Run the pre-flight.
 
     Raises:
-        RefusedError: the snapshot would not be safe. BusyError: later it may be.
+        RefusedError: the snapshot would not be safe. BusyError: not now, but perhaps later.
     """
     blockers = hold.machine.preflight(options.mode)
     notes = []
@@ -40,13 +40,13 @@ def check_fit(hold: Hold, options: SnapshotOptions) -> Findings:
         notes = [FOR_ANALYSIS, *(_said(one) for one in blockers if one.name in _OF_DEVICES)]
     notes += [_said(one) for one in blockers if one.severity == "warn"]
     if any(one.severity == "refuse" for one in blockers):
-        hold.forget()  # what is found now may have written to RAM unseen since the last
+        hold.forget()  # the blocker may have written to RAM unseen since the last snapshot
     refuse(blockers, hold, options)
     return Findings(notes, any(one.name in _DROPPERS for one in blockers))
 
 
 def refuse(blockers: Sequence[Blocker], hold: Hold, options: SnapshotOptions) -> None:
-    """Raise the blockers, if there are any that count.
+    """Raise the blockers that count for these options, if there are any.
 
     Raises:
         RefusedError, BusyError: as :func:`check_fit`.
@@ -57,7 +57,7 @@ def refuse(blockers: Sequence[Blocker], hold: Hold, options: SnapshotOptions) ->
 
 
 def raise_first(blockers: Iterable[Blocker]) -> None:
-    """Raise RefusedError, or BusyError, if there is any: of the first, with the others' names."""
+    """Raise RefusedError or BusyError for the first blocker, if any; a RefusedError lists all."""
     refusals = tuple(blockers)
     if not refusals:
         return
@@ -74,14 +74,14 @@ def raise_first(blockers: Iterable[Blocker]) -> None:
 
 
 def check_saved(hold: Hold, options: SnapshotOptions, watch: Watch) -> list[str]:
-    """Judge what happened while RAM was saved; what does no harm, as notes.
+    """Judge what happened while RAM was saved; return notes on what did no harm.
 
     Args:
-        watch: over the machine since before the instant.
+        watch: has watched the machine since before the instant.
 
     Raises:
-        SnapshotFailed: RAM blocks vanished or were resized, or something came that can write RAM
-            behind the protection.
+        SnapshotFailed: RAM blocks vanished or were resized, or a device appeared that can write
+            RAM behind the protection.
     """
     machine = hold.machine
     notes = check_kept(hold.signature, machine.blocks_signature())
@@ -109,8 +109,10 @@ def _check_writers(machine: Machine, options: SnapshotOptions) -> None:
 
 
 def _check_private_huge_pages(blocks: Sequence[RamBlock], watch: Watch) -> None:
-    """A hole in a hugetlbfs file also drops the own pages of a private mapping; no kernel
-    interface tells of it, or tells a page that was filled in anew from the one before."""
+    """Raise SnapshotFailed if private huge pages may have been dropped.
+
+    Punching a hole in a hugetlbfs file also drops a private mapping's own pages. No kernel
+    interface reports that, or tells a refilled page from the one before."""
     private = [b for b in blocks if b.backing == "hugetlbfs" and not b.shared]
     dropped = [event.name for event in watch.seen() if event.name in _MAY_DROP_RAM]
     if private and dropped:

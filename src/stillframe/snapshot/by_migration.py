@@ -1,10 +1,10 @@
-"""Takes a snapshot of a QEMU that has a monitor for people only: QEMU saves it by its own
-migration, into a pipe, and we make a snapshot file of the stream.
+"""Snapshots of a QEMU that has only a human monitor (HMP): QEMU migrates the VM into a pipe, and
+this module turns the stream into a snapshot file.
 
-``background`` is QEMU's own background snapshot (capability ``background-snapshot``): the stop is
-QEMU's, and so are the write-protection and the serving of faults. ``stop`` is its ordinary
-migration while the VM is stopped. On every path the pipe is read to its end, or closed with the VM
-stopped, before the VM is put back; if we die a guard does so (``machine/qemu/human_guard.py``).
+``background`` uses QEMU's own background snapshot (capability ``background-snapshot``): QEMU stops
+the guest, write-protects RAM and serves the faults. ``stop`` is an ordinary migration of the
+stopped VM. On every path the pipe is read to its end, or closed with the VM stopped, before the VM
+is put back; if this process dies, a guard does that (``machine/qemu/human_guard.py``).
 Source: QEMU ``migration/migration.c``: bg_migration_thread.
 """
 
@@ -42,7 +42,7 @@ from stillframe.store.store import Store
 from stillframe.version import __version__
 
 _WAIT_S = 0.1
-# The second form of each is QEMU's from 10.1 on.
+# The second alternative of each is the output of QEMU 10.1 and later.
 _DOWNTIME = re.compile(r"^downtime: (\d+) ms$|^Time \(ms\):.*\bdown=(\d+)", re.MULTILINE)
 _STATUS = re.compile(r"^Migration status: ([\w-]+)|^Status:\s+([\w-]+)", re.MULTILINE)
 _WHY = re.compile(r"^Error: (.*)$|^Status:\s+failed \((.*)\)$", re.MULTILINE)
@@ -54,10 +54,10 @@ _WAY = {
 
 
 def human_monitor(ref: str) -> HumanMonitor | None:
-    """A connection to the VM that ``ref`` means, if it has a monitor for people only.
+    """Connect to the VM that ``ref`` names if it has only a human monitor; else return None.
 
     Raises:
-        BusyError, MachineError: it does not answer.
+        BusyError, MachineError: the monitor does not answer.
     """
     found = find_human(ref)
     return None if found is None else HumanMonitor(*found)
@@ -70,7 +70,7 @@ def take_human_into_store(
     options: SnapshotOptions,
     tags: Sequence[str],
 ) -> TakenSnapshot:
-    """As :func:`take_by_migration`, whole, into a store."""
+    """As :func:`take_by_migration`, into a store; the snapshot is never an increment."""
     with store.target() as target:
         own = msgspec.structs.replace(options, key=store.key)
         taken = take_by_migration(control, monitor, target.sink, own)
@@ -84,10 +84,10 @@ def take_by_migration(
 ) -> TakenSnapshot:
     """Have QEMU save the VM, and write the snapshot; the sink is committed or aborted.
 
-    However it ends, the guest runs and QEMU's capabilities are as before.
+    On every path the guest runs afterwards, and QEMU's capabilities are as before.
 
     Raises:
-        UsageError: options that need QMP. RefusedError: QEMU refuses, or it would not be safe.
+        UsageError: an option needs QMP. RefusedError: QEMU refuses, or it would not be safe.
         BusyError: another snapshot of the VM is under way.
         SnapshotCancelled, MachineError, SinkError, HostError: see ``guest_state``.
     """
@@ -121,7 +121,7 @@ def _check_options(options: SnapshotOptions) -> None:
 
 
 class _Migration:
-    """The steps of one job."""
+    """One job, step by step."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class _Migration:
         control.enter("setup", "preflight")
         self._cleanup.callback(VmLock(monitor.lock_name).close)
         raise_first(monitor.blockers(self._options.mode))
-        check_room_for_swap(monitor.info.pid)  # QEMU reads all of it
+        check_room_for_swap(monitor.info.pid)  # QEMU reads all of RAM
         key = self._host_key()
         self._stream, end = os.pipe()
         self._cleanup.callback(self._close_stream)
@@ -176,7 +176,7 @@ class _Migration:
         )
 
     def _begin(self, end: int) -> None:
-        """Have QEMU write to the pipe; from here on the VM is put back on every path."""
+        """Make QEMU write to the pipe; from here on, every path puts the VM back."""
         monitor, mode = self._monitor, self._options.mode
         self._guard = Guard(
             monitor.socket.fileno(),
@@ -207,7 +207,7 @@ class _Migration:
             raise RefusedError(what, why=why, remedy=remedy if helps else None)
 
     def read(self, size: int, /) -> bytes:
-        """The next of QEMU's stream. Raises SnapshotCancelled."""
+        """Read the next bytes of QEMU's stream. Raises SnapshotCancelled."""
         while not select.select([self._stream], [], [], _WAIT_S)[0]:
             self._control.check_cancelled()
             self._control.tell()
@@ -215,7 +215,7 @@ class _Migration:
         return os.read(self._stream, min(size, 1 << 20))
 
     def _put_back(self) -> None:
-        """The guest runs, unprotected."""
+        """Let the guest run, unprotected, and release the guard."""
         if self._guard is None or not self._monitor.process_alive():
             return
         stream, self._stream = self._stream, -1
@@ -229,9 +229,9 @@ class _Migration:
             self._stream = -1
 
     def _complete(self, manifest: Manifest, imported: Imported) -> Manifest:
-        """QEMU has written all: put the VM back, and tell what it is."""
+        """QEMU has written everything: put the VM back, and describe it in the manifest."""
         monitor, progress = self._monitor, self._control.progress
-        human_guard.drain(self._stream)  # nothing, but the end
+        human_guard.drain(self._stream)  # only the end of the stream is left
         faultpoints.reach("saved")
         self._control.enter("active", "syncing")
         told = self._ended()
@@ -264,7 +264,7 @@ class _Migration:
         )
 
     def _ended(self) -> str:
-        """What QEMU tells of the migration, which is over. Raises MachineError."""
+        """Wait for the migration's end and return QEMU's report on it. Raises MachineError."""
         while True:
             told = self._monitor.say("info migrate")
             found = _STATUS.search(told)

@@ -1,4 +1,4 @@
-"""Folds the overlays of takes back, as ``stillframe commit`` does."""
+"""Folding a VM's overlays back, the work of ``stillframe commit``."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def commit(
 ) -> tuple[Fold, ...]:
     """Fold the overlays of a running QEMU's disks back into the images below, while it runs.
 
-    An image that a snapshot needs stays as it is, with what lies below it.
+    An image that a snapshot needs stays unchanged, and so does its backing chain.
 
     Args:
-        vm: as for ``connect``; or a machine, which stays the caller's to close.
-        dry_run: only say what would be done.
-        force: give snapshots up that need an image; they cannot be restored with disks then.
-        progress: called with bytes done and bytes in all, of one disk after the other.
+        vm: as for ``connect``; or a machine, which the caller still has to close.
+        dry_run: only report what would be done.
+        force: give up the snapshots that need an image; their disks can no longer be restored.
+        progress: called with (bytes done, total bytes), for one disk after the other.
 
     Returns:
-        What was, or would be, folded, of each disk that has overlays of ours.
+        What was folded, or would be, for each disk that has overlays of ours.
 
     Raises:
         NotFoundError, UsageError, HostError: as ``connect``.
-        BusyError: a snapshot is under way, or a block job works on a disk.
+        BusyError: a snapshot is under way, or a block job is using a disk.
         RefusedError: another program uses an image. MachineError: the VM does not answer, or the
             disk could not be written. The guest runs on in any case.
     """

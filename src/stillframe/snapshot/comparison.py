@@ -1,4 +1,4 @@
-"""Leaves out of a batch what is as in the parent; each page is compared with the parent's."""
+"""Comparison of pages with the parent snapshot: drops the unchanged pages from a batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stillframe.still.records import payload_start, record_bytes
 from stillframe.still.snapshot import Snapshot
 
 _CACHE_BYTES = 128 << 20
-"""Frames of the parent: pages that were saved on a fault are in no order."""
+"""For frames of the parent: large, because pages that were saved on faults are in no order."""
 _STRIDE = record_bytes(KIND_DATA, TARGET_PAGE_BYTES)
 
 
 class Comparison:
-    """Compares batches with a parent. Safe to use from several threads.
+    """Compares batches with a parent. Thread-safe.
 
     Args:
-        blocks: the VM's. compared: names of those that are compared; of the others all is kept.
+        blocks: the VM's. compared: names of the blocks to compare; the others are kept whole.
 
-    ``data_pages``, ``zero_pages``: how many were left out.
+    ``data_pages``, ``zero_pages``: pages dropped so far, by class.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Comparison:
     def changed(
         self, raw: memoryview, packed: bytes, section_id: int, *, footer: bool
     ) -> tuple[BytesLike, Sequence[PageRun] | bytes]:
-        """A batch without the pages that are the parent's; no runs if nothing is left.
+        """Return a batch without the pages that equal the parent's; no runs if none are left.
 
         Args:
             raw: a whole RAM part. packed: its runs (``index_builder.PACKED_RUN``).
@@ -70,7 +70,7 @@ class Comparison:
         return section.finish(), section.runs
 
     def _pieces(self, run: PageRun, content: memoryview | None) -> Iterator[tuple[int, int]]:
-        """(pages skipped, pages) of the run that differ from the parent's."""
+        """Yield the pieces of the run that differ from the parent's: (offset, pages)."""
         number = self._numbers[run.block]
         if number is None:
             yield 0, run.pages
@@ -88,7 +88,7 @@ class Comparison:
     def _told(
         self, number: int, run: PageRun, content: memoryview | None
     ) -> Iterator[tuple[int, bool]]:
-        """(pages, whether they differ from the parent's), from the run's first to its last."""
+        """Cover the run from first to last page: (pages, whether they differ from the parent's)."""
         index, idstr = self._parent.index, self._parent.blocks[number].idstr
         at = 0
         while at < run.pages:
@@ -103,7 +103,7 @@ class Comparison:
             else:
                 try:
                     theirs = self._parent.run_content(found.frame, found.run, idstr)
-                except DataError:  # a page that the parent cannot show any more is saved again
+                except DataError:  # the parent is damaged here: save the pages again
                     yield count, True
                 else:
                     theirs = theirs[found.position * _STRIDE :]

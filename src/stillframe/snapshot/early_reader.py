@@ -1,7 +1,7 @@
-"""Who uses the instant while it is being saved: clones of a VM that is forked.
+"""Readers that use an instant while it is still being saved: the clones of a forked VM.
 
-Its pages go to the reader first, then to the output. What the reader cannot wait for it asks for:
-by a claim like any other, so each page is copied once, whoever wants it.
+Pages go to the reader first, then to the output. A page that the reader cannot wait for it asks
+for, by a claim like any other, so each page is copied only once.
 """
 
 from __future__ import annotations
@@ -16,57 +16,57 @@ from stillframe.still.frames import BytesLike
 
 
 class Asking(Protocol):
-    """How a reader gets pages sooner; for one thread. What comes goes to ``EarlyReader.pages`` and
-    to the output before this returns. Both raise what the output raises."""
+    """A reader's way to get pages sooner; for one thread. Each call passes its pages to
+    ``EarlyReader.pages`` and to the output before it returns, and raises what the output raises."""
 
     def take(self, block: int, first_page: int, pages: int) -> None:
-        """Those of a range that nobody has claimed yet."""
+        """Claim and copy the pages of a range that are not claimed yet."""
 
     def take_spilled(self) -> None:
-        """What the guest's own writes made the fault thread copy."""
+        """Fetch the pages that the fault thread copied because the guest wrote to them."""
 
 
 class EarlyReader(Protocol):
-    """In the order of the calls; all but ``pages`` come from the job's thread."""
+    """The calls a reader gets, in this order; all but ``pages`` come from the job's thread."""
 
     def prepare(self, describe: Callable[[], Manifest]) -> None:
-        """Get ready; nothing is protected, nothing was captured yet. May take its time.
+        """Get ready; nothing is protected or captured yet. May be slow.
 
         Args:
-            describe: the manifest as far as it is known, with the disks that will be frozen.
+            describe: returns the manifest so far, with the disks that will be frozen.
         """
 
     def begin(
         self, parts: StreamFraming, ram: RamCapture, new_asking: Callable[[], Asking]
     ) -> None:
-        """The instant is fixed and the guest goes on. Must be quick."""
+        """The instant is fixed and the guest runs again. Must be quick."""
 
     def pages(self, raw: BytesLike, runs: bytes) -> None:
-        """A whole section of RAM with its packed runs (``still.index_builder.PACKED_RUN``), valid
-        until this returns; from any thread."""
+        """Take a whole RAM section with its packed runs (``still.index_builder.PACKED_RUN``). The
+        buffers are valid until this returns. Called from any thread."""
 
     def check(self) -> None:
-        """Raise what keeps the reader from its work: the job fails then."""
+        """Raise the error that keeps the reader from working, if any; the job then fails."""
 
     def stop_asking(self) -> None:
-        """All pages are claimed: ask no more. What was asked for is in the output afterwards."""
+        """Stop asking: all pages are claimed. On return, all pages asked for are in the output."""
 
     def is_ready(self, timeout_s: float) -> bool:
-        """Whether it needs nothing more than the pages that it has; waits so long for that."""
+        """Wait up to the timeout; return whether the reader needs only pages that it has."""
 
     def finish(self) -> None:
-        """It has all pages, and is ready."""
+        """The reader has all pages, and ``is_ready`` returned True."""
 
     def keep(self) -> None:
-        """The job is done, with all that belongs to it."""
+        """The job is done, and its result is durable."""
 
     def undo(self) -> None:
-        """The job ends. Unless it was kept, use nothing of the instant from here on: its disks go
-        back to what they were. Never raises."""
+        """The job ends. Unless it was kept, stop using the instant: its disks are about to be put
+        back as they were. Never raises."""
 
 
 class NoReader:
-    """Nobody reads before the end."""
+    """The null ``EarlyReader``: nothing reads before the end."""
 
     def prepare(self, describe: Callable[[], Manifest]) -> None:
         """Nothing to do."""
@@ -86,7 +86,7 @@ class NoReader:
         """Nothing to do."""
 
     def is_ready(self, timeout_s: float) -> bool:
-        """It is."""
+        """Return True at once."""
         return True
 
     def finish(self) -> None:

@@ -1,6 +1,6 @@
-"""Worker threads: take batches from the capture, compress, digest, and append them.
+"""Encoder threads: take batches from the capture, compress, digest, and append them.
 
-Each worker does the whole way itself, so the memory in flight is one batch a worker.
+Each thread carries its batch all the way, so the memory in flight is one batch per thread.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _MOST_WORKERS = 8
 
 
 def worker_count(wanted: int | None) -> int:
-    """Threads that encode: as many as processors that we may use, at most eight."""
+    """Return the number of encoder threads: ``wanted``, or one per usable CPU, at most eight."""
     if wanted is not None:
         return max(1, wanted)
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
 
 
 class _Asking:
-    """A worker that copies what it is asked to: an ``Asking``."""
+    """An ``Asking`` over one worker: copies the pages that a reader asks for."""
 
     def __init__(self, worker: Worker, hand_on: Callable[[Worker], None]) -> None:
         self._worker = worker
@@ -52,7 +52,7 @@ class _Asking:
 
 
 class Encoders:
-    """A group of workers over one capture and one output."""
+    """A group of encoder threads over one capture and one output."""
 
     def __init__(
         self,
@@ -82,12 +82,12 @@ class Encoders:
         self._limit = limit
         self._stop = threading.Event()
         self._over = threading.Event()
-        """Set when there is nothing more to begin, so that nobody goes on resting."""
+        """Set when no batch is left to start, so that resting threads wake up."""
         self._failure: BaseException | None = None
         self._left = workers
         self._lock = threading.Lock()
         self.idle = threading.Event()
-        """Set when every worker has ended, by finding nothing more or by an error."""
+        """Set when every thread has ended, because nothing was left or by an error."""
         self._threads = [
             threading.Thread(
                 target=self._run, args=(n > 0,), name=f"stillframe-encoder-{n}", daemon=True
@@ -103,7 +103,7 @@ class Encoders:
         try:
             lower_priority()
             self.drain(self._delay if extra else None)
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - check() raises it
             with self._lock:
                 self._failure = self._failure or error
             self._stop.set()
@@ -115,7 +115,7 @@ class Encoders:
                     self.idle.set()
 
     def drain(self, delay: VcpuRunDelay | None = None) -> None:
-        """Encode batches until there are none (in the calling thread); rest as ``delay`` says."""
+        """Encode batches in the calling thread until none are left; rest as ``delay`` says."""
         worker = self._ram.worker(self._section_id)
         while not self._stop.is_set() and worker.next():
             faultpoints.reach("first-batch")
@@ -125,7 +125,7 @@ class Encoders:
         self._over.set()
 
     def new_asking(self) -> Asking:
-        """For one thread of the reader's."""
+        """Make an ``Asking`` for one thread of the reader."""
         return _Asking(self._ram.worker(self._section_id), self._hand_on)
 
     def _hand_on(self, worker: Worker) -> None:
@@ -148,14 +148,14 @@ class Encoders:
         return self._comparison.changed(raw, runs, self._section_id, footer=self._footers)
 
     def check(self) -> None:
-        """Raise what made a worker end."""
+        """Raise the error that ended a thread, if any."""
         if self._failure is not None:
             if isinstance(self._failure, StillframeError) and self._failure.guest_state == "none":
                 self._failure.guest_state = "running"
             raise self._failure
 
     def stop(self) -> None:
-        """Make the workers end after their present batch, and wait for them."""
+        """Make the threads end after their current batch, and join them."""
         self._stop.set()
         self._over.set()
         for thread in self._threads:

@@ -1,7 +1,7 @@
-"""One snapshot per VM at a time, over all processes of the host.
+"""The lock that allows one snapshot per VM at a time, across all processes of the host.
 
-A listening abstract unix socket named after the VM's process: it needs no file, is gone when its
-owner dies, and tells the owner's pid (SO_PEERCRED). Source: unix(7).
+It is a listening abstract unix socket named after the VM's process: it needs no file, disappears
+when its owner dies, and reveals the owner's pid (SO_PEERCRED). Source: unix(7).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from stillframe.errors import BusyError, HostError
 
 
 class VmLock:
-    """Held while a snapshot of a VM is under way; the guest is not touched.
+    """The lock on one VM, held from construction to :meth:`close`; the guest is not touched.
 
     Args:
-        vm: names it (``Machine.lock_name``).
+        vm: the lock's name (``Machine.lock_name``).
 
     Raises:
-        BusyError: somebody else holds it; the message names the process.
+        BusyError: another process holds it; the message names the process.
     """
 
     def __init__(self, vm: str) -> None:

@@ -1,4 +1,4 @@
-"""Named fault points, switched on by ``STILLFRAME_FAULT=point[:n][=action]``.
+"""Named fault points, enabled by ``STILLFRAME_FAULT=point[:n][=action]``.
 
 At the ``n``-th time (default 1) that ``point`` is reached, ``action`` happens: ``raise``
 (default) raises an InternalError, ``kill`` sends this process SIGKILL, ``hang`` sleeps for a
@@ -33,23 +33,23 @@ POINTS = (
 )
 
 STORE_POINTS = ("durable", "entered")
-"""Reached in a take into a store only, at its end."""
+"""Reached only in a take into a store, at its end."""
 
 WATCH_POINTS = ("rearmed",)
-"""Reached under watch only, instead of ``unprotected``."""
+"""Reached only under watch, instead of ``unprotected``."""
 
 HUMAN_POINTS = ("handed-over", "migrating", "saved")
-"""Reached where QEMU saves itself (``snapshot.by_migration``), instead of all others but
+"""Reached when QEMU saves the VM (``snapshot.by_migration``), instead of all others except
 ``guarded``."""
 
 LIVE_POINTS = ("sent", "switched-over")
-"""Reached in live migration only (``stillframe.board.migration``), besides most of the others."""
+"""Reached only in live migration (``stillframe.board.migration``), besides most of the others."""
 
 _seen: dict[str, int] = {}
 
 
 def reach(point: str) -> None:
-    """Do nothing, unless this point was switched on."""
+    """Do nothing unless this point is enabled."""
     wanted = os.environ.get("STILLFRAME_FAULT")
     if not wanted:
         return

@@ -1,4 +1,4 @@
-"""Starts and steers the guard process; see ``guard_process``."""
+"""The snapshotter's side of the guard process: starts and controls it; see ``guard_process``."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ _SCRIPT = str(Path(__file__).with_name("guard_process.py"))
 
 
 class Guarding(Protocol):
-    """Sees to it that a stopped guest goes on if we die."""
+    """A guard: resumes a stopped guest if this process dies."""
 
     @property
     def alive(self) -> bool:
-        """Whether it still can."""
+        """Whether the guard can still do that."""
 
     def arm(self) -> None:
-        """Before the VM is stopped."""
+        """Call before the VM is stopped."""
 
     def disarm(self) -> None:
-        """The VM goes on again."""
+        """Call when the VM runs again."""
 
     def leave(
         self, commands: Sequence[Command], agent: str | None, folds: Sequence[FoldWill] = ()
     ) -> None:
-        """A last will: what to run on the monitor, in order, the guest agent to thaw by, and
-        overlays to fold back, if we die, also when the VM is not stopped; replaces an earlier one.
-        """
+        """Leave a last will for the case that this process dies, even with the VM not stopped:
+        monitor commands in order, the guest agent to thaw through, and overlays to fold back. It
+        replaces an earlier will."""
 
     def close(self) -> None:
-        """End it; never raises."""
+        """End the guard; never raises."""
 
 
 class NoGuard:
-    """For a machine of this very process, which dies with us."""
+    """The null guard, for a machine inside this process, which dies with it."""
 
     alive = True
 
@@ -67,7 +67,7 @@ class NoGuard:
 
 
 def guard_of(monitor_fd: int | None) -> Guarding:
-    """A guard that shares a machine's monitor connection (``Machine.monitor_fd``).
+    """Start a guard that shares a machine's monitor connection (``Machine.monitor_fd``).
 
     Raises:
         HostError: it could not be started; the guest was not touched.
@@ -79,8 +79,9 @@ class Guard:
     """A guard process that shares our monitor connection.
 
     Args:
-        script: what it runs, with ``monitor_fd``, a control channel and ``words``.
-        shared_fds: what else it shares.
+        script: the program to run, with ``monitor_fd``, a control channel and ``words`` as its
+            arguments.
+        shared_fds: further descriptors that it inherits.
 
     Raises:
         HostError: it could not be started; the guest was not touched.
@@ -99,7 +100,7 @@ class Guard:
         self._control = ours
         try:
             with theirs:
-                # A session of its own: a Ctrl-C in the terminal is for us, not for it.
+                # A session of its own, so that Ctrl-C in the terminal does not reach it.
                 self._process = subprocess.Popen(
                     [
                         sys.executable,
@@ -122,7 +123,7 @@ class Guard:
             raise HostError(
                 "the guard process cannot be started", why=str(error), guest_state="running"
             ) from error
-        ready = select.poll()  # takes descriptors of any number
+        ready = select.poll()  # unlike select(2), takes descriptors above 1023
         ready.register(ours, select.POLLIN)
         if not ready.poll(_READY_S * 1e3) or ours.recv(1) != b"R":
             self.close()
@@ -134,11 +135,11 @@ class Guard:
 
     @property
     def alive(self) -> bool:
-        """Whether nobody has killed it."""
+        """Whether the guard process is still there."""
         return self._process.poll() is None
 
     def arm(self) -> None:
-        """Before the VM is stopped: from now on our death lets it go on.
+        """Call before the VM is stopped: from now on, if this process dies, the VM is resumed.
 
         Raises:
             HostError: the guard is gone; the VM must not be stopped.
@@ -147,8 +148,8 @@ class Guard:
         self._send(b"A")
 
     def disarm(self) -> None:
-        """The VM goes on again."""
-        # A guard that died meanwhile has nothing to guard any more.
+        """Call when the VM runs again."""
+        # A guard that died meanwhile is no longer needed.
         with contextlib.suppress(HostError):
             self._send(b"D")
         self._armed = False
@@ -156,7 +157,7 @@ class Guard:
     def leave(
         self, commands: Sequence[Command], agent: str | None, folds: Sequence[FoldWill] = ()
     ) -> None:
-        """Take down what to do if we die: give block jobs up, thaw a guest.
+        """Send the last will: block jobs to cancel, an agent to thaw through, overlays to fold.
 
         Raises:
             HostError: the guard is gone.
@@ -190,8 +191,8 @@ class Guard:
             ) from error
 
     def close(self) -> None:
-        """End the guard. If it is still armed, it lets the VM go on first, and stays until QEMU has
-        answered it, longer than we if need be; so it does where an agent is still to thaw."""
+        """End the guard. If it is armed, it resumes the VM first; with a thaw in its will, it thaws
+        first. In both cases it may outlive this process until QEMU or the agent answers."""
         self._control.close()
         try:
             self._process.wait(_END_S)

@@ -1,16 +1,16 @@
-"""The guard: a process of its own that lets the VM go on if the snapshotter dies while it is
+"""The guard: a separate process that resumes the VM if the snapshotter dies while the VM is
 stopped (invariant 4).
 
-Run as a plain script, with nothing but the standard library, so that it starts in milliseconds::
+It is a plain script on the standard library alone, so that it starts in milliseconds::
 
     guard_process.py QMP_FD CONTROL_FD
 
-It shares the snapshotter's monitor connection, because QEMU serves one client a monitor. On
-CONTROL it reads ``A`` (the VM is about to be stopped), ``D`` (it goes on again) and ``W`` with a
-last will: block jobs to give up, a guest agent to thaw by, overlays to fold back. At the end of
-CONTROL, which the kernel brings about however the snapshotter ends, an armed guard sends
-``cont``. Whatever was half written on the connection is flushed from QEMU's parser first by a
-byte that no JSON contains (QEMU ``docs/interop/qmp-spec.rst``, section 2.6).
+It shares the snapshotter's monitor connection, because a QEMU monitor serves one client. From
+CONTROL it reads ``A`` (the VM is about to be stopped), ``D`` (the VM runs again) and ``W`` with a
+last will: block jobs to cancel, a guest agent to thaw through, overlays to fold back. At EOF on
+CONTROL, which the kernel delivers however the snapshotter ends, an armed guard sends ``cont``.
+First it flushes a half-written command from QEMU's parser with a byte that no JSON contains
+(QEMU ``docs/interop/qmp-spec.rst``, section 2.6).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ THAW = b'\xff\n{"execute": "guest-fsfreeze-thaw"}\n'
 
 
 def read_until_end(control: int) -> tuple[bool, dict[str, Any]]:
-    """Follow the snapshotter; whether it died while the VM was stopped, and its last will."""
+    """Follow the snapshotter to its end; return whether the guard is armed, and the last will."""
     armed = False
     will: dict[str, Any] = {}
     with os.fdopen(control, "rb", buffering=0) as stream:
@@ -51,7 +51,7 @@ def read_until_end(control: int) -> tuple[bool, dict[str, Any]]:
 
 
 def read_exactly(stream: RawIOBase, length: int) -> bytes:
-    """So many bytes; none if the snapshotter died in the middle."""
+    """Read ``length`` bytes; return none if the snapshotter died in the middle."""
     data = b""
     while len(data) < length:
         part = stream.read(length - len(data))
@@ -62,8 +62,10 @@ def read_exactly(stream: RawIOBase, length: int) -> bytes:
 
 
 def ask(monitor: socket.socket, line: bytes, mark: bytes, keep: int = 65536) -> bytes:
-    """Send a command until QEMU has answered it or is gone; a ``stop`` that drains slow disks may
-    keep the answer back for long, and would be forgotten if the connection ended before."""
+    """Repeat a command until QEMU answers or is gone; return the answer, empty if QEMU is gone.
+
+    A ``stop`` that drains slow disks may delay the answer for long, and QEMU would forget the
+    command if the connection closed before."""
     monitor.settimeout(RESEND_S)
     while True:
         try:
@@ -82,7 +84,7 @@ def ask(monitor: socket.socket, line: bytes, mark: bytes, keep: int = 65536) -> 
 
 
 def resume(monitor: socket.socket) -> None:
-    """Let the guest go on; while a dump runs, QEMU refuses."""
+    """Resume the guest; try again while QEMU refuses, as it does during a dump."""
     for _ in range(REFUSED_TRIES):
         answer = ask(monitor, RESUME, ANSWER)
         if not any(b'"error"' in line for line in answer.splitlines() if ANSWER in line):
@@ -91,9 +93,11 @@ def resume(monitor: socket.socket) -> None:
 
 
 def carry_out(monitor: socket.socket, lines: list[str]) -> None:
-    """Run the last will's commands. What is still in use is tried again, and an agent that does
-    not answer; what is not there any more is not. Then a guest that stopped at a write that could
-    not be copied goes on."""
+    """Run the last will's commands, then resume a guest that stopped with an I/O error because a
+    write could not be copied.
+
+    A command is repeated while its object is in use, its job is not ready, or the agent does not
+    answer; not if its object is gone."""
     until_s = time.monotonic() + THAW_S
     for line in lines:
         mark = b'"id": "%s"' % json.loads(line)["id"].encode()
@@ -111,31 +115,31 @@ def carry_out(monitor: socket.socket, lines: list[str]) -> None:
 
 
 def fold_back(monitor: socket.socket, fold: dict[str, Any]) -> None:
-    """Let the VM go on on its image, which takes what an overlay holds; then remove that."""
+    """Commit an overlay into the VM's image, pivot the VM to the image, and remove the overlay."""
     carry_out(monitor, fold["finish"])
     if is_named(monitor, "query-block", fold["path"]):
         carry_out(monitor, fold["begin"] + fold["finish"])
     carry_out(monitor, fold["remove"])
     if is_named(monitor, "query-named-block-nodes", fold["path"]) is False:
         with contextlib.suppress(OSError):
-            os.unlink(fold["path"])  # noqa: PTH108 - pathlib takes its time to import
+            os.unlink(fold["path"])  # noqa: PTH108 - pathlib is slow to import
 
 
 def is_named(monitor: socket.socket, query: str, path: str) -> bool | None:
-    """Whether QEMU's answer names that overlay; None if it does not answer."""
+    """Return whether QEMU's answer to ``query`` names the overlay; None without an answer."""
     mark = b'"stillframe-query"'
     line = b'{"execute": "%s", "id": %s}\n' % (query.encode(), mark)
     answer = ask(monitor, line, mark, keep=1 << 24)
     ours = next((part for part in answer.splitlines() if mark in part), b"")
     if b'"return"' not in ours:
         return None
-    # The end of the name is unique, and written alike by everybody.
+    # The end of the name is unique, and spelled the same everywhere.
     return path[path.rindex(".stillframe-") :].encode() in ours
 
 
 def thaw(path: str) -> None:
-    """Have the guest agent thaw the guest; it takes one client, and ours has just gone. A guest
-    that says something else all the time does not keep us."""
+    """Have the guest agent thaw the guest. The agent serves one client, so retry until the
+    snapshotter's connection is gone; a guest that keeps sending other output is given up."""
     until_s = time.monotonic() + THAW_S
     for _ in range(TRIES):
         try:
@@ -156,7 +160,8 @@ def thaw(path: str) -> None:
 
 
 def outlive_snapshotter() -> None:
-    """Not we are the one to be killed for want of memory (``snapshot/memory_limit.py``)."""
+    """Reset the inherited OOM score, so that the OOM killer takes the snapshotter, not the guard
+    (``snapshot/memory_limit.py``)."""
     with contextlib.suppress(OSError):
         score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(score, b"0")
@@ -174,7 +179,7 @@ def main() -> None:
     if armed:
         resume(monitor)
     if not will.get("lines") and not will.get("folds"):
-        monitor.close()  # a thaw may take long, and others want to use it
+        monitor.close()  # a thaw may take long, and other clients wait for the monitor
     if will.get("agent"):
         thaw(will["agent"])
     if (will.get("lines") or will.get("folds")) and not armed:

@@ -1,4 +1,4 @@
-"""What the guest does after a job that failed, told by its errors."""
+"""The guest's state in the errors of a failed job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stillframe.machine import Machine
 
 @contextmanager
 def guest_told(machine: Machine) -> Iterator[None]:
-    """Errors tell what the guest does, once all is cleaned up."""
+    """Set ``guest_state`` of errors once everything is cleaned up; turn OSError into HostError."""
     try:
         yield
     except StillframeError as error:
@@ -24,7 +24,7 @@ def guest_told(machine: Machine) -> Iterator[None]:
 
 
 def guest_state_of(machine: Machine, supposed: GuestState) -> GuestState:
-    """What the guest does now, after all cleanup, as the machine itself says."""
+    """Ask the machine what the guest does now; ``supposed`` if it does not answer."""
     if not machine.process_alive():
         return "none"
     try:

@@ -1,8 +1,8 @@
-"""What a snapshot of a machine needs from its beginning to its end; of a watched VM it is kept from
-one snapshot to the next, so that each but the first holds only what was written since.
+"""The hold on a machine: everything that a snapshot of it needs throughout. A watch keeps its hold
+from one snapshot to the next, so that each but the first contains only what was written since.
 
-Whatever interrupts the tracking makes it void: the next snapshot is of a new hold then, and RAM is
-read for it.
+An interruption of the tracking voids the hold: the next snapshot takes a new one, and reads RAM to
+find out what changed.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _VOIDING = {
     "RESET": "the VM was reset",
     "DEVICE_DELETED": "a device was unplugged, which may have written to RAM by itself",
 }
-"""Events (QEMU ``qapi/run-state.json``, ``qdev.json``) after which we do not swear to have seen
-every write. A device that still is there is the pre-flight's business."""
+"""Events (QEMU ``qapi/run-state.json``, ``qdev.json``) after which some writes may have gone
+unseen. The pre-flight judges the devices that are still there."""
 
 
 class Hold:
-    """A machine in our hands. Guest state: running; after ``close``, unprotected.
+    """The hold on one machine. Guest state: running; after ``close``, unprotected.
 
     Args:
-        stay: RAM stays armed after a snapshot.
+        stay: keep RAM armed after a snapshot.
 
     Attributes:
-        blocks, memory_map, signature: of the machine's RAM; once :meth:`list_blocks` was called.
-        last: the snapshot since whose instant every write was noted; None: there is none.
+        blocks, memory_map, signature: the machine's RAM; set by :meth:`list_blocks`.
+        last: the snapshot since whose instant every write was tracked, or None.
     """
 
     blocks: tuple[RamBlock, ...]
@@ -68,19 +68,20 @@ class Hold:
 
     @property
     def own_blockers(self) -> frozenset[str]:
-        """What the pre-flight finds of ours: nobody else can watch RAM that is armed."""
+        """Blockers that the pre-flight reports because of our own userfaultfd; while RAM is armed,
+        no other process can have one on it."""
         return frozenset() if self._ram is None else frozenset({"userfaultfd"})
 
     def lock(self) -> None:
-        """Keep others from taking snapshots of it, until ``close``. Raises BusyError."""
+        """Lock out other snapshots of the machine until ``close``. Raises BusyError."""
         if self._lock is None:
             self._lock = VmLock(self.machine.lock_name)
             self._cleanup.callback(self._lock.close)
             faultpoints.reach("locked")
 
     def look_at_swap(self) -> bool:
-        """Whether RAM is in swap, and is to stay there; between ``list_blocks`` and ``arm``.
-        Raises HostError."""
+        """Return whether some RAM is in swap and can be left there; call between ``list_blocks``
+        and ``arm``. Raises HostError."""
         if self._swap is None:
             self._swap = swap_access(self.machine.pid, self.blocks)
             if self._swap is not None:
@@ -88,15 +89,15 @@ class Hold:
         return self._swap is not None
 
     def list_blocks(self) -> None:
-        """Learn what RAM there is; later ones find it unchanged, see :meth:`interruption`."""
+        """List the RAM blocks, once; :meth:`interruption` checks that they have not changed."""
         if self._ram is None:
-            # First: what is plugged in after it, and is not among the blocks, shows.
+            # The signature first, so that a block plugged in between the two calls shows.
             self.signature = self.machine.blocks_signature()
             self.blocks = tuple(self.machine.ram_blocks())
         self.memory_map = self.machine.memory_map(self.blocks)
 
     def guard(self) -> Guarding:
-        """The guard process; another one where that died meanwhile. Raises HostError."""
+        """Return the guard process; start one if there is none or it died. Raises HostError."""
         if self._guard is not None and not self._guard.alive:
             self._end_guard()
         elif self._guard is None:
@@ -120,10 +121,10 @@ class Hold:
         may_drop: bool = False,
     ) -> RamCapture:
         """Protect RAM while the guest runs: all of it, or what was written since the last snapshot.
-        With ``mode`` stop only get ready to read it.
+        With ``mode`` stop, only prepare to read it.
 
         Args:
-            may_drop: the guest may give RAM back meanwhile.
+            may_drop: the guest may give RAM back during the snapshot.
 
         Raises:
             SnapshotCancelled: the job was cancelled.
@@ -162,17 +163,18 @@ class Hold:
         return self._ram
 
     def watch(self) -> Watch:
-        """Watch the machine anew, from before an instant on. The watch before is kept until
+        """Start a new watch over the machine, before an instant. The previous watch is kept until
         :meth:`check_tracking`, so that no event falls between the two."""
         if self._watch_before is None:
             self._watch_before = self._watch
-        elif self._watch is not None:  # the job that it was for came to no instant
+        elif self._watch is not None:  # its job failed before the instant
             self._watch.close()
         self._watch = self.machine.watch()
         return self._watch
 
     def trouble(self) -> str | None:
-        """Why RAM cannot stay armed, such as that the VM is gone; None: it can. Asks nobody."""
+        """Return why RAM cannot stay armed (the VM exited, ...), or None. Does not use the
+        monitor."""
         if self._ram is None:
             return None
         try:
@@ -182,13 +184,13 @@ class Hold:
         return None if self.machine.process_alive() else "the VM exited"
 
     def interruption(self) -> str | None:
-        """Why the next snapshot cannot be an increment to ``last``; None: it can."""
+        """Return why the next snapshot cannot be an increment on ``last``, or None if it can."""
         if self.last is None or self._ram is None or self._watch is None:
             return "there is no snapshot to go on from"
         if why := self.trouble():
             return why
         try:
-            self.machine.status()  # with the monitor its events would be lost
+            self.machine.status()  # if the monitor is gone, its events were lost
             if self.machine.blocks_signature() != self.signature:
                 return "RAM blocks came or went"
         except StillframeError as error:
@@ -200,13 +202,13 @@ class Hold:
         return None
 
     def begin_instant(self) -> TakenSnapshot | None:
-        """What the instant captures cannot be had again: until :meth:`complete` there is no
-        snapshot to go on from. Returns the one that this one goes on from."""
+        """Clear ``last`` and return it, as the parent of the snapshot that begins. The instant uses
+        up the tracked writes, so until :meth:`complete` no snapshot can be a parent."""
         parent, self.last = self.last, None
         return parent
 
     def check_tracking(self, parent: TakenSnapshot | None) -> None:
-        """To be called when the guest goes on: nothing was missed since ``parent``.
+        """Check, once the guest runs again, that tracking missed nothing since ``parent``.
 
         Raises:
             SnapshotFailed: tracking was interrupted.
@@ -225,23 +227,23 @@ class Hold:
             )
 
     def complete(self, taken: TakenSnapshot) -> None:
-        """A snapshot is durable: the next may go on from it."""
+        """Record a durable snapshot, on which the next may be an increment."""
         if self._stay:
             self.last = taken
 
     def forget(self) -> None:
-        """The last snapshot came to nothing after all: there is none to go on from."""
+        """Drop the last snapshot as a parent, and stop tracking."""
         self.last = None
         self.give_up()
 
     def give_up(self) -> None:
-        """To be called at the end of each job, also a failed one: unless RAM is to stay armed, let
-        every write pass."""
+        """Let every write pass, unless RAM stays armed for a next snapshot. Called at the end of
+        each job, even a failed one."""
         if self.last is None and self._ram is not None:
             self._ram.release()
 
     def close(self) -> None:
-        """Let go of the machine: every page is writable. Never raises."""
+        """Release the machine: every page is writable. Never raises."""
         self.last = None
         for watch in (self._watch, self._watch_before):
             if watch is not None:

@@ -1,4 +1,4 @@
-"""Work on the store in the background of a watch: it stands still while a snapshot is taken."""
+"""A watch's background work on its store; it pauses while a snapshot is taken."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from stillframe.errors import HostError, StillframeError
 from stillframe.store.store import Compaction
 
 Compact = Callable[[Callable[[], bool]], Compaction]
-"""Makes chains short; asks again and again whether to stop."""
+"""Compacts chains; calls its argument repeatedly to learn whether to stop."""
 
 
 class Housekeeping:
-    """Compacts, in a thread of its own, once at a time. For one thread."""
+    """Compactions in a background thread, one at a time. For use by one thread."""
 
     def __init__(self, compact: Compact) -> None:
         self._compact = compact
@@ -27,7 +27,7 @@ class Housekeeping:
         self._errors: list[StillframeError] = []
 
     def begin(self) -> None:
-        """Compact; once more, where that is under way."""
+        """Start a compaction; if one is running, run another one after it."""
         with self._lock:
             self._is_due = True
             if not self._is_running:
@@ -37,7 +37,7 @@ class Housekeeping:
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
-        """From the next step on, so that a snapshot does not share its CPU with it."""
+        """Pause the compaction at its next step, so that it takes no CPU from a snapshot."""
         self._idle.clear()
         try:
             yield
@@ -45,12 +45,12 @@ class Housekeeping:
             self._idle.set()
 
     def errors(self) -> list[StillframeError]:
-        """What failed since this was asked last."""
+        """Return the failures since the previous call."""
         found, self._errors = self._errors, []
         return found
 
     def end(self, *, give_up: bool) -> None:
-        """Wait until it is through; ``give_up``: until it has stopped, which is soon."""
+        """Wait for the compaction to finish; with ``give_up``, make it stop soon."""
         if give_up:
             self._stop.set()
         if self._thread is not None:

@@ -1,11 +1,11 @@
-"""The downtime: stop, device state, disks, protection, cont. Nothing here grows with RAM or disk.
+"""The downtime: stop, device state, disks, protection, cont. No step grows with RAM or disk size.
 
-Order (invariant 8, QEMU ``migration/migration.c``: bg_migration_thread): RAM is protected
-before the device state is saved, so what the VMM writes to RAM meanwhile is seen, belongs to the
-instant, and is protected again before the guest goes on.
+Order (invariant 8, QEMU ``migration/migration.c``: bg_migration_thread): RAM is protected before
+the device state is saved. So what the VMM writes to RAM meanwhile is seen, belongs to the instant,
+and is protected again before the guest goes on.
 
-The disks come after the device state: saving that drains all disks once more, and QEMU 7.2 to 10.0
-may hang for good in a drain that finds a copy which has just begun.
+The disks come after the device state: saving it drains all disks once more, and QEMU 7.2 to 10.0
+can hang for good if a disk copy has just started at a drain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NO_DISKS = NoDisks()
 
 
 class Instant(msgspec.Struct, frozen=True, kw_only=True):
-    """What was fixed in the downtime."""
+    """The result of the downtime: device state, timings, and the VMM's writes while stopped."""
 
     device_state: bytes
     downtime: Downtime
@@ -45,15 +45,15 @@ class _Laps:
 
 
 LIVE_STATES = ("running", "suspended")
-"""States that a stop ends and that ``cont`` brings back (QEMU >= 9.0, ``system/runstate.c``:
-runstate_is_live); a suspended guest of an older QEMU is refused before."""
+"""Run states that ``stop`` leaves and ``cont`` restores (QEMU >= 9.0, ``system/runstate.c``:
+runstate_is_live). The pre-flight refuses a suspended guest of an older QEMU."""
 
 
 def stop_unless_still(machine: Machine, run_state: str) -> None:
-    """Stop a guest that is live, or paused: there it does nothing, unless somebody resumed it.
+    """Stop a guest that is live or paused; a paused one may have been resumed by another client.
 
-    Other states (io-error, prelaunch, ...) are left alone. A suspended guest is stopped, too, for
-    saving its device state would leave it in the state ``save-vm``.
+    Other run states (io-error, prelaunch, ...) are left alone. A suspended guest must be stopped,
+    too: otherwise saving its device state would leave it in run state ``save-vm``.
     """
     if run_state in (*LIVE_STATES, "paused"):
         machine.stop()
@@ -69,12 +69,12 @@ def take_instant(
     with_devices: bool = True,
     disks: Disks = _NO_DISKS,
 ) -> Instant:
-    """Stop the guest, fix the instant, let it go on.
+    """Stop the guest, fix the instant, and let the guest go on.
 
     Args:
         with_devices: save the device state; without it the snapshot is for analysis only.
-        disks: fixed in one go once RAM is protected.
-        run_state: the guest's, just asked for; it is in that state again afterwards.
+        disks: fixed together, once RAM is protected.
+        run_state: the guest's, queried just before; it is restored afterwards.
 
     Raises:
         StillframeError: something failed; the guest goes on, unprotected.
@@ -85,8 +85,8 @@ def take_instant(
     try:
         instant = _in_downtime(machine, ram, pause_watch, run_state, with_devices, disks)
     except BaseException:
-        # Un-protect first: a thread of the VMM that waits for a fault may hold the lock
-        # that the monitor needs.
+        # Un-protect first: a VMM thread that waits for a fault may hold the lock that the
+        # monitor needs.
         ram.release()
         if was_live or pause_watch.broken():
             machine.resume_at_all_costs()
@@ -118,17 +118,17 @@ def _in_downtime(
     disks.in_stop()
     disks_ms = laps.lap_ms()
     if run_state in LIVE_STATES:
-        # After the last other command: one in between would make the VMM forget it.
+        # Must follow the last other command: the VMM would forget it on one in between.
         machine.announce_cont()
     faultpoints.reach("disks")
     writes = ram.instant()
     protect_ms += laps.lap_ms()
     faultpoints.reach("protected")
-    # Up to now RAM could still be written unseen, by a guest or a reset.
+    # Up to here a resumed guest or a reset could still write RAM unseen.
     pause_watch.check(also=_RESET)
     if run_state in LIVE_STATES:
         machine.cont()
-        # With the answer have come events that were on their way.
+        # Events that were in flight arrived with the answer.
         pause_watch.check_until_resumed(also=_RESET)
     return Instant(
         device_state=device_state,

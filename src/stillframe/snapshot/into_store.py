@@ -1,4 +1,4 @@
-"""A take into a store: its file and its disks get their names there, then the catalog's entry."""
+"""Takes into a store: the file and the disks get their names there, then the catalog its entry."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stillframe.store.writing import StoreTarget
 Save = Callable[[JobControl, Machine, Sink, SnapshotOptions], TakenSnapshot]
 """As ``take_snapshot``."""
 Since = Callable[[Snapshot], Parent]
-"""Makes a parent of an open snapshot: who knows what changed since says it."""
+"""Makes a ``Parent`` of an open snapshot, with the source of what changed since, if any."""
 
 
 def take_into_store(
@@ -44,20 +44,20 @@ def take_into_store(
     origin: str | None = None,
     save: Save = take_snapshot,
 ) -> TakenSnapshot:
-    """As :func:`stillframe.snapshot.take.take_snapshot`, into a store; what fails or dies leaves
-    no snapshot there, or a whole one.
+    """As :func:`stillframe.snapshot.take.take_snapshot`, into a store. A failure or a crash leaves
+    either no snapshot there or a complete one.
 
     Args:
-        options: with a parent: that one, which has to be in the store.
-        since: without: the VM's newest snapshot in the store is the parent, unless the chain is
-            too long, or its file cannot be read. None: there is none.
-        hold: of the machine; where it has a last snapshot, that is the parent.
+        options: if they name a parent, it must be in the store.
+        since: if they do not, the parent is the VM's newest snapshot in the store, opened through
+            ``since``, unless the chain is too long or its file cannot be read. None: no parent.
+        hold: of the machine; its last snapshot, if any, is the parent.
         origin: the id of the snapshot that the VM was restored from: the parent of its first.
-        save: takes the snapshot, where there is no hold.
+        save: takes the snapshot if there is no hold.
 
     Raises:
         UsageError: the parent is not in the store; or disks are to be copied, and the store is not
-            on this host. Else as there.
+            on this host. Otherwise as ``take_snapshot``.
     """
     try:
         return _take(control, machine, store, options, tags, since, hold, origin, save)
@@ -127,11 +127,11 @@ def _known(store: Store, parent_id: str) -> Entry:
 def _on_top(
     stack: ExitStack, store: Store, entry: Entry | None, since: Since
 ) -> tuple[StoreTarget, Parent | None, tuple[str, ...]]:
-    """A target on top of a snapshot, that parent, and what is to be noted."""
+    """Open a target on top of a snapshot; return it, the parent, and notes."""
     if entry is None:
         return stack.enter_context(store.target()), None, ()
     try:
-        # First the target: from then on the parent stays.
+        # The target first: it keeps the parent from being removed.
         target = stack.enter_context(store.target(entry))
         return target, since(stack.enter_context(store.open(entry))), ()
     except BusyError:
@@ -142,7 +142,7 @@ def _on_top(
 
 
 def _newest(store: Store, vm: str, origin: str | None) -> Entry | None:
-    """The VM's newest snapshot, or what it was restored from, if another may build on that."""
+    """Find the VM's newest snapshot, else its origin; None if no other may build on that."""
     catalog = store.catalog()
     known = [e for e in catalog.entries.values() if not e.for_analysis]
     of_vm = [e for e in known if vm and e.vm == vm] or [e for e in known if e.id == origin]
@@ -152,7 +152,7 @@ def _newest(store: Store, vm: str, origin: str | None) -> Entry | None:
 
 
 def _is_short(store: Store, catalog: Catalog, entry: Entry) -> bool:
-    """Whether a chain is whole, and another snapshot may build on it."""
+    """Return whether the entry's chain is complete and short enough for another increment."""
     try:
         return len(catalog.chain(entry)) < store.config.full_every
     except (NotFoundError, DataError):
@@ -160,7 +160,7 @@ def _is_short(store: Store, catalog: Catalog, entry: Entry) -> bool:
 
 
 def may_go_on_from(store: Store, last: TakenSnapshot | None) -> bool:
-    """Whether the store has this snapshot, and another may build on it."""
+    """Return whether the store has this snapshot and another may build on it."""
     catalog = store.catalog()
     entry = None if last is None else catalog.entries.get(last.id)
     return entry is not None and _is_short(store, catalog, entry)

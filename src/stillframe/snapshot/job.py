@@ -1,6 +1,6 @@
-"""The snapshot job: a thread that takes one snapshot, and how to follow and to end it.
+"""The snapshot job: a thread that takes one snapshot, and the means to follow and cancel it.
 
-States in QEMU's words: ``none → setup → active → completed | failed | cancelled``.
+States, with QEMU's names: ``none → setup → active → completed | failed | cancelled``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from stillframe.snapshot.taken import TakenSnapshot
 
 
 class JobControl:
-    """Between the job and the code that does its work.
+    """The interface between a job and the code that does its work.
 
     Args:
-        on_progress: follows the numbers.
-        on_state: told each change of state; it must be quick and not call back.
+        on_progress: called with the numbers.
+        on_state: called on each change of state; it must be quick and not call back.
 
     Attributes:
-        limit: on what is written; may be changed at any time.
-        cancelled: set when the job is to be given up.
+        limit: on the write rate; may be changed at any time.
+        cancelled: set when the job must give up.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class JobControl:
         return self._states.under_way
 
     def tell(self) -> None:
-        """Tell the follower how things stand."""
+        """Report the current numbers to ``on_progress``."""
         if self._on_progress is not None:
             self._on_progress(self.progress.statistics())
 
     def enter(self, state: JobState, phase: str) -> None:
-        """Enter a phase.
+        """Enter a phase, and its state.
 
         Raises:
             SnapshotCancelled: the job was cancelled meanwhile.
@@ -72,33 +72,33 @@ class JobControl:
             raise SnapshotCancelled("the snapshot was cancelled", guest_state="running")
 
     def cancel(self) -> bool:
-        """Ask for the job to be given up, from any thread; whether it will end as cancelled."""
+        """Ask the job to give up, from any thread; return whether it will end as cancelled."""
         if not self._states.cancel():
             return False
         self.cancelled.set()
         return True
 
     def commit(self) -> None:
-        """Pass the point of no return: from here on no ``cancel`` succeeds.
+        """Pass the point of no return: from here on ``cancel`` has no effect.
 
         Raises:
-            SnapshotCancelled: it was cancelled before.
+            SnapshotCancelled: the job was cancelled before.
         """
         if not self._states.commit():
             raise SnapshotCancelled("the snapshot was cancelled", guest_state="running")
 
     def end(self, *, failed: bool) -> JobState:
-        """The last change of state: everything is cleaned up."""
+        """Enter the final state, after all cleanup."""
         state = self._states.end(failed=failed)
         self.progress.end(state)
         return state
 
 
 class SnapshotJob:
-    """A snapshot under way. Made by ``api.take``.
+    """A running snapshot, made by ``api.take``.
 
-    Follow it from a thread with ``wait`` or from asyncio with ``await job``; neither takes part
-    in the work, so the event loop is not blocked.
+    Wait for it with ``wait`` in a thread, or with ``await job`` in asyncio. The job has its own
+    thread, so the event loop is not blocked.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SnapshotJob:
         *,
         on_progress: Callable[[Statistics], None] | None = None,
     ) -> None:
-        """Start at once.
+        """Start the job's thread.
 
         Args:
             work: takes the snapshot; see ``snapshot.take``.
@@ -123,7 +123,7 @@ class SnapshotJob:
         self._future.set_running_or_notify_cancel()
         try:
             result = self._work(self._control)
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - wait() raises it
             self._control.end(failed=True)
             self._future.set_exception(error)
         else:
@@ -136,15 +136,15 @@ class SnapshotJob:
 
     @property
     def stats(self) -> Statistics:
-        """The numbers now; a finished job keeps its last."""
+        """The current numbers; a finished job keeps its last ones."""
         return self._control.progress.statistics()
 
     def done(self) -> bool:
         return self._future.done()
 
     def cancel(self) -> None:
-        """Ask the job to give up. It ends in ``cancelled`` with the guest running, unless it is
-        finished first; ``wait`` then raises SnapshotCancelled. May be called from any thread."""
+        """Ask the job to give up; callable from any thread. Unless it completes first, it ends as
+        ``cancelled`` with the guest running, and ``wait`` raises SnapshotCancelled."""
         self._control.cancel()
 
     def wait(self, timeout_s: float | None = None) -> TakenSnapshot:
@@ -154,13 +154,13 @@ class SnapshotJob:
             The snapshot, complete and synced.
 
         Raises:
-            TimeoutError: it is still under way.
-            StillframeError: it failed or was cancelled; ``guest_state`` tells of the guest.
+            TimeoutError: the job is still running.
+            StillframeError: it failed or was cancelled; ``guest_state`` says what the guest does.
         """
         return self._future.result(timeout_s)
 
     def finish(self) -> TakenSnapshot:
-        """As :meth:`wait`; whatever interrupts that cancels the job, and it has ended then."""
+        """As :meth:`wait`; on any exception, cancel the job and wait for its end."""
         try:
             return self.wait()
         except BaseException:
@@ -170,7 +170,7 @@ class SnapshotJob:
             raise
 
     def __await__(self) -> Generator[object, None, TakenSnapshot]:
-        # Costs a tenth of the tool's start, and only this needs it.
+        # Imported only here: asyncio takes a tenth of the tool's start-up time.
         import asyncio
 
         return asyncio.wrap_future(self._future).__await__()

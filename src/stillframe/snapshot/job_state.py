@@ -1,6 +1,6 @@
 """The state of a job: a snapshot, or a migration out of a board or into it.
 
-Source of the words: QEMU ``qapi/migration.json``: MigrationStatus.
+Source of the names: QEMU ``qapi/migration.json``: MigrationStatus.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _MAY_BE_CANCELLED = ("none", "setup", "active", "device")
 
 
 class StateMachine:
-    """One job's state. Changes are atomic, and told in their order.
+    """One job's state. Changes are atomic, and reported in order.
 
     Args:
-        tell: called with each new state, by the thread that made the change; it must be quick
-            and must not change the state.
+        tell: called with each new state, in the thread that made the change; it must be quick and
+            must not change the state.
     """
 
     def __init__(self, tell: Callable[[JobState], None] | None = None) -> None:
@@ -46,7 +46,7 @@ class StateMachine:
                 self._tell(new)
 
     def enter(self, new: JobState) -> bool:
-        """Go on to a state; False if it was cancelled or has ended."""
+        """Enter a state; return False if the job was cancelled or has ended."""
         with self._lock:
             if self._value != "none" and self._value not in UNDER_WAY - {"cancelling"}:
                 return False
@@ -54,21 +54,21 @@ class StateMachine:
             return True
 
     def cancel(self) -> bool:
-        """Give up, unless it is past the point of no return; whether it will end as cancelled."""
+        """Cancel, unless past the point of no return; return whether it will end as cancelled."""
         with self._lock:
             if self._value in _MAY_BE_CANCELLED and not self._committed:
                 self._change("cancelling")
             return self._value in ("cancelling", "cancelled")
 
     def commit(self) -> bool:
-        """Pass the point of no return, from which on it cannot be cancelled; False if it was."""
+        """Pass the point of no return, after which ``cancel`` fails; False if cancelled before."""
         with self._lock:
             self._committed = self._value not in ("cancelling", "cancelled")
             return self._committed
 
     def end(self, *, failed: bool) -> JobState:
-        """Enter the last state, ``cancelled`` if it failed after it was cancelled; one that has
-        ended stays as it is."""
+        """Enter the final state, ``cancelled`` if the job failed after a cancel; a final state
+        stays as it is. Return the state."""
         with self._lock:
             if self._value == "cancelling" and failed:
                 self._change("cancelled")

@@ -1,8 +1,8 @@
-"""A snapshotter beside the VM in one memory cgroup must not be what gets the VM killed.
+"""Memory limits: a snapshotter in the VM's memory cgroup must not get the VM killed.
 
 ``kubectl exec`` and ``systemd-run --slice`` put us into the VM's cgroup, where the kernel kills the
-biggest process when the limit is reached: the VM. So we are made the one to be killed, our memory
-is bounded by what is left, and too little of it is told before anything is touched.
+biggest process at the limit: the VM. So we make ourselves the OOM killer's first choice, bound our
+memory by what is left, and refuse before touching anything if that is too little.
 Source: proc(5): oom_score_adj.
 """
 
@@ -21,14 +21,14 @@ from stillframe.model import RamBlock
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 _FIRST_TO_DIE = "1000"
 _OWN_BYTES = 48 << 20
-"""Buffers, index and threads of a snapshotter that has started, with room to spare."""
+"""Buffers, index and threads of a running snapshotter, with a margin."""
 _SMALLEST_SPILL_BYTES = 4 << 20
 
 
 @contextmanager
 def first_to_be_killed() -> Iterator[None]:
-    """Inside, the kernel's OOM killer takes this process rather than the VM, on the host and in a
-    cgroup. Raising one's own score needs no right."""
+    """Within the context, make the OOM killer take this process rather than the VM, on the host
+    and in a cgroup. Raising one's own score needs no privilege."""
     try:
         before = _OOM_SCORE.read_text()
         _OOM_SCORE.write_text(_FIRST_TO_DIE)
@@ -38,15 +38,16 @@ def first_to_be_killed() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # an unprivileged process may not go below its least
+        with contextlib.suppress(OSError):  # unprivileged, the score has a minimum
             _OOM_SCORE.write_text(before)
 
 
 def spill_within_limit(pid: int, wanted_bytes: int) -> int:
-    """The spill that fits beside VM process ``pid`` into the cgroups that we share with it.
+    """Return the spill, at most ``wanted_bytes``, that fits into the cgroups that this process
+    shares with VM process ``pid``.
 
     Raises:
-        HostError: there is not even room for the smallest; the guest was not touched.
+        HostError: not even the smallest spill fits; the guest was not touched.
     """
     shared = set(memory_cgroups("self")) & set(memory_cgroups(pid))
     rooms = [room for cgroup in shared if (room := cgroup.room_bytes()) is not None]
@@ -67,11 +68,13 @@ def spill_within_limit(pid: int, wanted_bytes: int) -> int:
 
 
 def swap_access(pid: int, blocks: Sequence[RamBlock]) -> SwapAccess | None:
-    """To read a VM's RAM without swapping it in for good; None if nothing of it is in swap, or it
-    is not permitted, but swapping it in does no harm.
+    """Open access for reading a VM's RAM without leaving it swapped in.
+
+    Returns:
+        None if no RAM is in swap, or if access is not permitted but swapping in does no harm.
 
     Raises:
-        HostError: not permitted, and there is no room in its memory cgroup; see
+        HostError: access is not permitted, and the VM's memory cgroup has no room; see
             :func:`check_room_for_swap`.
     """
     if not swapped_bytes(pid, blocks):
@@ -86,10 +89,10 @@ def swap_access(pid: int, blocks: Sequence[RamBlock]) -> SwapAccess | None:
 
 
 def check_room_for_swap(pid: int) -> None:
-    """Whether what VM process ``pid`` has swapped out fits into its memory cgroups.
+    """Check that the swapped-out memory of VM process ``pid`` fits into its memory cgroups.
 
-    Reading a guest's RAM swaps it in, which is charged to the VM. Where that goes beyond its limit
-    faster than the kernel reclaims, the kernel kills the VM (measured: Linux 6.18, cgroup v1).
+    Reading a guest's RAM swaps it in, which is charged to the VM. If that exceeds the limit faster
+    than the kernel reclaims, the kernel kills the VM (measured: Linux 6.18, cgroup v1).
 
     Raises:
         HostError: it does not fit; the guest was not touched.

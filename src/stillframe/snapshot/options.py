@@ -1,4 +1,4 @@
-"""What a caller may choose about a snapshot."""
+"""The options of a snapshot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_SPILL_BYTES: Final = 256 << 20
 
 
 def choose_adaptive_level(compression: Compression, level: int | None) -> int | Literal["adaptive"]:
-    """The ``compression_level`` that a caller's words mean; errors as ``choose_level``."""
+    """Return the ``compression_level`` for a caller's choice; errors as ``choose_level``."""
     if (compression, level) == ("zstd", None):
         return "adaptive"
     return choose_level(compression, level)
@@ -27,21 +27,20 @@ def choose_adaptive_level(compression: Compression, level: int | None) -> int | 
 class SnapshotOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of one snapshot.
 
-    ``compression_level``: zstd level, ``LEVEL_NONE`` to store pages as they are; ``adaptive``
-    chooses while it runs so that the snapshot is durable soonest.
-    ``spill_bytes``: most memory for pages that the guest overwrote before they were written.
-    ``max_bandwidth_bytes_per_s``: limit on what goes to the sink; None is unlimited.
-    ``mode``: ``background``, or ``stop`` to keep the VM stopped while it is saved.
+    ``compression_level``: zstd level, ``LEVEL_NONE`` to store pages uncompressed; ``adaptive``
+    varies it during the job so that the snapshot is durable soonest.
+    ``spill_bytes``: most memory for pages that the guest overwrites before they are written out.
+    ``max_bandwidth_bytes_per_s``: limit on the rate into the sink; None is unlimited.
+    ``mode``: ``background``, or ``stop`` to keep the VM stopped while RAM is saved.
     ``arm``: protect RAM before the stop, so that the downtime does not grow with RAM.
-    ``for_analysis``: save RAM only, also of a VM that cannot be restored (a device that cannot be
-    saved).
-    ``workers``: threads that encode; None chooses.
-    ``key``: encrypts the file; None leaves it open to whoever may read it.
+    ``for_analysis``: save RAM only; this works even if a device cannot be saved.
+    ``workers``: number of encoder threads; None chooses.
+    ``key``: encrypts the file; None leaves it unencrypted.
     ``parent``: save only what changed since that snapshot.
     ``disks``: what happens to the VM's disks; see :class:`DiskOptions`.
 
     Raises:
-        UsageError: a choice that makes no sense.
+        UsageError: an option makes no sense.
     """
 
     compression_level: int | Literal["adaptive"] = "adaptive"

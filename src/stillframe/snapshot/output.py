@@ -1,4 +1,4 @@
-"""Where a job's stream goes: into a snapshot file (``still.writer``), or on as it is."""
+"""The outputs of a job's stream: a snapshot file (``still.writer``), or the plain stream."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from stillframe.still.sinks import Sink
 
 
 class Output(Protocol):
-    """Takes the stream in pieces: the head, whole PART sections of RAM in any order, the tail."""
+    """An output, which takes the stream in pieces: the head, whole PART sections of RAM in any
+    order, the tail."""
 
     @property
     def description(self) -> str:
-        """What people call it, such as its path."""
+        """The name to show to users, such as a path."""
 
     @property
     def stream_bytes(self) -> int:
@@ -26,30 +27,30 @@ class Output(Protocol):
 
     @property
     def file_bytes(self) -> int:
-        """Bytes that the sink has taken so far."""
+        """Bytes written to the sink so far."""
 
     def encode(self, raw: BytesLike, level: int | None = None) -> EncodedFrame:
-        """Make a piece ready. Thread-safe, without side effects."""
+        """Encode a piece. Thread-safe, without side effects."""
 
     def append(self, frame: EncodedFrame, runs: Sequence[PageRun] | BytesLike = b"") -> object:
-        """Write a piece with pages in it; several threads take turns. Raises SinkError."""
+        """Write a piece that contains pages. Thread-safe. Raises SinkError."""
 
     def append_stream(self, raw: BytesLike) -> None:
         """Write a piece without pages. Raises SinkError."""
 
     def finish(self, manifest: Manifest, *, key: HostKey | None = None) -> str:
-        """All was written: make it durable. Returns the snapshot's id, empty if it has none.
+        """Make the complete output durable; return the snapshot's id, empty if it has none.
 
         Args:
             key: marks the snapshot as taken on this host.
         """
 
     def abort(self) -> None:
-        """Give up: nothing stays behind. Does nothing after :meth:`finish`."""
+        """Give up, and leave nothing behind. Does nothing after :meth:`finish`."""
 
 
 class StreamOutput:
-    """The plain stream, as QEMU writes it: an ``Output``."""
+    """An ``Output`` of the plain stream, as QEMU writes it."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -88,7 +89,7 @@ class StreamOutput:
 
 
 class NoOutput:
-    """Nothing is kept but what an early reader has: an ``Output``."""
+    """An ``Output`` that keeps nothing; only an early reader gets the pages."""
 
     description = "the clones' image"
     stream_bytes = file_bytes = 0

@@ -1,4 +1,4 @@
-"""The snapshot that an increment goes on from, and what may have changed since."""
+"""The parent of an increment, and what may have changed since."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ PageRuns = Iterable[tuple[int, int]]
 
 
 class ChangedPages(Protocol):
-    """Somebody who knows which pages may have changed since the parent's instant."""
+    """A source that knows which pages may have changed since the parent's instant."""
 
     def changed_pages(self, block: RamBlock) -> PageRuns | None:
-        """All pages of a block that may differ from the parent's; None if that is not known.
+        """Return all pages of a block that may differ from the parent's; None if unknown.
 
-        Asked after the block was protected, and before the instant (in the stop, where the guest
-        stands still throughout). What is written from the question on is seen by the protection,
-        and added. So a write is lost only if it came before the question and is not in the answer.
+        Called after the block was protected and before the instant (with ``mode`` stop: while the
+        guest stands still). The protection sees later writes and adds them, so the answer must
+        contain every write from before the call.
         """
 
 
 class Parent:
-    """What a take needs of its parent.
+    """The parent of an increment, as a take uses it.
 
     Args:
-        snapshot: open; stays the caller's.
-        changes: who knows what may have changed; else all of RAM is compared with the parent's.
+        snapshot: open; the caller still has to close it.
+        changes: the source of changed pages; without it all of RAM is compared with the parent's.
     """
 
     def __init__(self, snapshot: Snapshot, changes: ChangedPages | None = None) -> None:
@@ -40,12 +40,12 @@ class Parent:
 
     @property
     def record(self) -> ParentRecord:
-        """As the manifest keeps it."""
+        """The parent's record in the manifest."""
         return ParentRecord(id=self.snapshot.id, path=absolute(self.snapshot.description))
 
     def changed_pages(self, block: RamBlock) -> PageRuns | None:
-        """As :meth:`ChangedPages.changed_pages`; a block that is new or has another size is never
-        known: what the parent does not have of it is saved in full."""
+        """As :meth:`ChangedPages.changed_pages`; always None for a block that is new or was
+        resized, because pages that the parent does not have must be saved."""
         if self._changes is None or self._sizes.get(block.idstr) != block.used_length_bytes:
             return None
         return self._changes.changed_pages(block)

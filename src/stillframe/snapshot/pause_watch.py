@@ -1,7 +1,8 @@
-"""Whether the guest stood still for as long as the instant needs it to.
+"""The check that the guest stood still for as long as the instant needs it to.
 
-Others may use the VM: a ``cont`` over another monitor, or a wake-up, while we save its state would
-make RAM newer than the devices. Events come in order on our connection, so none is missed.
+The VM may have other clients: a ``cont`` over another monitor, or a wake-up, while we save its
+state would make RAM newer than the devices. Events arrive in order on our connection, so none is
+missed.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ _STOPPED = "STOP"
 _RESUMED = "RESUME"
 _RAN = (_RESUMED, "WAKEUP")
 _BY_ITSELF = ("BLOCK_IO_ERROR", "GUEST_PANICKED", "SHUTDOWN", "SUSPEND", "WATCHDOG")
-"""Between the question for the run state and our stop: then the guest was not ours to stop, and is
-not ours to continue."""
+"""Events between the run state query and our stop after which the guest was already stopped, so
+that we must not continue it."""
 
 
 class PauseWatch:
-    """Begins when it is made: right before the stop."""
+    """A watch over one stop; make it right before the stop."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
@@ -31,22 +32,23 @@ class PauseWatch:
         return self._watch.seen()[self._seen_before :]
 
     def drain_ms(self, stop_ms: float) -> float:
-        """To be called at the answer to ``stop``: how much of it was waiting for requests in
-        flight. The event comes when the vCPUs stand still, the answer when the disks do."""
+        """Return how much of ``stop`` was spent draining requests in flight; call it when the
+        answer arrives. The STOP event comes when the vCPUs stand still, the answer when the disks
+        do."""
         now_s = time.monotonic()
         stops = [event.received_s for event in self._events() if event.name == _STOPPED]
         return min(stop_ms, (now_s - stops[0]) * 1e3) if stops else 0.0
 
     def broken(self) -> bool:
-        """Whether somebody else let the guest go on: then it must not be left stopped by us."""
+        """Return whether the guest was resumed by another client; we must not leave it stopped."""
         return any(event.name in _RAN for event in self._events())
 
     def check(self, also: tuple[str, ...] = ()) -> None:
-        """To be called after the last answer of the machine, and before our own ``cont``.
+        """Check the events so far; call it after the machine's last answer, before our ``cont``.
 
         Raises:
-            SnapshotFailed: the guest ran meanwhile, or had stopped by itself, or what ``also``
-                names happened.
+            SnapshotFailed: the guest ran meanwhile, or had stopped by itself, or an event in
+                ``also`` happened.
         """
         events = self._events()
         self._refuse(events, (*_RAN, *also))
@@ -60,10 +62,10 @@ class PauseWatch:
                 )
 
     def check_until_resumed(self, also: tuple[str, ...]) -> None:
-        """To be called after the answer to our own ``cont``: what happened before it.
+        """Check the events before our own ``cont`` took effect; call it after its answer.
 
         Raises:
-            SnapshotFailed: what ``also`` names happened.
+            SnapshotFailed: an event in ``also`` happened.
         """
         events = self._events()
         names = [event.name for event in events]

@@ -1,4 +1,4 @@
-"""Turns the capture's counters into a job's statistics."""
+"""A job's statistics, computed from the capture's counters."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from stillframe.snapshot.rate import RateMeter
 
 _SPAN_S = 5.0
 _TOO_EARLY_S = 0.999
-"""A rate of the first second says nothing about the time that is left."""
+"""The rate in the first second does not predict the time left."""
 
 
 class Progress:
-    """Collects what a job knows; ``statistics`` may be called from any thread."""
+    """The numbers of one job; ``statistics`` may be called from any thread."""
 
     def __init__(self, states: StateMachine) -> None:
         self._states = states
@@ -56,17 +56,17 @@ class Progress:
             self._pace = RateMeter(_SPAN_S)
 
     def end(self, state: JobState) -> None:
-        """The job has ended."""
+        """Keep the final numbers; the job has ended."""
         self.phase = state
         self.keep()
         self.output = None  # it holds the whole index
 
     def saved_elsewhere(self, data_pages: int, zero_pages: int) -> None:
-        """The VMM saved RAM itself: what it wrote."""
+        """Set the page counts of a snapshot whose RAM the VMM saved itself."""
         self._last = {"pages_data": data_pages, "pages_zero": zero_pages}
 
     def keep(self) -> None:
-        """Keep the capture's last numbers; it is about to be closed."""
+        """Keep the capture's last numbers, before it is closed."""
         if self.ram is not None:
             self._last = self.ram.statistics() | {"spill_limit_bytes": self.ram.spill_bytes}
             self.ram = None
@@ -75,7 +75,7 @@ class Progress:
         self.total_ms = (time.monotonic() - self._began) * 1e3
 
     def statistics(self) -> Statistics:
-        """The numbers now."""
+        """Return the current numbers."""
         ram, output = self.ram, self.output
         numbers = self._last
         if ram is not None:
@@ -125,14 +125,14 @@ class Progress:
         )
 
     def _rate(self, numbers: dict[str, Any], file_bytes: int) -> tuple[float, float | None]:
-        """Bytes per second to the destination, and the seconds left, if that can be told.
+        """Return bytes per second to the destination, and the seconds left if known.
 
-        Pages that were never populated are passed over in no time, so they are no part of it:
-        counted, they make a slow job look fast, and then the rest of it endless.
+        Pages that were never populated are skipped at no cost, so they do not count: they would
+        make a slow job look fast at first, and endless later.
         """
         if self._pace is None or self._states.value != "active":
             return 0.0, None
-        # Of what has left: pages that were saved first may wait in the spill for long.
+        # Count pages that have left the spill: saved ones may stay in it for long.
         done = int(numbers.get("pages_data", 0)) + int(numbers.get("pages_zero", 0))
         done -= int(numbers.get("pages_never_populated", 0))
         self._pace.note(done * TARGET_PAGE_BYTES, file_bytes)

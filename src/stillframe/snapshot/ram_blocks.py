@@ -1,4 +1,4 @@
-"""Are the RAM blocks that are saved those of the instant? Judged by the machine's signatures."""
+"""Checks, by the machine's signatures, that the saved RAM blocks are those of the instant."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ Signature = tuple[tuple[str, int, int, int], ...]
 
 
 def check_instant(before: Signature, now: Signature) -> None:
-    """The blocks at the instant must be those that were listed.
+    """Check that the blocks at the instant are those that were listed.
 
     Args:
-        before: asked for before the blocks were listed.
-        now: asked for after the device state was saved, at the latest right after cont.
+        before: queried before the blocks were listed.
+        now: queried after the device state was saved, at the latest right after cont.
 
     Raises:
-        SnapshotFailed: there was hotplug or a resize; the device state knows another block.
+        SnapshotFailed: after hotplug or a resize the device state refers to other blocks.
     """
     changes = [f"{name} appeared" for name in _new(before, now)] + _harmed(before, now)
     if changes:
@@ -29,7 +29,7 @@ def check_instant(before: Signature, now: Signature) -> None:
 
 
 def check_kept(instant: Signature, now: Signature) -> list[str]:
-    """The blocks of the instant must be there unchanged when they are saved.
+    """Check that the blocks of the instant are still unchanged when they have been saved.
 
     Returns:
         Notes on blocks that appeared since; the snapshot does not need them.

@@ -1,4 +1,4 @@
-"""How fast a job is, and a limit on how fast it may be."""
+"""A meter for a job's rates, and a limit on its bandwidth."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 from collections import deque
 
 WINDOW_S = 0.1
-"""QEMU measures over as long (``migration/migration.c``: BUFFER_DELAY)."""
+"""The window that QEMU measures over, too (``migration/migration.c``: BUFFER_DELAY)."""
 _BURST_S = 0.1
 _EPSILON_S = 1e-6
 
 
 class RateMeter:
-    """Rates of one or more counts, in windows of a tenth of a second. Safe to use from any thread.
+    """Rates of one or more counts, in windows of a tenth of a second. Thread-safe.
 
     Args:
-        span_s: the windows of so long are kept, the last one in any case.
+        span_s: how much time the kept windows cover; the last window is always kept.
     """
 
     def __init__(self, span_s: float = WINDOW_S) -> None:
@@ -26,10 +26,10 @@ class RateMeter:
         self._now: tuple[float, tuple[float, ...]] = 0.0, ()
         self._seen: tuple[float, tuple[float, ...]] | None = None
         self.covered_s = 0.0
-        """How long the kept windows are together."""
+        """Total length of the kept windows."""
 
     def add(self, passed_s: float, *amounts: float) -> None:
-        """So much came in so much time."""
+        """Record the amounts that came in ``passed_s`` seconds."""
         with self._lock:
             self._add(passed_s, amounts)
 
@@ -47,7 +47,7 @@ class RateMeter:
             self.covered_s -= self._windows.popleft()[0]
 
     def note(self, *totals: float) -> None:
-        """The counts stand here now, by the monotonic clock."""
+        """Record the current totals of the counts, at the current monotonic time."""
         now_s = time.monotonic()
         with self._lock:
             if self._seen is None:
@@ -66,18 +66,18 @@ class RateMeter:
             return list(self._windows)
 
     def rates(self) -> tuple[float, ...]:
-        """Of each count, per second, over the kept windows; empty before the first is over."""
+        """Return each count's rate per second over the kept windows; empty if there is none yet."""
         windows = self.windows
         passed_s = sum(passed for passed, _ in windows)
         return tuple(sum(each) / passed_s for each in zip(*(w for _, w in windows), strict=True))
 
 
 class BandwidthLimit:
-    """Token bucket of a tenth of a second; ``None`` is unlimited, QEMU's default for
+    """A token bucket of a tenth of a second; ``None`` is unlimited, QEMU's default for
     background snapshots.
 
     Attributes:
-        bytes_per_s: may be changed at any time, and holds from the next ``wait`` on.
+        bytes_per_s: may be changed at any time; takes effect at the next ``wait``.
     """
 
     def __init__(self, bytes_per_s: int | None) -> None:

@@ -1,8 +1,8 @@
-"""Encoders give way to the guest's vCPUs.
+"""Scheduling of encoders behind the guest's vCPUs.
 
-Nice values alone do not do it: with autogroup or cgroups they count only within a session or
-group, and the VM lives in another one. So the extra encoders look how long the VMM's threads had
-to wait for a processor, and rest while that rises. Source: Linux
+Nice values alone are not enough: with autogroup or cgroups they count only within a session or
+group, and the VM is in another one. So the extra encoders measure how long the VMM's threads wait
+for a CPU, and rest while that wait grows. Source: Linux
 ``Documentation/scheduler/sched-stats.rst`` (schedstat: run delay), sched(7).
 """
 
@@ -24,14 +24,14 @@ _SCHED_BATCH = 3
 
 _LOOK_EVERY_S = 0.005
 _STARVED = 0.03
-"""Share of the time that the VMM's threads may wait before the extra encoders rest."""
+"""Share of time that the VMM's threads may wait for a CPU before the extra encoders rest."""
 _REST_S = 0.02
 
 
 def lower_priority() -> None:
-    """Make the calling thread one that others preempt soon and that is preferred to none.
+    """Let other threads preempt the calling thread soon, and never prefer it to another.
 
-    The short slice (Linux 6.12) keeps a vCPU that wakes from waiting for several milliseconds.
+    The short slice (Linux 6.12) saves a waking vCPU a wait of several milliseconds.
     """
     content = _SCHED_ATTR.pack(
         _SCHED_ATTR.size, _SCHED_BATCH, 0, _ENCODER_NICE, 0, _SLICE_NS, 0, 0, 0, 0
@@ -42,7 +42,7 @@ def lower_priority() -> None:
 
 
 class VcpuRunDelay:
-    """How long the threads of a VMM wait for a processor."""
+    """The time that a VMM's threads wait for a CPU (run delay)."""
 
     def __init__(self, pid: int) -> None:
         self._fds: list[int] = []
@@ -63,8 +63,8 @@ class VcpuRunDelay:
         return total
 
     def rest(self, over: threading.Event) -> None:
-        """For an extra encoder, after each batch: rest while the VMM's threads wait, unless it
-        is ``over``."""
+        """Rest while the VMM's threads wait for a CPU, until ``over`` is set. An extra encoder
+        calls this after each batch."""
         while self._look() and not over.wait(_REST_S):
             pass
 

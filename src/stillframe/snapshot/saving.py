@@ -1,4 +1,4 @@
-"""Saves the RAM of an instant while the guest runs: encoders, until every page is in the output."""
+"""Saving the RAM of an instant: runs the encoders until every page is in the output."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TICK_S = 0.1
 
 
 class Saving:
-    """Of one job. What it sets up is undone by ``cleanup``.
+    """The saving phase of one job. ``cleanup`` undoes what it sets up.
 
     Args:
-        reader: uses what is captured before the end.
+        reader: uses pages before the end of the job.
 
     Attributes:
         origins: how each page came into the snapshot.
@@ -61,25 +61,25 @@ class Saving:
         free_guest: Callable[[], object],
         after_instant: Callable[[], None],
     ) -> None:
-        """Write the stream, from its head to its tail.
+        """Write the stream, from head to tail.
 
         Args:
-            free_guest: lets the guest go on, whatever becomes of the output.
-            after_instant: called once the encoders make room for what the guest overwrites.
+            free_guest: lets the guest go on, whatever happens to the output.
+            after_instant: called once the encoders are making room in the spill.
 
         Raises:
-            SnapshotCancelled, SnapshotFailed, MachineError, SinkError, HostError: it failed.
+            SnapshotCancelled, SnapshotFailed, MachineError, SinkError, HostError: saving failed.
         """
         self._output.append_stream(parts.head())
         encoders = self._encoders(ram, parts)
-        self._cleanup.callback(self._reader.stop_asking)  # after the next, which lets it go on
+        self._cleanup.callback(self._reader.stop_asking)  # runs after encoders.stop frees it
         self._cleanup.callback(encoders.stop)
-        # Undone before that: an encoder may hang in a blocked sink, and the guest must not wait.
+        # Runs before encoders.stop: an encoder may hang in a blocked sink; the guest must not wait.
         self._cleanup.callback(free_guest)
         self._reader.begin(parts, ram, encoders.new_asking)
         encoders.start()
-        # Not before: a vCPU that waits for room in the spill may hold the lock that the monitor
-        # needs, and only the encoders make room.
+        # Only after the start: a vCPU that waits for room in the spill may hold the lock that the
+        # monitor needs, and only the encoders make room.
         after_instant()
         self._await_sweep(ram, encoders)
         if self._hold.stays:

@@ -1,6 +1,6 @@
 """``--mode stop``: the VM stands still while all of its RAM is saved.
 
-For machines whose RAM cannot be write-protected, and only when asked for.
+For machines whose RAM cannot be write-protected; never chosen automatically.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def hold_still(
     disks: Disks,
     with_devices: bool = True,
 ) -> tuple[Instant, Callable[[], Downtime]]:
-    """Stop the guest, fix its disks and save its device state.
+    """Stop the guest, save its device state and fix its disks.
 
     Returns:
-        The instant, and how to let the guest go on: call it on every path, twice does nothing;
-        it gives the downtime.
+        The instant, and a function that lets the guest go on and returns the downtime. Call it on
+        every path; only the first call has an effect.
 
     Raises:
-        StillframeError: it failed; the guest goes on.
+        StillframeError: something failed; the guest goes on.
     """
     was_live = run_state in LIVE_STATES
     began = time.monotonic()
@@ -48,7 +48,7 @@ def hold_still(
             machine.resume_at_all_costs()
         guard.disarm()
         now = time.monotonic()
-        # All that passed in between is copying; it stands where protecting would.
+        # The rest of the time went into copying; it takes the place of protecting.
         ended.append(
             Downtime(
                 stop_ms=stop_ms - drain_ms,

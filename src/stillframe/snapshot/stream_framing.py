@@ -1,4 +1,4 @@
-"""What surrounds the RAM pages in a snapshot's stream: its head and its tail."""
+"""The head and the tail around the RAM pages in a snapshot's stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from stillframe.vmstate.devices import (
 )
 
 _LOADABLE = {"debug": "paused"}
-"""A QEMU that loads the state ``debug`` aborts (QEMU ``system/runstate.c``)."""
+"""Run states that QEMU cannot load, with a substitute: loading ``debug`` makes it abort (QEMU
+``system/runstate.c``)."""
 
 _WITHOUT_CONFIGURATION = re.compile(r"-([01]\.\d+|2\.[0-3])$")
 """Machine types up to 2.3 (QEMU ``hw/core/machine.c``, ``hw_compat_2_3``)."""
@@ -31,12 +32,12 @@ _GLOBAL = re.compile(
 
 
 class StreamFraming:
-    """Head and tail around the RAM sections.
+    """The head and the tail around the RAM sections.
 
     Args:
-        device_state: what the machine's ``save_device_state`` gave; empty if nothing was saved.
-        run_state: the state in which the restored machine is to be, such as ``running``.
-        argv: the machine's command line, which may change the stream's form.
+        device_state: the result of the machine's ``save_device_state``; empty if not saved.
+        run_state: the run state of the restored machine, such as ``running``.
+        argv: the machine's command line, which can change the stream's format.
 
     ``footers``: whether sections have footers.
     """
@@ -61,7 +62,7 @@ class StreamFraming:
             machine_type, argv, by_state=self.footers or global_state is not None
         )
         if device_state and global_state is None and run_state != "running":
-            # QEMU loads it also where it does not send it, as with machine types up to 2.3.
+            # QEMU loads this section even for machine types up to 2.3, which do not send it.
             section_id = stream.choose_section_id(sections)
             made = make_global_state(run_state, section_id=section_id, footer=self.footers)
             sections = (*sections, made)
@@ -80,7 +81,7 @@ class StreamFraming:
         return self._sections
 
     def head(self) -> bytes:
-        """Everything up to the first RAM page; early device sections come after RAM's START."""
+        """Return everything before the first RAM page; early device sections follow RAM's START."""
         return b"".join(
             (
                 stream.stream_header(),
@@ -93,7 +94,7 @@ class StreamFraming:
         )
 
     def tail(self) -> bytes:
-        """Everything after the last RAM page."""
+        """Return everything after the last RAM page."""
         return b"".join(
             (
                 stream.ram_end_section(self.section_id, footer=self.footers),
@@ -108,7 +109,8 @@ class StreamFraming:
 
 
 def sends_configuration(machine_type: str, argv: Sequence[str], *, by_state: bool) -> bool:
-    """Whether the machine's streams have a configuration section, which its loader then demands.
+    """Return whether the machine's streams have a configuration section; if so, its loader
+    requires one.
 
     Args:
         by_state: whether the device state looks like that of a machine that sends one.
@@ -121,7 +123,7 @@ def sends_configuration(machine_type: str, argv: Sequence[str], *, by_state: boo
 
 
 def block_records(blocks: Sequence[RamBlock]) -> tuple[BlockRecord, ...]:
-    """The blocks as the manifest keeps them."""
+    """Return the blocks' records for the manifest."""
     return tuple(
         BlockRecord(
             idstr=block.idstr,

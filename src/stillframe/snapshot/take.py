@@ -1,6 +1,6 @@
-"""Takes one snapshot: from the pre-flight to the file under its name.
+"""The take of one snapshot, from the pre-flight to the complete file under its name.
 
-Everything that is set up is undone in reverse order, on every path (DESIGN section 2).
+On every path, everything that was set up is undone in reverse order (DESIGN section 2).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def take_snapshot(
         reader: as for :func:`take_into`.
 
     Raises:
-        RefusedError: the pre-flight found why it would not be safe; nothing was touched.
+        RefusedError: the pre-flight found that it would not be safe; nothing was touched.
         BusyError: another snapshot or migration of the VM is under way.
         SnapshotCancelled, SnapshotFailed, MachineError, SinkError, HostError: the guest
             runs, unprotected, and nothing was left behind; see ``guest_state``.
@@ -86,8 +86,8 @@ def take_into(
     """As :func:`take_snapshot`, into any output, which is finished or aborted.
 
     Args:
-        reader: uses what is captured before the end. One that asks for pages: of a guest that runs
-            only (``background``).
+        reader: uses pages before the end of the job. It may ask for pages only in mode
+            ``background``.
     """
     with guest_told(machine), closing(Hold(machine)) as hold:
         return _take(control, hold, output, options, reader)
@@ -96,14 +96,14 @@ def take_into(
 def take_held(
     control: JobControl, hold: Hold, output: Output, options: SnapshotOptions
 ) -> TakenSnapshot:
-    """As :func:`take_into`, of a machine that is held: an increment to ``hold.last``, if any.
+    """As :func:`take_into`, of a held machine: an increment on ``hold.last``, if there is one.
 
-    After a refusal, and after a failure from the instant on, RAM is un-protected, and the hold of
-    no more use; after another one before it everything is as before.
+    A refusal, or a failure from the instant on, un-protects RAM and leaves the hold useless. Any
+    other failure before the instant leaves everything as it was.
 
     Args:
-        output: made for an increment, if it is to be one.
-        options: with a parent only for a hold's first snapshot.
+        output: for an increment, if the snapshot is one.
+        options: may have a parent only for the hold's first snapshot.
     """
     with guest_told(hold.machine):
         return _take(control, hold, output, options, _NO_READER)
@@ -126,13 +126,13 @@ def _take(
 
 
 def sees_our_files(pid: int) -> bool:
-    """Whether the files that a process names are those of this host: the command line of one with
-    another root directory (a container's) says nothing about them. OSError: not permitted."""
+    """Return whether a process has our root directory, so that its paths are ours. The paths on a
+    container's command line, for example, mean nothing here. Raises OSError if not permitted."""
     return os.path.samefile(f"/proc/{pid}/root", "/")  # noqa: PTH121
 
 
 class _Taking:
-    """The steps of one job; the state that they share."""
+    """One job, step by step, with the state that the steps share."""
 
     def __init__(
         self,
@@ -172,9 +172,9 @@ class _Taking:
         guard = hold.guard()
         disks = self._prepare_disks(guard)
         self._cleanup.callback(machine.finish_device_state)
-        if not self._options.for_analysis:  # saving can kill a VM that has such a device
+        if not self._options.for_analysis:  # saving can kill a VM with an unsavable device
             machine.prepare_device_state()
-        # Before the guest pays for anything, and after all else that takes its time.
+        # Before the guest is slowed down, and after all other slow steps.
         self._cleanup.callback(self._reader.undo)
         self._reader.prepare(
             lambda: msgspec.structs.replace(
@@ -191,8 +191,8 @@ class _Taking:
         refuse(machine.preflight(self._options.mode, "stop"), hold, self._options)
         disks.before_stop()
 
-        # Asked now and not earlier: attaching and arming take time, and others use the VM too.
-        # Watched from before the question: a resume after the answer must not go unseen.
+        # Query the run state only now: attaching and arming take time, and other clients may change
+        # it. Watch from before the query, so that a resume after the answer is seen.
         self._control.enter("active", self._progress.phase)
         pause_watch = PauseWatch(watch)
         run_state = machine.status()
@@ -225,7 +225,7 @@ class _Taking:
             )
             free_guest = resume
             self._cleanup.callback(resume)
-            # Only now: a page that was touched before the stop is a part of the instant.
+            # Only after the stop: pages that were touched before it belong to the instant.
             ram.learn_population()
         self._progress.writes_while_stopped = instant.writes
 
@@ -236,7 +236,7 @@ class _Taking:
             faultpoints.reach("continued")
             hold.check_tracking(parent)
             check_instant(hold.signature, machine.blocks_signature())
-            # Overlays of ours are other media; what else changed cannot be told from them.
+            # Our own overlays change the media, too, and would hide or fake a change.
             if not disks.planned and machine.describe().command_line != record.command_line:
                 self._notes.append("devices or media changed at about the instant: check them")
 
@@ -255,7 +255,7 @@ class _Taking:
         if not self._background:
             pause_watch.check(also=("RESET",))
             self._note_downtime(resume())
-            disks.thaw()  # only a guest that runs can do it
+            disks.thaw()  # needs a running guest
 
         captured = self._finish_disks(disks)
         if disks.quiesced:
@@ -307,7 +307,7 @@ class _Taking:
         )
 
     def _host_key(self) -> HostKey | None:
-        """What marks the snapshot as taken here."""
+        """Return the key that marks the snapshot as taken on this host, if possible."""
         try:
             return HostKey.load_or_make() if sees_our_files(self._machine.pid) else None
         except (HostError, OSError) as error:
@@ -325,7 +325,7 @@ class _Taking:
         return disks
 
     def _finish_disks(self, disks: Disks) -> tuple[CapturedDisk, ...]:
-        """Wait for the copies; the guest runs."""
+        """Wait for the disk copies while the guest runs."""
         self._control.enter("active", "copying disks")
 
         def step(done: int, total: int) -> None:

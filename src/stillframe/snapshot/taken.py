@@ -1,4 +1,4 @@
-"""A finished snapshot."""
+"""The record of a finished snapshot."""
 
 from __future__ import annotations
 

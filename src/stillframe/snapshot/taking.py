@@ -1,4 +1,4 @@
-"""Begins a take: the destination and the parent are opened, then a job connects and saves."""
+"""The start of a take: opens the destination and the parent, then a job connects and saves."""
 
 from __future__ import annotations
 
@@ -35,26 +35,27 @@ from stillframe.store.store import Store
 
 
 class Origins(Protocol):
-    """Who knows which VMs were started from snapshots; see ``restore.take_restored``."""
+    """A registry of the VMs that were started from snapshots; see ``restore.take_restored``."""
 
     def await_resident(self, ref: str | int, step: Callable[[float], None], /) -> None:
-        """Wait until all of a VM's RAM is there; ``step`` is told how much is, 0 to 1."""
+        """Wait until all of a VM's RAM is resident; ``step`` gets the share so far, 0 to 1."""
 
     def own_pages(self, pid: int, snapshot_id: str, /) -> ChangedPages | None:
-        """What a VM has changed since that snapshot; None if that is not known."""
+        """Return the pages that a VM has changed since that snapshot; None if unknown."""
 
     def origin_of(self, pid: int, /) -> str | None:
-        """The id of the snapshot that a VM was started from."""
+        """Return the id of the snapshot that a VM was started from."""
 
     def is_frozen(self, pid: int, /) -> bool:
-        """Whether a VM's file systems are frozen since the instant that it was started from."""
+        """Return whether a VM's file systems are still frozen from the instant it started from."""
 
 
 class Keeping(Protocol):
-    """Makes something beside the snapshot; see ``image.keeping``."""
+    """A maker of something beside the snapshot; see ``image.keeping``."""
 
     def finish_take(self, taken: TakenSnapshot, /) -> TakenSnapshot:
-        """The snapshot has its name; what is returned may have more notes. Never raises."""
+        """Finish, once the snapshot has its name; return it, perhaps with more notes. Never
+        raises."""
 
     def close(self) -> None:
         """Remove what was not finished."""
@@ -76,11 +77,11 @@ def begin_take(
     keeping: Keeping | None = None,
     on_progress: Callable[[Statistics], None] | None = None,
 ) -> SnapshotJob:
-    """As ``api.take``, whose arguments these are.
+    """Start a take; the arguments are those of ``api.take``.
 
     Args:
-        options: their parent, and what they say of the snapshot's place, are filled in here.
-        save: takes the snapshot. keeping: what that makes besides.
+        options: this function fills in the parent and the snapshot's place.
+        save: takes the snapshot. keeping: what ``save`` makes beside it.
     """
     if output is not None and (tags or full):
         raise UsageError("only a store has tags and parents", remedy="leave -o out")
@@ -106,7 +107,7 @@ def begin_take(
         if output is not None:
             place = os.fspath(output) if isinstance(output, str | os.PathLike) else None
             if place is not None and is_bucket_url(place):
-                place = None  # its disks go where --disks-dir says
+                place = None  # the disks go where --disks-dir says
             disks = replace(options.disks, snapshot=place, encrypted=key is not None)
             options = replace(options, disks=disks)
             sink = open_sink(output, overwrite=overwrite)

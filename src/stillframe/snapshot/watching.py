@@ -1,8 +1,8 @@
-"""Watches a VM: keeps it armed, takes a snapshot into a store on schedule, and goes on whatever
-happens to the VM, to the store, or to a single snapshot.
+"""The watch over a VM: keeps it armed, takes snapshots into a store on a schedule, and goes on
+whatever happens to the VM, to the store, or to a single snapshot.
 
-The first snapshot of a watch, and the first after tracking was interrupted, is compared with the
-VM's newest in the store, or a whole one; the others hold what was written since the one before.
+The first snapshot of a watch, or after an interruption of the tracking, is compared with the VM's
+newest in the store, or is whole; the others contain only what was written since the previous one.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _GONE_POLL_S = 1.0
 
 
 class Follower:
-    """Is told how a watch goes; does nothing unless overridden. Called from the watching thread."""
+    """Receiver of a watch's events, in the watching thread; does nothing unless overridden."""
 
     def taken(self, snapshot: TakenSnapshot, *, tracked: bool) -> None:
-        """A snapshot is durable. ``tracked``: RAM was not read to find out what changed."""
+        """A snapshot is durable. ``tracked``: what changed was known without reading RAM."""
 
     def failed(self, error: StillframeError) -> None:
         """A snapshot, the pruning after it, or a compaction failed; the watch goes on."""
 
     def interrupted(self, why: str) -> None:
-        """Tracking was interrupted: RAM is read for the next snapshot."""
+        """Tracking was interrupted; the next snapshot reads RAM to find out what changed."""
 
     def gone(self, error: StillframeError) -> None:
-        """The VM is away; it is waited for."""
+        """The VM is away; the watch waits for it."""
 
 
 def watch(
@@ -65,8 +65,9 @@ def watch(
     """As ``api.watch``.
 
     Args:
-        prune: called after each snapshot with the name that the store has for the VM.
-        compact: called after that, in the background, with the name and whether to stop.
+        prune: called after each snapshot with the VM's name in the store.
+        compact: called after that, in the background, with the name and a function that returns
+            whether to stop.
     """
     if every_s <= 0:
         raise UsageError(f"a snapshot every {every_s:g} seconds makes no sense")
@@ -104,16 +105,16 @@ def watch(
 
 
 class Watching:
-    """One watch, for one thread. Guest state: running, before, meanwhile and afterwards.
+    """One watch, for one thread. Guest state: running before, during and after the watch.
 
     Args:
-        connect: to the VM; raises NotFoundError or MachineError while it is away.
-        since: a parent for a snapshot that is compared; see ``into_store.Since``.
+        connect: connects to the VM; raises NotFoundError or MachineError while it is away.
+        since: makes the parent of a snapshot that is compared; see ``into_store.Since``.
         prune: called after each snapshot; then ``compact``, in the background.
-        every_s: from the beginning of one snapshot to that of the next.
-        count: end after so many; None: never.
-        most_away_s: how long the VM may be away, once it was there; None: for ever.
-        stop: ends the watch; a snapshot that is under way is given up.
+        every_s: seconds from the start of one snapshot to the start of the next.
+        count: end after this many snapshots; None: never.
+        most_away_s: how long the VM may be away after the first snapshot; None: no limit.
+        stop: ends the watch; a running snapshot is cancelled.
     """
 
     def __init__(
@@ -146,17 +147,17 @@ class Watching:
         self._hold: Hold | None = None
 
     def run(self) -> int:
-        """Watch until told to stop, or ``count`` is reached; the VM is un-protected then.
+        """Watch until ``stop`` is set or ``count`` is reached, then un-protect the VM.
 
         Returns:
-            How many snapshots were taken.
+            The number of snapshots taken.
 
         Raises:
             NotFoundError, MachineError: the VM was away for too long.
             StillframeError: the first snapshot could not be taken.
         """
         due_s = time.monotonic()
-        with first_to_be_killed():  # its buffers stay, also between two snapshots
+        with first_to_be_killed():  # the buffers stay between snapshots
             try:
                 while not self._stop.is_set() and self._taken != self._count:
                     if self._rest(due_s):
@@ -169,12 +170,12 @@ class Watching:
         return self._taken
 
     def _rest(self, until_s: float) -> bool:
-        """Whether it is time, and not the end; meanwhile see that writes are served."""
+        """Wait for the time, and check meanwhile that faults are served; False: told to stop."""
         while (left_s := until_s - time.monotonic()) > 0:
             if self._stop.wait(min(left_s, _POLL_S)):
                 return False
             if self._hold is not None and (why := self._hold.trouble()):
-                # At once, and not when the next snapshot is due: nobody may serve the faults.
+                # At once, not when the next snapshot is due: perhaps nothing serves the faults.
                 self._follower.interrupted(why)
                 self._let_go()
         return not self._stop.is_set()
@@ -237,8 +238,8 @@ class Watching:
                 job.cancel()
 
     def _check_held(self) -> None:
-        """Let the VM go if the next snapshot cannot go on from the last. Raises what the store
-        raises."""
+        """Release the VM if the next snapshot cannot be an increment on the last. Raises what the
+        store raises."""
         if self._hold is None:
             return
         why = self._hold.interruption()
@@ -249,7 +250,7 @@ class Watching:
             self._let_go()
 
     def _connected(self) -> Machine | None:
-        """The VM, once it is there; None: we are to stop."""
+        """Wait for the VM and connect to it; None: told to stop."""
         since_s, told = time.monotonic(), False
         while not self._stop.is_set():
             try:
@@ -268,7 +269,7 @@ class Watching:
         return None
 
     def _let_go(self) -> None:
-        """Un-protect RAM, and close the connection."""
+        """Un-protect RAM and close the connection."""
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.close()
