@@ -1,4 +1,4 @@
-"""The files behind RAM blocks, opened anew: from them RAM is read, and holes in them are seen."""
+"""Our own descriptors of the files behind RAM blocks, to read RAM and to notice holes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from stillframe.model import RamBlock
 
 
 class BlockFiles:
-    """Held open until :meth:`close`.
+    """The files behind a machine's RAM blocks, open until :meth:`close`.
 
     Attributes:
-        readers: by block: a descriptor of its file, or None where there is none.
-        held: by the number of a block: our mapping of its file, if it is on hugetlbfs.
+        readers: for each block, a descriptor of its file, or None without a file.
+        held: by block number, our mapping of its file, if that is on hugetlbfs.
     """
 
     def __init__(self, blocks: Sequence[RamBlock], pid: int, *, guest_runs: bool) -> None:
-        """Open them; nothing of the guest is touched.
+        """Open the files; the guest is not touched.
 
         Args:
-            guest_runs: while it is captured.
+            guest_runs: whether the guest runs during the capture.
 
         Raises:
-            HostError: one cannot be opened, or its holes could not be seen.
+            HostError: a file cannot be opened, or its holes could not be noticed.
         """
         self.readers: list[int | None] = []
         self.held: dict[int, HeldFile] = {}
@@ -44,7 +44,7 @@ class BlockFiles:
         if not block.shared and block.backing_fd is None and block.backing_path is None:
             return None
         try:
-            # Opened anew: a duplicate would share the VMM's file position.
+            # Not a duplicate, which would share the VMM's file position.
             access = os.O_RDWR if block.backing == "hugetlbfs" else os.O_RDONLY
             fd = os.open(file_behind(block, pid), access | os.O_CLOEXEC)
         except OSError as error:
@@ -66,24 +66,25 @@ class BlockFiles:
         try:
             self.held[index] = HeldFile(fd, block.backing_offset_bytes, length_bytes, page_bytes)
         except HostError:
-            # Without it a page that is punched out goes unseen, unless nobody runs who would do
-            # so, or the pages are not the file's.
+            # Without the mapping, a page punched out of the file would go unnoticed. That does no
+            # harm if the guest stands still, or if the pages are private.
             if guest_runs and block.shared:
                 raise
 
     def open_tasks(self, pid: int) -> int:
-        """Where the fault thread sees what a thread is about to drop; -1: it cannot see."""
+        """Open the VMM's ``task`` directory, through which the fault thread sees what a thread is
+        about to drop; -1 if that is not possible."""
         try:
             fd = os.open(f"/proc/{pid}/task", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            return -1  # then a drop of what is not saved yet fails the snapshot
+            return -1  # then dropping an unsaved page fails the snapshot
         self._fds.append(fd)
         return fd
 
     def count_used(self, index: int) -> int | None:
-        """What a block's file takes on its file system, in 512 bytes; None: it has no file. Of
-        RAM that is protected in chunks, which may have holes, only this shows that one was
-        punched."""
+        """Return the size of a block's file on its file system, in units of 512 bytes; None without
+        a file. For RAM protected in chunks, which may have holes anyway, only a decrease shows that
+        a hole was punched."""
         fd = self.readers[index]
         return None if fd is None else os.fstat(fd).st_blocks
 

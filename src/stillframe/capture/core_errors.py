@@ -1,4 +1,4 @@
-"""What the native core's numbers mean, as our errors."""
+"""Our errors for the native core's error numbers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LOST = {
 
 
 def check_result(result: int, doing: str) -> int:
-    """The result, unless it is a negative error number.
+    """Return the result, unless it is a negative error number.
 
     Raises:
-        MachineError: the VM exited. HostError: no memory. InternalError: else.
+        MachineError: the VM exited. HostError: no memory. InternalError: any other error.
     """
     if result >= 0:
         return result
@@ -36,10 +36,10 @@ def check_result(result: int, doing: str) -> int:
 
 
 def lost_error(kind: int, what: str) -> SnapshotFailed:
-    """The error for RAM that went before it was copied.
+    """Make the error for RAM that was lost before it was copied.
 
     Args:
-        kind: one of :data:`LOST`. what: of RAM, in words.
+        kind: a key of :data:`LOST`. what: the RAM, in words.
     """
     return SnapshotFailed(
         "the snapshot would not show one instant",
@@ -50,7 +50,7 @@ def lost_error(kind: int, what: str) -> SnapshotFailed:
 
 
 def no_memory(needed_bytes: int) -> HostError:
-    """The error for copies that there is no room for."""
+    """Make the error for lack of memory for copies."""
     return HostError(
         "no memory for copies of guest RAM",
         why=f"the host gives less than {needed_bytes >> 20} MiB",

@@ -1,7 +1,7 @@
-"""Our own mapping of a hugetlbfs file, to see which of its pages are there, and stay there.
+"""Our own mapping of a hugetlbfs file, to see which of its pages exist, and keep existing.
 
-hugetlbfs knows no holes (SEEK_HOLE, cachestat and mincore of another process tell nothing), and
-tells nobody when one is punched. See ``_holes.pxd`` for how this mapping does.
+hugetlbfs does not report holes (SEEK_HOLE, cachestat and another process's mincore are of no use),
+nor when one is punched. ``_holes.pxd`` explains how this mapping does.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from stillframe.kernel.userfaultfd import HELD_PAGES, own_userfaultfd
 
 
 class HeldFile:
-    """The mapping and its userfaultfd. Reading through it would fill holes: nobody does."""
+    """The mapping and its userfaultfd. Never read through it: that would fill holes."""
 
     def __init__(self, fd: int, offset_bytes: int, length_bytes: int, page_bytes: int) -> None:
-        """Map the file; nothing of it is filled or reserved.
+        """Map the file; no page of it is populated or reserved.
 
         Args:
-            fd: of the file, open for writing (UFFDIO_REGISTER wants it).
+            fd: of the file, open for writing (UFFDIO_REGISTER requires it).
             length_bytes: rounded up to whole pages of the file.
 
         Raises:
-            HostError: no userfaultfd is permitted to us here, or there is no address space.
+            HostError: userfaultfd is not permitted, or there is no address space.
         """
         self.page_bytes = page_bytes
         self._length_bytes = -(-length_bytes // page_bytes) * page_bytes
@@ -48,6 +48,6 @@ class HeldFile:
         return self._uffd.fileno()
 
     def close(self) -> None:
-        """Let go of all pages."""
+        """Unmap the file and close the userfaultfd."""
         self._uffd.close()
         unmap_file(self.address, self._length_bytes)

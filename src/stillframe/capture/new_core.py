@@ -1,4 +1,4 @@
-"""Makes the native core of a capture, with the least memory for what faults save."""
+"""Construction of a capture's native core, with a first small spill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIRST_SPILL_BYTES = 32 << 20
 
 
 def slab_bytes(blocks: Sequence[RamBlock]) -> int:
-    """What the spill is made of: a slab holds any piece of a block."""
+    """Return the size of a slab, the unit of the spill: large enough for any block's piece."""
     return max([SLAB_BYTES, *(block.page_size_bytes for block in blocks)])
 
 
@@ -30,10 +30,10 @@ def new_core(
     *,
     spill_bytes: int,
 ) -> _capture.Capture:
-    """The core over these blocks, in pieces; nothing of the guest is touched.
+    """Make the core for these blocks, given in pieces; the guest is not touched.
 
     Raises:
-        HostError: there is no memory for the least spill.
+        HostError: there is no memory for the smallest spill.
     """
     by_signal = protection is not None and protection.kind == "mprotect"
     slab = slab_bytes(blocks)
@@ -48,10 +48,10 @@ def new_core(
                     block.pages,
                     -(-block.used_length_bytes // TARGET_PAGE_BYTES),
                     block.page_size_bytes,
-                    # Private memory is only in the VMM's page tables, so read it there.
+                    # Private memory is only in the VMM's page tables: read it from the process.
                     fd if fd is not None and block.shared else -1,
                     block.backing_offset_bytes,
-                    # A chunk with a hole in it is nothing unusual: see BlockFiles.count_used.
+                    # A chunk may have holes anyway: see BlockFiles.count_used.
                     int(block.shared and block.backing != "hugetlbfs" and not by_signal),
                     block.idstr.encode(),
                 )

@@ -1,4 +1,4 @@
-"""The pieces that a block's RAM is protected and copied in: its pages, unless there is a reason."""
+"""The pieces in which a block's RAM is protected and copied: by default its pages."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from stillframe.errors import RefusedError
 from stillframe.model import TARGET_PAGE_BYTES, RamBlock
 
 MOST_PAGE_BYTES = 64 << 20
-"""Larger huge pages would stall the guest for too long at each fault."""
+"""Each fault on a larger page would stall the guest for too long."""
 
 
 def in_pieces(
     blocks: Sequence[RamBlock], protection: WriteProtection | None
 ) -> tuple[RamBlock, ...]:
-    """The blocks with the size of a piece for that of a page.
+    """Return the blocks with ``page_size_bytes`` replaced by the size of a piece.
 
     Raises:
-        RefusedError: huge pages so large that each fault would stall the guest for long.
+        RefusedError: a block's huge pages are so large that each fault would stall the guest.
     """
     if protection is None:
-        # A guest that stands still is copied in target pages, however large its huge pages are.
+        # The guest stands still, so target pages will do, whatever the page size.
         sizes = [TARGET_PAGE_BYTES] * len(blocks)
     elif protection.kind == "mprotect":
         sizes = chunks_of(blocks)
@@ -44,7 +44,7 @@ def in_pieces(
 
 
 def in_target_pages(block: RamBlock, first: int, pages: int) -> tuple[int, int]:
-    """A run of a block's pieces in target pages, as far as it is in the block."""
+    """Convert a run of a block's pieces to target pages, clipped to the block."""
     scale = block.page_size_bytes // TARGET_PAGE_BYTES
     whole = -(-block.used_length_bytes // TARGET_PAGE_BYTES)
     return first * scale, min(pages * scale, whole - first * scale)

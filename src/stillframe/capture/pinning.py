@@ -1,4 +1,4 @@
-"""Which RAM may be pinned while it is saved (``_pins.pxd``)."""
+"""The test whether RAM may be pinned while it is saved (``_pins.pxd``)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ _NEVER = frozenset({"never", "deny"})
 
 
 def may_be_pinned(block: RamBlock) -> bool:
-    """Whether a page of it that is punched out of its file leaves the page itself as it is.
+    """Return whether a pinned page keeps its content when it is punched out of the block's file.
 
-    A part of a large folio does not: the kernel overwrites it with zeroes, and cannot split a folio
-    that somebody holds (Linux ``mm/truncate.c``: truncate_inode_partial_folio). So it is for small
-    pages of memfds only, and where the kernel makes no others of them.
+    A part of a large folio does not: the kernel cannot split a folio that is pinned, and zeroes the
+    part instead (Linux ``mm/truncate.c``: truncate_inode_partial_folio). So only small pages of
+    memfds qualify, and only if the kernel makes no large folios of them.
     """
     small = block.page_size_bytes == TARGET_PAGE_BYTES and block.backing == "memfd"
     return small and not any(mode not in _NEVER for mode in _modes())
 
 
 def _modes() -> Iterator[str]:
-    """``always``, ``never``, ... for shared memory, by size; ``inherit`` is what is first."""
+    """Yield the huge page mode of shared memory (``always``, ``never``, ...), overall and for each
+    size; ``inherit`` resolves to the overall mode."""
     overall = _chosen(_HUGE_PAGES / "shmem_enabled")
     yield overall
     for size in _HUGE_PAGES.glob("hugepages-*/shmem_enabled"):
@@ -37,5 +38,5 @@ def _chosen(file: Path) -> str:
     try:
         found = _CHOSEN.search(file.read_text())
     except FileNotFoundError:
-        return "never"  # a kernel without them
+        return "never"  # a kernel without huge pages
     return found[1] if found else "unknown"

@@ -1,6 +1,6 @@
-"""Which pages of a RAM block were ever populated; the others are zero and are never read.
+"""Finds the pages of a RAM block that were ever populated; the others are zero and never read.
 
-Called after the block was protected: a page that is populated later faults first.
+Call it after the block was protected: a page that is populated later then faults first.
 Source: Linux ``Documentation/admin-guide/mm/pagemap.rst``, lseek(2) (SEEK_DATA), cachestat(2).
 """
 
@@ -35,15 +35,15 @@ def mark_populated(
 
     Args:
         file_fd: our own descriptor of the file behind the block, if it has one.
-        held: our own mapping of that file, if it is on hugetlbfs and can be had.
+        held: our own mapping of that file, if it is on hugetlbfs and could be mapped.
     """
     if held is not None:
         capture.mark_populated_on_hugetlbfs(index, held.address, held.fileno(), held.page_bytes)
     elif file_fd is not None and block.backing != "hugetlbfs":
         _from_file(capture, index, block, file_fd)
     elif block.shared or (file_fd is not None and os.fstat(file_fd).st_blocks):
-        # Nobody can tell what other mappings have populated; and a private mapping shows the
-        # file's pages where it has none of its own.
+        # There is no way to tell what other mappings have populated; and a private mapping shows
+        # the file's pages where it has none of its own.
         capture.mark_populated(index, 0, block.pages)
         return
     if not block.shared:
@@ -51,8 +51,8 @@ def mark_populated(
 
 
 def file_behind(block: RamBlock, pid: int) -> str:
-    """Path under /proc of the file that a block maps; for memory that the VMM keeps no
-    descriptor of (shared and anonymous), the mapping's own (proc(5): map_files).
+    """Return the path under /proc of the file that a block maps: the VMM's descriptor, or, if it
+    keeps none (shared anonymous memory), the mapping itself (proc(5): map_files).
 
     Raises:
         OSError: the process is gone, or may not be inspected.
@@ -77,7 +77,7 @@ def _from_file(capture: Capture, index: int, block: RamBlock, fd: int) -> None:
             data = os.lseek(fd, at, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return  # nothing but a hole up to the end
+                return  # only a hole up to the end
             raise
         if data >= end:
             return
@@ -88,12 +88,11 @@ def _from_file(capture: Capture, index: int, block: RamBlock, fd: int) -> None:
 
 
 def end_of_data(fd: int, at: int, end: int) -> int:
-    """Where the data of a shmem file that begin at ``at`` end: a hole, or ``end``; bytes.
+    """Find the end of the data at ``at`` in a shmem file: the next hole or ``end``, bytes.
 
-    The kernel walks from page to page to the next hole and lets nothing else have the processor
-    meanwhile, not even the real-time thread that serves the guest's faults: 25 ms for 3 GiB
-    (measured, Linux 6.18; ``mm/filemap.c``: mapping_seek_hole_data). So windows without a hole are
-    passed over before.
+    SEEK_HOLE walks page by page without giving up the CPU, not even to the real-time thread that
+    serves the guest's faults: 25 ms for 3 GiB (measured, Linux 6.18; ``mm/filemap.c``:
+    mapping_seek_hole_data). So windows without a hole are skipped first.
     """
     pages = _WINDOW_BYTES // _PAGEMAP_PAGE_BYTES
     while end - at > _WINDOW_BYTES and pages_there(fd, at, _WINDOW_BYTES) == pages:
@@ -102,10 +101,11 @@ def end_of_data(fd: int, at: int, end: int) -> int:
 
 
 def private_pages(pid: int, block: RamBlock) -> list[tuple[int, int]]:
-    """Runs (first page, pages), of 4 KiB, of a private mapping that are its own: written since it
-    was mapped, swapped out or not, merged (KSM) or not. What is written meanwhile may be missing.
+    """Return the runs (first page, pages), in 4 KiB pages, that a private mapping has of its own:
+    written since it was mapped, even if swapped out or merged (KSM). Pages written during the call
+    may be missing.
 
-    Source: Linux ``fs/proc/task_mmu.c``: pte_to_pagemap_entry (PM_FILE is set of the file's pages).
+    Source: Linux ``fs/proc/task_mmu.c``: pte_to_pagemap_entry (PM_FILE is set for file pages).
 
     Raises:
         HostError: not permitted, or the VM has exited.
@@ -123,7 +123,7 @@ def _from_pagemap(capture: Capture, index: int, block: RamBlock, pid: int) -> No
 
 
 def _pagemap(pid: int, block: RamBlock) -> Iterator[tuple[int, array.array[int]]]:
-    """(number of the first 4 KiB page, entries) of a block, a part at a time."""
+    """Yield a block's page map in parts: (number of the first 4 KiB page, entries)."""
     total = block.pages * (block.page_size_bytes // _PAGEMAP_PAGE_BYTES)
     entry = 0
     try:

@@ -1,19 +1,19 @@
 """Capture of a machine's RAM at one instant, while the machine runs.
 
-Owns the write protection, the fault thread and the native core; raises our errors where the core
-returns numbers. The order of calls is that of DESIGN section 2::
+Owns the write protection, the fault thread and the native core, and turns the core's error numbers
+into our errors. The order of calls is that of DESIGN section 2::
 
     register → start → arm │ stop → protect_written → devices → instant → cont │
     workers until the end → finish → close
 
-Of a VM that stays armed (``stay_armed``) there is one instant after another, and each but the
-first captures what was written since the one before::
+A VM that stays armed (``stay_armed``) has one instant after another; each but the first captures
+what was written since the previous one::
 
     stay_armed → register → start → arm │ stop → … → cont │ workers → rearm → …
                                  settle │ stop → … → cont │ workers → rearm → …
 
-``release`` and ``close`` may be called at any moment, in this order, and leave every page
-writable and nobody waiting; what was tracked is void then.
+``release`` and then ``close`` may be called at any time. They leave every page writable and no
+thread waiting, and void what was tracked.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SETTLED_PAGES = 256
 
 
 class RamCapture:
-    """The RAM blocks of one process under capture. Guest state: running, unless said."""
+    """A capture of one process's RAM blocks. Guest state: running, unless noted."""
 
     def __init__(
         self,
@@ -58,16 +58,16 @@ class RamCapture:
         *,
         spill_bytes: int,
     ) -> None:
-        """Prepare; nothing of the guest is touched.
+        """Prepare the capture; the guest is not touched.
 
         Args:
-            protection: of that process's memory; None for a guest that stands still all the time.
+            protection: of that process's memory; None for a guest that stands still throughout.
             spill_bytes: most memory for faulted pages; at least two slabs are used.
 
         Raises:
-            RefusedError: huge pages so large that each fault would stall the guest for long.
+            RefusedError: a block's huge pages are so large that each fault would stall the guest.
             HostError: the memory behind a block cannot be opened, or there is no memory for the
-                least spill.
+                smallest spill.
         """
         self._protection = protection
         self._pid = pid
@@ -103,12 +103,12 @@ class RamCapture:
         return self._spill_bytes
 
     def leave_in_swap(self, access: SwapAccess) -> None:
-        """Before an instant: what the VM has in swap is there again once it is copied, so that the
-        VM needs no more memory than it has. ``access`` stays the caller's, to the end."""
+        """Swap out again what copying swaps in, so that the VM takes up no more memory. Call it
+        before an instant; the caller must keep ``access`` open until the end."""
         self._core.swap_out_again(access.pagemap_fd, access.pidfd, access.is_tight)
 
     def register(self) -> None:
-        """Register every block; the kernel still lets all writes pass."""
+        """Register every block; the kernel still lets every write pass."""
         if self._protection is None:
             raise InternalError("no protection to register RAM with", guest_state="running")
         for index, block in enumerate(self._blocks):
@@ -121,13 +121,13 @@ class RamCapture:
         self._threads.start(self._core)
 
     def arm(self) -> float:
-        """Protect all RAM while the guest runs, and learn which pages are populated.
+        """Protect all RAM while the guest runs, and find out which pages are populated.
 
-        A write from now on un-protects its page and is noted; what was written meanwhile is
-        protected again, while that shrinks.
+        From now on a write un-protects its page and is noted. Pages written meanwhile are protected
+        again, in passes, as long as their number shrinks.
 
         Returns:
-            How long it took, milliseconds.
+            The time that it took, milliseconds.
         """
         began = time.monotonic()
         self._armed = True
@@ -139,19 +139,21 @@ class RamCapture:
         return (time.monotonic() - began) * 1e3
 
     def pin_droppable(self) -> None:
-        """Before ``arm``: the guest may drop RAM (a balloon, virtio-mem). What is punched out of
-        the file of shared memory is gone before anybody is told; so its pages are held from ``arm``
-        to the end, as far as the host lets us. The host gets none of them back before."""
+        """Pin RAM that the guest may drop (balloon, virtio-mem); call it before ``arm``.
+
+        A page punched out of a shared memory file is gone before any event reports it. So the pages
+        are pinned from ``arm`` to the end, as far as the host permits; the host cannot reclaim them
+        earlier."""
         self._pins_wanted = True
 
     def _pin(self) -> None:
         for index, (block, fd) in enumerate(zip(self._blocks, self._files.readers, strict=True)):
             if fd is not None and block.shared and not self._in_chunks and may_be_pinned(block):
-                # Where it is refused, a drop of what is not saved fails the snapshot.
+                # If pinning is refused, dropping an unsaved page fails the snapshot.
                 self._core.pin(index)
 
     def settle(self) -> float:
-        """As ``arm``, of RAM that has stayed armed: only what was written is protected again."""
+        """As ``arm``, for RAM that has stayed armed: protect only what was written."""
         began = time.monotonic()
         self._settle()
         self._wanted.populated = self._core.populated_pages()
@@ -173,7 +175,7 @@ class RamCapture:
                     self._core.protect(index, first, min(step, block.pages - first)),
                     f"protecting {block.idstr}",
                 )
-                self.check()  # faults that nobody serves would also keep the VM from stopping
+                self.check()  # unserved faults would also keep the VM from stopping
 
     def learn_population(self) -> None:
         """Find out which pages were ever populated; the others are not read."""
@@ -181,31 +183,31 @@ class RamCapture:
 
     @property
     def copied_whole(self) -> tuple[str, ...]:
-        """The blocks of which all is copied."""
+        """The blocks that are copied whole."""
         return self._wanted.copied_whole
 
     def copy_only(self, changed_pages: ChangedOf) -> None:
-        """Before ``arm``: copy only pages that may have changed since some instant of the past.
+        """Copy only pages that may have changed since some earlier instant; call before ``arm``.
 
         Args:
-            changed_pages: called for each block once it is protected (or stands still) and before
-                the instant: runs (first page, pages), in target pages, of what has changed, or None
-                if all of the block is to be copied. What is written from the call on is added.
+            changed_pages: called for each block, once it is protected (or stands still) and before
+                the instant. Returns the changed runs (first page, pages), in target pages, or None
+                to copy the whole block. Pages written after the call are added.
         """
         self._wanted.changed_of = changed_pages
 
     def populated_runs(self) -> list[list[tuple[int, int]]]:
-        """By block: runs (first page, pages) of what was populated when that was last learnt, in
-        target pages, within the block."""
+        """Return for each block the runs (first page, pages) that :meth:`learn_population` found
+        populated last, in target pages, clipped to the block."""
         return [
             [in_target_pages(block, *run) for run in self._core.populated_runs(index)]
             for index, block in enumerate(self._blocks)
         ]
 
     def protect_written(self) -> int:
-        """Protect again what was written since it was protected; returns the pages.
+        """Protect again what was written since it was protected; return the number of pages.
 
-        Without arming, this protects everything.
+        If RAM is not armed, protect all of it.
         """
         if not self._armed:
             self._armed = True
@@ -214,8 +216,8 @@ class RamCapture:
         return check_result(self._core.protect_noted(), "protecting what was written")
 
     def stay_armed(self) -> None:
-        """Before ``arm``: pages stay protected after their copy, so the next instant knows what was
-        written since.
+        """Keep pages protected after their copy, so that the next instant knows what was written
+        since; call before ``arm``.
 
         Raises:
             RefusedError: RAM could change unseen between two instants; ``why`` says how.
@@ -232,25 +234,26 @@ class RamCapture:
         self._core.stay()
 
     def rearm(self) -> None:
-        """After all workers found nothing more, instead of ``finish``: RAM stays protected, and
-        writes are noted for the next instant. What faults have saved last is for the workers."""
-        self._core.set_phase(_capture.PHASE_ARMED)  # a page that a fault is saving is saved then
+        """Keep RAM protected and note writes for the next instant; call it instead of ``finish``,
+        once all workers found nothing more. The workers then still have to take the last faults'
+        copies."""
+        self._core.set_phase(_capture.PHASE_ARMED)  # returns once a fault under way is served
         self._core.flush()
 
     def track_finely(self) -> None:
-        """Before ``arm``: ``take_written`` tells of little more than what was written, where the
-        kernel protects single pages. Else a guest that writes here and there would seem to write
-        16 times as much, and precopy would never come to its end."""
+        """Track writes page by page if the kernel protects single pages, so that ``take_written``
+        overstates little; call before ``arm``. Otherwise scattered writes would count 16 times, and
+        precopy would never converge."""
         self._core.track_finely()
 
     def take_written(self) -> list[tuple[int, int, int]]:
-        """What was written since it was protected (or taken last), protected again by now.
+        """Return what was written since it was protected or last taken, and protect it again.
 
-        For tracking while the guest runs, after ``arm``: a write that is not in the answer is
-        in the next one. Who reads the pages now reads at least what the answer tells of.
+        For tracking while the guest runs, after ``arm``: a write that is not in this answer is in
+        the next one. Pages read after the call contain at least the writes in the answer.
 
         Returns:
-            Runs (index of the block, first page, pages), in target pages, within the block.
+            Runs (index of the block, first page, pages), in target pages, clipped to the block.
 
         Raises:
             MachineError, HostError, InternalError: RAM could not be protected.
@@ -265,13 +268,13 @@ class RamCapture:
         ]
 
     def instant(self) -> tuple[StoppedWrite, ...]:
-        """Fix the instant: from its return on, every page is saved before it changes.
+        """Fix the instant: after the return, every page is saved before it changes.
 
-        The guest must be stopped, and the monitor must not be used meanwhile: a thread of
-        the VMM that writes to RAM waits here, for microseconds.
+        The guest must be stopped, and the monitor must not be used meanwhile: a VMM thread that
+        writes to RAM waits during the call, for microseconds.
 
         Returns:
-            RAM that was written since the last ``protect_written``, by the VMM itself.
+            The RAM that the VMM itself wrote since the last ``protect_written``.
         """
         self._core.set_phase(_capture.PHASE_HOLD)
         runs = self._core.noted_runs()
@@ -289,13 +292,14 @@ class RamCapture:
         )
 
     def worker(self, section_id: int) -> _capture.Worker:
-        """Buffers of one worker thread; ``next`` gives the next batch of the sweep or spill.
+        """Make the buffers of one worker thread; ``next`` returns the next batch of the sweep or
+        the spill.
 
         Args:
             section_id: id of the stream's ``ram`` section; the same for all workers.
 
         Raises:
-            HostError: there is no memory for them.
+            HostError: there is no memory for the buffers.
         """
         self._core.set_section_id(section_id)
         try:
@@ -304,13 +308,13 @@ class RamCapture:
             raise no_memory(2 * self._slab_bytes) from error
 
     def hand_on_spilled(self) -> None:
-        """Have the fault thread hand on what it has copied, although there is room for more: soon
-        ``Worker.take_spilled`` has it."""
+        """Make the fault thread hand on its copies before its slab is full; soon
+        ``Worker.take_spilled`` returns them."""
         self._threads.hand_on_spilled()
 
     def check_copied(self) -> None:
-        """Raise unless all that has been copied so far is of the instant; what was given up is
-        not. Errors as :meth:`check`."""
+        """Raise unless everything copied so far shows the instant; after ``release`` it does not.
+        Errors as :meth:`check`."""
         self.check()
         if self._released:
             raise SnapshotFailed("the snapshot was given up", guest_state="running")
@@ -346,7 +350,7 @@ class RamCapture:
         return f"address {hva:#x}"
 
     def statistics(self) -> dict[str, Any]:
-        """The counters now; takes no longer the more RAM there is."""
+        """Return the current counters, in time independent of the size of RAM."""
         return self._core.statistics() | {
             "pages_populated": self._wanted.populated,
             "pages_wanted": self._wanted.wanted,
@@ -354,9 +358,9 @@ class RamCapture:
         }
 
     def finish(self) -> None:
-        """After all workers found nothing more: end the protection, then the fault thread."""
-        # Every page is claimed by now, and done but for those of one fault under way:
-        # unregistering would wake its writer in the middle of the copy.
+        """End the protection, then the fault thread; call once all workers found nothing more."""
+        # Every page is claimed, and done except those of one fault under way: unregistering would
+        # wake its writer in the middle of the copy.
         self._core.await_fault()
         self._unregister()
         self._threads.stop()
@@ -369,19 +373,19 @@ class RamCapture:
         self._unregister()
 
     def _unregister(self) -> None:
-        # In steps: the kernel clears a range under the lock that page faults need, and
-        # the guest would wait for all of it at once.
+        # In steps: the kernel clears a range under the lock that page faults need, so the guest
+        # would have to wait for the whole range.
         for index, block in enumerate(self._blocks):
             step = max(1, _UNREGISTER_STEP_BYTES // block.page_size_bytes)
             pages = self._registered[index] // block.page_size_bytes
             self._registered[index] = 0
             for first in range(0, pages, step):
-                # A failure means that the range is gone (the VM exited, or unplugged it).
+                # A failure means that the range is gone: the VM exited or unplugged it.
                 self._core.unregister(index, first, min(step, pages - first))
 
     def close(self) -> None:
-        """Close the protection and everything else; the kernel wakes whoever still waits."""
-        self._core.set_phase(_capture.PHASE_RELEASE)  # else the thread may wait for room
+        """Close the protection and everything else; the kernel wakes all waiting threads."""
+        self._core.set_phase(_capture.PHASE_RELEASE)  # else the fault thread may wait for room
         self._threads.stop()
         self._core.let_go()
         if self._protection is not None:

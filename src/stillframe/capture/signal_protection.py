@@ -1,8 +1,8 @@
-"""Write protection by mprotect(2) and a SIGSEGV handler, where no userfaultfd is allowed.
+"""Write protection by mprotect(2) and a SIGSEGV handler, for hosts that allow no userfaultfd.
 
-As the 2018 series did it. The handler (``_signal_faults.h``, which states its discipline and its
-limits) tells faults in the layout of ``struct uffd_msg`` through a pipe, so the fault thread of a
-capture reads it as it reads a userfaultfd. There are no events for RAM that is dropped or unmapped.
+The 2018 patch series worked this way. The handler (``_signal_faults.h``, which states its rules and
+limits) reports faults as ``struct uffd_msg`` through a pipe, so a capture's fault thread reads the
+pipe like a userfaultfd. There are no events for RAM that is dropped or unmapped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHARE_OF_MAPS = 3
 
 
 class SignalProtection:
-    """One capture's protection. Only for memory of this process."""
+    """One capture's protection, for memory of this process only."""
 
     kind: Literal["mprotect"] = "mprotect"
 
@@ -40,11 +40,11 @@ class SignalProtection:
         return self._read_fd
 
     def register(self, hva: int, length_bytes: int) -> None:
-        """Take a range in; it stays writable. Installs the handler, and again on top if another
-        one was installed over it meanwhile.
+        """Register a range, which stays writable. Install the handler, or reinstall it if another
+        one was installed over it.
 
         Raises:
-            BusyError: the range is protected by another capture.
+            BusyError: another capture protects the range.
             HostError: too many ranges, or the handler cannot be installed.
         """
         result = _capture.signal_register(hva, length_bytes, self._write_fd)
@@ -63,7 +63,7 @@ class SignalProtection:
             )
 
     def close(self) -> None:
-        """Make all of it writable, and wake whoever waits; before the RAM is unmapped."""
+        """Make all ranges writable and wake waiting threads; call it before RAM is unmapped."""
         if self._write_fd >= 0:
             _capture.signal_release(self._write_fd)
             os.close(self._write_fd)
@@ -72,9 +72,9 @@ class SignalProtection:
 
 
 def prepare_thread() -> None:
-    """Let this thread's faults be handled on a stack of their own (sigaltstack(2)), until it ends.
+    """Give the calling thread an alternate stack for its faults (sigaltstack(2)), until it ends.
 
-    Not needed where its stack has some KiB left at each write to guest RAM. A thread that blocks
+    Not needed if the stack has some KiB left at each write to guest RAM. A thread that blocks
     SIGSEGV needs it: the kernel kills the process at a fault of such a thread.
 
     Raises:
@@ -86,8 +86,8 @@ def prepare_thread() -> None:
 
 
 def chunk_bytes(ram_bytes: int) -> int:
-    """How finely so much RAM may be protected in pieces: each chunk may become a mapping of its
-    own, and the kernel limits their number (vm.max_map_count)."""
+    """Return the smallest chunk, bytes, in which this much RAM may be protected: each chunk may
+    become a separate mapping, and the kernel limits their number (vm.max_map_count)."""
     try:
         most = int(_MAX_MAP_COUNT.read_text())
     except (OSError, ValueError):
@@ -99,8 +99,8 @@ def chunk_bytes(ram_bytes: int) -> int:
 
 
 def chunks_of(blocks: Sequence[RamBlock]) -> list[int]:
-    """How finely each block is protected, bytes: as ``chunk_bytes`` has it for all of them
-    together, but not beyond the end of what is mapped."""
+    """Return the chunk size of each block, bytes: ``chunk_bytes`` of all blocks together, reduced
+    where a chunk would extend beyond the block's mapping."""
     wanted = chunk_bytes(sum(block.used_length_bytes for block in blocks))
     pieces = []
     for block in blocks:

@@ -1,4 +1,4 @@
-"""What of a VM is in swap, and our access to leave it there while it is copied (``_swap.pxd``)."""
+"""A VM's swapped-out RAM, and the access to keep it in swap while it is copied (``_swap.pxd``)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from stillframe.model import TARGET_PAGE_BYTES, RamBlock
 
 
 class SwapAccess:
-    """Descriptors of a process: what is in swap, and to have pages reclaimed. Until :meth:`close`.
+    """Descriptors of a process to see what is in swap, and to have pages reclaimed.
 
     Attributes:
         pagemap_fd, pidfd: for ``Capture.swap_out_again``.
-        is_tight: there is no room to swap in more than the guest touches.
+        is_tight: there is no room to swap in more than the guest itself touches.
     """
 
     def __init__(self, pid: int, *, is_tight: bool) -> None:
-        """Open them; nothing of the process is touched.
+        """Open the descriptors; the process is not touched.
 
         Raises:
-            OSError: it is gone, or not permitted (private RAM needs CAP_SYS_NICE), or the kernel
-                does not tell what of a file is in swap (before 6.5).
+            OSError: the process is gone, or access is not permitted (private RAM needs
+                CAP_SYS_NICE), or the kernel (before 6.5) cannot report a file's pages in swap.
         """
         self.is_tight = is_tight
         with ExitStack() as cleanup:
@@ -49,7 +49,7 @@ def _may_ask() -> int:
 
 
 def swapped_bytes(pid: int, blocks: Sequence[RamBlock]) -> int:
-    """How much of a VM's RAM is in swap; 0 if that is not told. Quick where nothing is swapped."""
+    """Return how much of a VM's RAM is in swap; 0 if unknown. Quick if the host swaps nothing."""
     host = read_fields(Path("/proc/meminfo"))
     if host.get("SwapTotal", 0) <= host.get("SwapFree", 0):
         return 0

@@ -1,4 +1,4 @@
-"""Which pages of RAM are copied: those that were ever populated, and may have changed."""
+"""The choice of pages to copy: those that were ever populated and may have changed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ChangedOf = Callable[[RamBlock], Iterable[tuple[int, int]] | None]
 
 
 class WantedPages:
-    """All, until :meth:`learn`.
+    """The pages to copy: all, until :meth:`learn`.
 
     Args:
-        blocks: as the machine has them. pieces: as they are captured.
+        blocks: as the machine lists them. pieces: the same blocks, as they are captured.
 
     Attributes:
-        changed_of: what may have changed of a block; see ``RamCapture.copy_only``.
-        copied_whole: the blocks of which all is copied.
+        changed_of: returns what may have changed of a block; see ``RamCapture.copy_only``.
+        copied_whole: names of the blocks that are copied whole.
         populated, wanted, all: numbers of target pages.
     """
 
@@ -35,7 +35,7 @@ class WantedPages:
         )
 
     def learn(self, core: Capture, files: BlockFiles, pid: int) -> None:
-        """Tell the core; the blocks are protected, or their guest stands still."""
+        """Tell the core which pages to copy; the blocks must be protected, or the guest stopped."""
         for index, block in enumerate(self._pieces):
             reader, held = files.readers[index], files.held.get(index)
             mark_populated(core, index, block, pid, reader, held)

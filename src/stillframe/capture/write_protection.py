@@ -1,4 +1,4 @@
-"""What guest RAM is write-protected with: the contract of all kinds."""
+"""The interface of all kinds of write protection for guest RAM."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from stillframe.model import ProtectionKind
 
 
 class WriteProtection(Protocol):
-    """What a ``RamCapture`` protects RAM with, and reads faults from.
+    """The write protection that a ``RamCapture`` uses and reads faults from.
 
-    ``kind``: with ``userfaultfd`` the kernel's own writes wait as the guest's do; with the others
-    a system call that writes to protected RAM fails with EFAULT.
+    ``kind``: with ``userfaultfd`` the kernel's own writes wait like the guest's; with the other
+    kinds a system call that writes to protected RAM fails with EFAULT.
     """
 
     @property
     def kind(self) -> ProtectionKind: ...
 
     def fileno(self) -> int:
-        """Where messages of faults (``struct uffd_msg``) are read."""
+        """Return the descriptor to read fault messages (``struct uffd_msg``) from."""
 
     def register(self, hva: int, length_bytes: int) -> None:
-        """Take a range in; nothing is protected yet. Raises BusyError, HostError."""
+        """Register a range; nothing is protected yet. Raises BusyError, HostError."""
 
     def close(self) -> None:
-        """Un-protect all that is still registered, and wake whoever waits."""
+        """Un-protect everything still registered, and wake waiting threads."""
