@@ -1,1 +1,1 @@
-"""The command line: parse, show, exit code. The work is done by :mod:`stillframe.api`."""
+"""The command line: parsing, output and exit codes. :mod:`stillframe.api` does the work."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a request to cancel while a job is under way; else an exception, but one."""
+"""Ctrl-C and SIGTERM: a request to cancel while a job runs; otherwise one exception, only once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _IGNORED = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-"""Ctrl-Z would stop the fault thread with us, and the guest at its next write."""
+"""Ctrl-Z would stop our fault thread, too, and so the guest at its next write."""
 
 
 class CancelRequests:
-    """Counts the signals that ask for an end, as a context manager.
+    """A context manager that counts the signals that ask the program to end.
 
     A signal that was ignored when the program started (nohup, a background job) stays ignored.
     """
@@ -44,8 +44,8 @@ class CancelRequests:
 
 
 class OneInterrupt:
-    """Lets one Ctrl-C or SIGTERM interrupt the work, as a context manager. What comes after it is
-    ignored to the program's end: it would interrupt the way back, and leave VMs that nobody knows.
+    """A context manager that lets one Ctrl-C or SIGTERM interrupt the work. All later ones are
+    ignored until the program ends: they would interrupt the cleanup and leave orphaned VMs.
     """
 
     def __init__(self) -> None:
@@ -72,6 +72,6 @@ class OneInterrupt:
 
 
 def ignore_interrupts() -> None:
-    """From here on to the program's end: it is about to end, and says one line."""
+    """Ignore them until the program ends, which only has one line left to print."""
     for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)

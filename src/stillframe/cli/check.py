@@ -1,4 +1,4 @@
-"""``stillframe check``: is a store sound?"""
+"""``stillframe check``: check a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``stillframe copy``: snapshots from one store into another."""
+"""``stillframe copy``: copy snapshots from one store into another."""
 
 from __future__ import annotations
 

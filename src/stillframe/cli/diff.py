@@ -1,4 +1,4 @@
-"""``stillframe diff``: what differs between two snapshots."""
+"""``stillframe diff``: compare two snapshots."""
 
 from __future__ import annotations
 

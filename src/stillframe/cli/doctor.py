@@ -1,4 +1,4 @@
-"""``stillframe doctor``: what the host, or a VM, lacks."""
+"""``stillframe doctor``: diagnose the host, or a VM."""
 
 from __future__ import annotations
 

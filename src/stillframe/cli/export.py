@@ -1,4 +1,4 @@
-"""``stillframe export``: a snapshot's content for other programs."""
+"""``stillframe export``: write a snapshot's content for other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one place where an error becomes a line, JSON, and an exit code."""
+"""The only place where an error turns into a line, JSON, and an exit code."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from stillframe.errors import (
 )
 
 BROKEN_PIPE_EXIT_CODE = 141
-"""The shell's number for a program that SIGPIPE ended: 128 + 13."""
+"""The shell's exit code for a program that SIGPIPE killed: 128 + 13."""
 
 
-class ReaderGone(Exception):  # noqa: N818 - not an error: nobody reads on
+class ReaderGone(Exception):  # noqa: N818 - not an error: the reader stopped reading
     """The reader of standard output went away."""
 
 
 def report(error: BaseException, *, as_json: bool, with_guest: bool = False) -> int:
-    """Tell of an error, and return the exit code.
+    """Report an error, and return the exit code.
 
     Args:
-        as_json: also as JSON on standard output.
-        with_guest: the command was at work on a guest.
+        as_json: also report it as JSON on standard output.
+        with_guest: the command was working on a guest.
     """
     if isinstance(error, (ReaderGone, BrokenPipeError)):
         give_up_stdout()
@@ -51,7 +51,7 @@ def report(error: BaseException, *, as_json: bool, with_guest: bool = False) -> 
 
 
 def classify_error(error: BaseException, *, with_guest: bool = False) -> StillframeError:
-    """The error as one of ours."""
+    """Convert the error to a StillframeError."""
     if isinstance(error, StillframeError):
         return error
     if isinstance(error, click.ClickException):
@@ -72,20 +72,20 @@ def classify_error(error: BaseException, *, with_guest: bool = False) -> Stillfr
 
 
 def _is_of_echo(error: OSError) -> bool:
-    """Whether it was click that could not write its own words."""
+    """Return whether click failed to write its own output."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     return any(frame.name == "echo" for frame in last)
 
 
 def _usage(error: click.ClickException) -> UsageError:
-    message = " ".join(error.format_message().split()).rstrip(".")  # click lists choices in lines
+    message = " ".join(error.format_message().split()).rstrip(".")  # click puts choices on lines
     context = error.ctx if isinstance(error, click.UsageError) else None
     path = context.command_path if context is not None else "stillframe"
     return UsageError(message[:1].lower() + message[1:], remedy=f"see '{path} --help'")
 
 
 def lines(error: StillframeError) -> list[str]:
-    """One line; with several reasons of a refusal, one for each."""
+    """Return the error as one line; a refusal with several reasons, as one line for each."""
     suffix = "" if error.guest_state == "none" else f" [guest {error.guest_state}]"
     if isinstance(error, RefusedError) and len(error.reasons) > 1:
         return [f"{name}: {reason}; {remedy}{suffix}" for name, reason, remedy in error.reasons]

@@ -1,4 +1,4 @@
-"""``stillframe image``: complete images of snapshots, which VMs are started on."""
+"""``stillframe image``: list, add and remove complete images, on which VMs start."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _removed_unused() -> list[StoredImage]:
 
     removed: list[StoredImage] = []
     for image in api.images():
-        with suppress(BusyError, NotFoundError):  # in use, or gone, since we looked
+        with suppress(BusyError, NotFoundError):  # in use or gone since the listing
             removed += [] if image.in_use else api.rm_images(image.id)
     return removed
 

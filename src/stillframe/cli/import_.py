@@ -1,4 +1,4 @@
-"""``stillframe import``: a QEMU migration stream becomes a snapshot file."""
+"""``stillframe import``: turn a QEMU migration stream into a snapshot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``stillframe key``: who can open an encrypted store."""
+"""``stillframe key``: list, add and remove the keys of an encrypted store."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def add(
     if recipient is not None and new_password_file is not None:
         raise UsageError("a key is a passphrase or a recipient", remedy="add one after the other")
     passphrase = None
-    store = api.open_store(keys=keys)  # by the old one, before the new one is asked for
+    store = api.open_store(keys=keys)  # ask for the old passphrase before the new one
     if recipient is None and store.key is not None:
         passphrase = read_passphrase(new_password_file, new=True, environment=False)
     recipients = [] if recipient is None else [recipient]

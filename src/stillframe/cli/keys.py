@@ -1,4 +1,4 @@
-"""Where keys come from on the command line: options, the environment, the terminal."""
+"""The sources of keys on the command line: options, the environment, the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 _VARIABLE = "STILLFRAME_PASSWORD"
 _READS = ("parent", "keys_of")
-"""Options of commands that write and encrypt: what is read for them may be encrypted, too."""
+"""Options of encrypting commands that name inputs, which may themselves be encrypted."""
 
 _password_file = click.option(
     "--password-file", type=FILE, metavar="FILE", help="The passphrase of an encrypted snapshot."
@@ -38,7 +38,7 @@ _identities = click.option(
 
 
 def key_options(command: Command) -> Command:
-    """Options that open encrypted snapshots; the command gets ``keys``."""
+    """Add the options that open encrypted snapshots; the command gets ``keys``."""
 
     @_password_file
     @_identities
@@ -53,7 +53,7 @@ def key_options(command: Command) -> Command:
 
 
 def encrypt_options(command: Command) -> Command:
-    """Options that encrypt what is written; the command gets ``key``."""
+    """Add the options that encrypt the output; the command gets ``key``."""
 
     @click.option("--encrypt", is_flag=True, help="Encrypt the snapshot with a passphrase.")
     @click.option(
@@ -87,13 +87,13 @@ def encrypt_options(command: Command) -> Command:
 
 
 def encrypt_with_keys_options(command: Command) -> Command:
-    """As :func:`encrypt_options`; the command also gets ``keys``, for what it reads (a ``parent``,
-    a store)."""
+    """As :func:`encrypt_options`; the command also gets ``keys``, for its inputs (a ``parent``, a
+    store)."""
     return encrypt_options(_identities(command))
 
 
 def _keys(password_file: str | None, identities: tuple[str, ...], *, only_encrypted: bool) -> Keys:
-    """Keys as the options, the environment or, when it comes to it, the terminal give them."""
+    """Make the keys from the options and the environment; the terminal is asked only if needed."""
     from stillframe import api
 
     return api.Keys(
@@ -117,15 +117,15 @@ def _new_key(
 def read_passphrase(
     password_file: str | None, *, new: bool = False, environment: bool = True
 ) -> str | None:
-    """The passphrase; None if nothing tells it.
+    """Get the passphrase from the file, the environment or the terminal; None if none has it.
 
     Args:
-        new: ask for it twice, and insist.
-        environment: also look there.
+        new: prompt for it twice, and fail if there is none.
+        environment: also look in the environment.
 
     Raises:
-        NotFoundError, HostError, UsageError: it cannot be read, or is empty; nothing tells a new
-            one.
+        NotFoundError, HostError, UsageError: it cannot be read, or is empty; or there is no new
+            passphrase.
     """
     given = _given_passphrase(password_file, os.environ if environment else {})
     if given is None and sys.stdin.isatty():

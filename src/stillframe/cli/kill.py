@@ -1,4 +1,4 @@
-"""``stillframe kill``: end VMs that were restored."""
+"""``stillframe kill``: end VMs that ``restore`` or ``fork`` started."""
 
 from __future__ import annotations
 

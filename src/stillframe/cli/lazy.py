@@ -1,4 +1,4 @@
-"""A group of commands, each a module of its own that is imported when it is named."""
+"""A group of commands, each in its own module, which is imported when the command is used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 
 class LazyGroup(click.Group):
-    """Commands by name, with the module that has each as ``command``."""
+    """A click group; ``modules`` maps each name to the module that defines ``command``."""
 
     def __init__(self, *arguments: Any, modules: Mapping[str, str], **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -1,4 +1,4 @@
-"""``stillframe ls``: the snapshots of a store."""
+"""``stillframe ls``: list the snapshots of a store."""
 
 from __future__ import annotations
 

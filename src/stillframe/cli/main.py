@@ -1,7 +1,7 @@
 """The program ``stillframe``: finds the command, and turns errors into exit codes.
 
-Each command is a module of its own, imported when it is named; what a command needs below
-:mod:`stillframe.api` is imported when it runs.
+Each command has its own module, imported when the command is used; :mod:`stillframe.api` is
+imported only when a command runs.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ COMMANDS = {
     "check": "stillframe.cli.check",
     "repair": "stillframe.cli.repair",
 }
-"""Each command and its module, in the order of the help; those of wings follow."""
+"""Each command and its module, in the order of the help; the wings' commands follow."""
 
 
 class _Commands(LazyGroup):
-    """The commands of the program."""
+    """The program's commands."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -65,7 +65,7 @@ class _Commands(LazyGroup):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:  # click itself would write an empty line
+        except KeyboardInterrupt as error:  # click would print an empty line
             raise SnapshotCancelled("cancelled") from error
 
 
@@ -82,16 +82,16 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code (docs/reference/errors.md).
+    """Run the program; return its exit code (docs/reference/errors.md).
 
     Args:
-        arguments: else those of this process, which is taken to end then: once it is cancelled,
-            nothing interrupts it any more.
+        arguments: by default the process's own, which is then taken to be about to exit: after a
+            cancellation it ignores further interrupts.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
     try:
-        # One that was ignored when the program started (nohup, a background job) stays ignored.
+        # A signal that was ignored at the start (nohup, a background job) stays ignored.
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, signal.default_int_handler)
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
-    except SystemExit:  # click's way when the reader of standard output is gone
+    except SystemExit:  # click raises this when the reader of standard output is gone
         return report(ReaderGone(), as_json=False)
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last stop
         if arguments is None and isinstance(error, (KeyboardInterrupt, SnapshotCancelled)):
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _asks_for_json(words: Sequence[str]) -> bool:
-    """Whether ``--json`` is among the options, also where they cannot be parsed."""
+    """Return whether ``--json`` is among the options, even if they cannot be parsed."""
     own = words[: words.index("--")] if "--" in words else words
     return "--json" in own
 

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARENTS = "STILLFRAME_PARENTS"
 
 
 def _use_store(_ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
-    """It says for this run what the environment says for all."""
+    """Override the environment's store for this run."""
     if value is not None:
         os.environ["STILLFRAME_STORE"] = value
 
@@ -47,7 +47,7 @@ def compression_option(command: Command) -> Command:
 
 
 def spill_option(more: str = "") -> Callable[[Command], Command]:
-    """``--spill SIZE``. ``more``: for the help."""
+    """``--spill SIZE``. ``more``: appended to the help."""
     return click.option(
         "--spill",
         type=SPILL,
@@ -67,9 +67,9 @@ def disks_option(kinds: Sequence[str], what: str) -> Callable[[Command], Command
 def _also_look_in(
     ctx: click.Context, param: click.Parameter, places: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Into the environment, for the processes that go on reading, too."""
+    """Put the places into the environment, for child processes that keep reading, too."""
     known = os.environ.get(PARENTS, "")
-    # Elsewhere, the working directory is another one; a bucket's URL is the same everywhere.
+    # Absolute paths, because those processes have other working directories.
     own = [place if "://" in place else os.path.abspath(place) for place in places]  # noqa: PTH100
     found = [*own, *filter(None, [known])]
     if found:
@@ -78,7 +78,7 @@ def _also_look_in(
 
 
 def parent_dir_option(command: Command) -> Command:
-    """``--parent-dir DIR``: it needs no argument of the command."""
+    """``--parent-dir DIR``; the command gets no argument for it."""
     return click.option(
         "--parent-dir",
         multiple=True,
@@ -102,8 +102,8 @@ _KEEP = {
 
 
 def keep_options(command: Command) -> Command:
-    """``--keep-last N`` and the others: which snapshots a policy keeps. The command gets ``keep``:
-    those arguments of ``api.prune``."""
+    """``--keep-last N`` and the other options of a retention policy. The command gets ``keep``, the
+    matching arguments of ``api.prune``."""
 
     @functools.wraps(command)
     def with_keep(
@@ -137,7 +137,7 @@ def output_option(what: str, *, required: bool = True) -> Callable[[Command], Co
 
 read_data_option = click.option(
     "--read-data",
-    "--read-data-subset",  # as restic calls a share
+    "--read-data-subset",  # restic's name for it
     "read_data",
     is_flag=False,
     flag_value="100%",

@@ -1,4 +1,4 @@
-"""Verbs that other tools have (restic, borg, virsh), and what does that here."""
+"""Verbs of other tools (restic, borg, virsh), and the commands that do the same here."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ OTHER_VERBS: Final = {
     )
     for word in words.split()
 }
-"""The verb of theirs, and the sentence that names ours."""
+"""The other tool's verb, and the sentence that names our command."""

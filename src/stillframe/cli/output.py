@@ -1,4 +1,4 @@
-"""Where results and messages go: results to standard output, everything else to standard error."""
+"""Output of results and messages: results on standard output, all else on standard error."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from stillframe.errors import SinkError
 
 
 class Results:
-    """Takes a command's result.
+    """The output of a command's result.
 
     Args:
         as_json: show JSON instead of text.
-        to_stderr: standard output is taken by a stream (``-o -``).
+        to_stderr: standard output carries a stream (``-o -``), so use standard error.
     """
 
     def __init__(self, *, as_json: bool, to_stderr: bool = False) -> None:
@@ -26,16 +26,16 @@ class Results:
         self._stream: TextIO = sys.stderr if to_stderr else sys.stdout
 
     def show(self, data: object, lines: Iterable[str]) -> None:
-        """Show ``data`` as JSON, or else the lines."""
+        """Show ``data`` as JSON, or the lines."""
         text = json_text(data) if self.as_json else "".join(f"{line}\n" for line in lines)
         write_result(text, self._stream)
 
 
 def write_result(text: str, stream: TextIO) -> None:
-    """Write all of it now.
+    """Write the text and flush the stream.
 
     Raises:
-        SinkError: a full disk, for instance. BrokenPipeError: the reader is gone.
+        SinkError: the disk is full, for instance. BrokenPipeError: the reader is gone.
     """
     try:
         stream.write(text)
@@ -50,37 +50,37 @@ def write_result(text: str, stream: TextIO) -> None:
 
 
 def json_text(data: object) -> str:
-    """JSON for people and programs, in ASCII: file names need not be Unicode."""
+    """Format as indented JSON, in ASCII because file names need not be Unicode."""
     return json.dumps(data, indent=2) + "\n"
 
 
 def as_object(record: object) -> Any:
-    """A record (msgspec.Struct) as plain dicts, lists and scalars, by its field names."""
+    """Convert a record (msgspec.Struct) to plain dicts, lists and scalars, by field name."""
     import msgspec
 
     return msgspec.to_builtins(record)
 
 
 def say(line: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     try:
         sys.stderr.write(f"{printable(line)}\n")
         sys.stderr.flush()
     except (OSError, ValueError):
-        return  # nobody listens; the work goes on
+        return  # standard error is closed; the work goes on
 
 
 def prepare_streams() -> None:
-    """Make the standard streams fit for use, however the program was started.
+    """Make the standard streams usable, however the program was started.
 
-    A closed one is opened on nothing, so that no file of ours gets its number. A character that
-    the locale does not have is shown as an escape.
+    A closed stream is opened on /dev/null, so that no file of ours gets its number. A character
+    that the locale lacks is shown as an escape.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.dup(number), "w"))
@@ -92,7 +92,7 @@ def prepare_streams() -> None:
 
 
 def give_up_stdout() -> None:
-    """The reader of standard output is gone: let Python's own flush at exit go nowhere."""
+    """Redirect standard output to /dev/null, so that Python's flush at exit does not fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

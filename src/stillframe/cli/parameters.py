@@ -1,4 +1,4 @@
-"""Types of the commands' parameters, with their shell completion."""
+"""Click types of the commands' parameters, with shell completion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEVEL_LOWEST, _LEVEL_HIGHEST = -50, 19
 _LEVELS = {str(level): level for level in range(_LEVEL_LOWEST, _LEVEL_HIGHEST + 1)}
 
 
-# ParamType takes a type argument from click 8.4 on; at run time older ones refuse it.
+# ParamType is generic from click 8.4 on; older versions reject a type argument at run time.
 class Size(click.ParamType):  # type: ignore[type-arg]
     """A size in bytes, within limits."""
 
@@ -143,12 +143,12 @@ class BlockType(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-# A snapshot file need not exist as far as the parser is concerned: the error is ours to word.
+# The parser does not check that a snapshot file exists: we word that error ourselves.
 FILE = click.Path(path_type=str, readable=False)
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]
-    """``5%``, or 1 to 100."""
+    """A share in percent, above 0 and up to 100, with or without ``%``."""
 
     name = "share"
 
@@ -170,7 +170,7 @@ class Share(click.ParamType):  # type: ignore[type-arg]
 
 
 class SnapshotType(click.ParamType):  # type: ignore[type-arg]
-    """A snapshot: its file, or its name in the store; a file that is there wins."""
+    """A snapshot: its file, or its name in the store; an existing file takes precedence."""
 
     name = "file"
 

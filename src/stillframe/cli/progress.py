@@ -12,26 +12,26 @@ from stillframe.cli.text import is_capable
 
 _EVERY_S = 5.0
 _TOO_EARLY_S = 1.0
-"""A rate of the first moment says nothing about the time that is left."""
+"""The rate in the first moment does not predict the time left."""
 
 
 class Progress(Protocol):
-    """Shows how far something is. All calls come from one thread."""
+    """A display of progress. All calls come from one thread."""
 
     animated: bool
-    """Whether showing costs enough to disturb a downtime."""
+    """Whether drawing costs enough to lengthen a downtime."""
 
     def show(
         self, phase: str, done_bytes: int = 0, total_bytes: int | None = None, details: str = ""
     ) -> None:
-        """The state now; may be called often."""
+        """Show the current state; may be called often."""
 
     def close(self) -> None:
-        """No more progress; whatever was drawn is removed."""
+        """End the display and remove what was drawn."""
 
 
 def choose_progress(*, quiet: bool) -> Progress:
-    """The kind that suits standard error."""
+    """Choose the kind of display that suits standard error."""
     if quiet:
         return _Silent()
     if sys.stderr.isatty() and is_capable():
@@ -42,7 +42,7 @@ def choose_progress(*, quiet: bool) -> Progress:
 
 
 class PlainProgress:
-    """A line for each phase, and one every five seconds within it."""
+    """A display with one line for each phase, and one every five seconds within it."""
 
     animated = False
 
@@ -79,7 +79,7 @@ class _Silent:
 
 
 class ByteRate:
-    """Shows bytes that are worked through, with their rate and the time left."""
+    """A display of bytes done, with the rate and the time left."""
 
     def __init__(self, progress: Progress, phase: str) -> None:
         self._progress = progress
@@ -88,7 +88,7 @@ class ByteRate:
         self._last_s = 0.0
 
     def update(self, done_bytes: int, total_bytes: int | None = None) -> None:
-        """So much is done; may be called often."""
+        """Show the number of bytes done; may be called often."""
         now_s = time.monotonic()
         if now_s - self._last_s < 0.1:
             return
@@ -102,7 +102,7 @@ class ByteRate:
 
 
 def amount(done_bytes: int, total_bytes: int | None) -> str:
-    """How far, in words."""
+    """Return the progress in words."""
     if not total_bytes:
         return format_bytes(done_bytes)
     percent = min(100, 100 * done_bytes // total_bytes)

@@ -1,4 +1,4 @@
-"""The progress bar. Importing this imports rich, which takes a while."""
+"""The progress bar. Importing this module imports rich, which is slow."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stillframe.cli.text import printable
 _REFRESH_S = 0.1
 _PHASE_COLUMNS, _BAR_COLUMNS = 10, 16
 _OTHER_COLUMNS = 1 + _BAR_COLUMNS + 3
-"""Spinner, bar, and a gap between each two."""
+"""Columns of the spinner, the bar, and the gaps between the parts."""
 
 
 class TerminalProgress:
-    """A bar on standard error; drawn by the caller's thread only, about ten times a second."""
+    """A bar on standard error, drawn in the caller's thread only, about ten times a second."""
 
     animated = True
 
@@ -53,7 +53,7 @@ class TerminalProgress:
         if self._gone or now_s - self._last_s < _REFRESH_S:
             return
         self._last_s = now_s
-        # On a narrow terminal the details are cut; rich would take from spinner and bar first.
+        # Cut the details on a narrow terminal; rich would shrink the spinner and the bar first.
         room = max(0, self._bar.console.width - _OTHER_COLUMNS - max(len(phase), _PHASE_COLUMNS))
         how_far = amount(done_bytes, total_bytes) if done_bytes else ""
         words = printable(", ".join(part for part in (how_far, details) if part))

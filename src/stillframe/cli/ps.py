@@ -1,4 +1,4 @@
-"""``stillframe ps``: the running VMs."""
+"""``stillframe ps``: list the running VMs."""
 
 from __future__ import annotations
 

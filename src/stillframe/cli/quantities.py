@@ -1,4 +1,4 @@
-"""Sizes, rates and durations, as people write and read them."""
+"""Human-readable sizes, rates and durations: parsing and formatting."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _BINARY_UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def parse_size(text: str) -> int:
-    """Bytes: ``268435456``, ``256M``, ``512KiB``, ``1.5G``; ``M`` and ``MiB`` are 2**20 bytes, and
-    ``MB`` is 10**6, as coreutils have it.
+    """Parse a size in bytes: ``268435456``, ``256M``, ``512KiB``, ``1.5G``. As in coreutils, ``M``
+    and ``MiB`` are 2**20 bytes, and ``MB`` is 10**6.
 
     Raises:
         ValueError: not a size; the message says why.
@@ -36,7 +36,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_rate(text: str) -> int:
-    """Bytes per second: a size, with or without ``/s``.
+    """Parse a rate in bytes per second: a size, with or without ``/s``.
 
     Raises:
         ValueError: not a rate; the message says why.
@@ -48,7 +48,7 @@ def parse_rate(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds: ``90``, ``30s``, ``10m``, ``1.5h``, ``1d``.
+    """Parse a duration in seconds: ``90``, ``30s``, ``10m``, ``1.5h``, ``1d``.
 
     Raises:
         ValueError: not a duration; the message says why.
@@ -60,7 +60,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_bytes(count: float) -> str:
-    """A size with three digits or so: ``1.5 GiB``."""
+    """Format a size with about three digits: ``1.5 GiB``."""
     value, unit = float(count), 0
     while value >= 1023.95 and unit < len(_BINARY_UNITS) - 1:
         value /= 1024
@@ -75,14 +75,14 @@ def format_bytes(count: float) -> str:
 
 
 def format_ms(milliseconds: float) -> str:
-    """A duration: ``4.2 ms``, ``1.3 s``, ``2 min 5 s``."""
+    """Format a duration: ``4.2 ms``, ``1.3 s``, ``2 min 5 s``."""
     if milliseconds < 999.5:
         return f"{milliseconds:.0f} ms" if milliseconds >= 99.95 else f"{milliseconds:.1f} ms"
     return format_seconds(milliseconds / 1000)
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration: ``1.3 s``, ``42 s``, ``2 min 5 s``, ``3 h 7 min``."""
+    """Format a duration: ``1.3 s``, ``42 s``, ``2 min 5 s``, ``3 h 7 min``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""What ``stillframe show --map`` says of the picture that it drew."""
+"""The text and JSON of ``stillframe show --map`` about the picture it drew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``stillframe repair``: mend a store."""
+"""``stillframe repair``: repair a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``stillframe restore`` of a libvirt domain: a new domain."""
+"""``stillframe restore`` of a libvirt domain, as a new domain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def is_domain(file: str, kind: str | None, keys: Keys) -> bool:
-    """Whether a domain is to be made of it. ``kind``: as asked for."""
+    """Return whether the snapshot becomes a domain. ``kind``: the caller's choice, or None."""
     from stillframe import api
 
     if kind is not None:
@@ -31,8 +31,10 @@ def is_domain(file: str, kind: str | None, keys: Keys) -> bool:
 
 
 def refuse_options(given: Mapping[str, object]) -> None:
-    """Raises:
-    UsageError: an option that only a plain QEMU has.
+    """Refuse options that only a plain QEMU has.
+
+    Raises:
+        UsageError: such an option is given.
     """
     for option, value in given.items():
         if value:
@@ -59,7 +61,7 @@ def run(
     quiet: bool,
     keys: Keys,
 ) -> None:
-    """Start it, or show the plan."""
+    """Start the domain, or show the plan."""
     from stillframe import api
 
     if dry_run:
@@ -85,8 +87,10 @@ def run(
 
 
 def _ask(file: str) -> None:
-    """Raises:
-    UsageError: nobody is there to answer. click.Abort: the answer is no.
+    """Ask before the running domain is ended.
+
+    Raises:
+        UsageError: there is no terminal to ask on. click.Abort: the answer is no.
     """
     if not sys.stdin.isatty():
         raise UsageError(

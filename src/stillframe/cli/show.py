@@ -1,4 +1,4 @@
-"""``stillframe show``: what a snapshot file holds."""
+"""``stillframe show``: show the content of a snapshot file."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _as_lines(file: str, snapshot: Snapshot, data: dict[str, Any]) -> list[str]:
 
 
 def _parents(snapshot: Snapshot) -> list[tuple[str, str]]:
-    """The chain below it, the nearest first."""
+    """The snapshot's ancestors, nearest first."""
     return [
         ("parent" if depth == 0 else "", f"{file.id} ({file.place})")
         for depth, file in enumerate(snapshot.files[1:])
@@ -187,7 +187,7 @@ def _without(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _captured_table(data: dict[str, Any]) -> list[str]:
-    """Each disk, and below it the images that its own lies on."""
+    """The table of disks, each followed by its backing images."""
     rows = []
     for disk in data["captured_disks"]:
         name = disk["device"] or disk["qdev"] or disk["node_name"]

@@ -1,4 +1,4 @@
-"""``stillframe tag``: name snapshots of a store."""
+"""``stillframe tag``: add and remove tags of a snapshot in a store."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def command(
 
 
 class _phases_into:  # noqa: N801 - called like a function
-    """A progress callback that keeps the first report of each phase."""
+    """A progress callback that queues the first report of each phase."""
 
     def __init__(self, events: queue.SimpleQueue[Statistics]) -> None:
         self._events = events
@@ -213,14 +213,14 @@ def _follow(
     *,
     quiet: bool,
 ) -> TakenSnapshot:
-    """Wait for the job's end, show its progress, and pass a request to cancel on."""
+    """Wait for the job's end, show its progress, and pass on a request to cancel."""
     heard = 0
     disks_said = quiet
     while True:
         try:
             return job.wait(_POLL_S)
         except TimeoutError:
-            if job.done():  # it may have ended since the wait did
+            if job.done():  # it may have ended right after the timeout
                 return job.wait()
         if requests.count > heard:
             heard += 1
@@ -235,13 +235,13 @@ def _follow(
         if statistics.disks and not disks_said:
             disks_said = True
             say(f"stillframe: disks: {statistics.disks}")
-        # A bar that is drawn in the downtime would make it longer.
+        # Drawing a bar during the downtime would lengthen it.
         if statistics.phase in _AFTER_DOWNTIME and not heard:
             _show(progress, statistics)
 
 
 def _end(job: SnapshotJob) -> None:
-    """Whatever happened to us, the job gives back what it set up."""
+    """Cancel the job and wait until it has undone what it set up."""
     job.cancel()
     with suppress(BaseException):
         job.wait()

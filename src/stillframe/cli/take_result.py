@@ -1,4 +1,4 @@
-"""What ``take`` tells at its end."""
+"""The final output of ``take``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def as_json_object(taken: TakenSnapshot) -> dict[str, object]:
-    """The keys that ``take --json`` promises (docs/reference/json.md)."""
+    """Return the object that ``take --json`` shows (docs/reference/json.md)."""
     data: dict[str, object] = as_object(taken)
     statistics: dict[str, object] = as_object(taken.statistics)
     del data["statistics"]
@@ -22,7 +22,7 @@ def as_json_object(taken: TakenSnapshot) -> dict[str, object]:
 
 
 def as_lines(taken: TakenSnapshot) -> list[str]:
-    """The same for people."""
+    """Return the same as text."""
     numbers = taken.statistics
     lines = facts(
         [
@@ -37,7 +37,7 @@ def as_lines(taken: TakenSnapshot) -> list[str]:
 
 
 def statistics_facts(numbers: Statistics) -> list[tuple[str, str]]:
-    """A job's numbers as names and values."""
+    """Return a job's numbers as names and values."""
     pages, downtime = numbers.pages, numbers.downtime
     parts = (
         f" (stop {downtime.stop_ms:.1f}, drain {downtime.drain_ms:.1f},"
@@ -53,7 +53,7 @@ def statistics_facts(numbers: Statistics) -> list[tuple[str, str]]:
             + (f", {pages.unchanged} as in the parent" if pages.unchanged else ""),
         ),
     ]
-    if numbers.spill_limit_bytes:  # else the VMM served the faults, if there were any
+    if numbers.spill_limit_bytes:  # otherwise the VMM itself served any faults
         found += [
             (
                 "faults",

@@ -1,4 +1,4 @@
-"""Text for a terminal: nothing that it would obey, columns, and colour where it is wanted."""
+"""Text for a terminal: free of control sequences, in columns, and in colour if wanted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FOR_ANALYSIS = "for analysis only: it has no device state, and cannot be restore
 
 
 def printable(text: str) -> str:
-    """The text with control characters and lone surrogates shown as escapes.
+    """Return the text with control characters and lone surrogates shown as escapes.
 
-    Names of VMs, files and blocks are other people's words, and may hold terminal commands.
+    Names of VMs, files and blocks are untrusted, and may contain terminal commands.
     """
     if text.isprintable():
         return text
@@ -27,25 +27,25 @@ def printable(text: str) -> str:
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether colour may be written to a stream (https://no-color.org)."""
+    """Return whether a stream may get colour (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and is_capable()
 
 
 def is_capable() -> bool:
-    """Whether the terminal can move its cursor."""
+    """Return whether the terminal can move its cursor."""
     return os.environ.get("TERM", "dumb") != "dumb"
 
 
 def paint(text: str, colour: Colour) -> str:
-    """The text in a colour, if standard output wants it."""
+    """Return the text in a colour, if standard output may get colour."""
     return f"\x1b[{_CODES[colour]}m{text}\x1b[0m" if wants_colour(sys.stdout) else text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> list[str]:
-    """Lines of a table with aligned columns.
+    """Return the lines of a table with aligned columns.
 
     Args:
-        right: names of columns that are aligned to the right, separated by commas.
+        right: names of the right-aligned columns, separated by commas.
     """
     cells = [[printable(cell) for cell in row] for row in [head, *rows]]
     widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
@@ -60,7 +60,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = ""
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines of names and values, aligned."""
+    """Return aligned lines of names and values."""
     known = list(pairs)
     width = max((len(name) for name, _ in known), default=0)
     return [f"{name.ljust(width)}  {printable(value)}".rstrip() for name, value in known]

@@ -1,4 +1,4 @@
-"""``stillframe verify``: is a snapshot file sound?"""
+"""``stillframe verify``: check a snapshot file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``stillframe watch``: snapshot a VM on schedule, at the cost of what changed."""
+"""``stillframe watch``: snapshot a VM on a schedule, at the cost of what changed."""
 
 from __future__ import annotations
 
