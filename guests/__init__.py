@@ -1,4 +1,4 @@
-"""Guests that Stillframe's tests, benchmarks and demo run, built on the spot.
+"""Guests for Stillframe's tests, benchmarks and demo, built on demand.
 
-Not a part of the installed package. ``guests/README.md`` says what they do.
+Not part of the installed package. ``guests/README.md`` describes them.
 """

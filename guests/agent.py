@@ -1,6 +1,6 @@
-"""One command to a QEMU guest agent, for tests that need the agent's own answer.
+"""A minimal client of the QEMU guest agent, for tests that need the agent's own answer.
 
-Independent of ``stillframe.disks.guest_agent``, so that tests do not check a thing with itself.
+Independent of ``stillframe.disks.guest_agent``, so that tests do not check code against itself.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _PING_S = 5.0
 def agent_execute(
     path: Path, command: str, arguments: dict[str, object] | None = None, *, timeout_s: float = 60.0
 ) -> Any:
-    """Connect to the agent's socket, give one command, and return its ``return`` value.
+    """Connect to the agent's socket, send one command, and return its ``return`` value.
 
-    The socket takes one client at a time: while another is connected, this waits.
+    The socket serves one client at a time: while another is connected, this waits.
 
     Raises:
-        MachineError: nobody answers in time, or the agent answers with an error.
+        MachineError: no answer in time, or the agent answers with an error.
     """
     number = secrets.randbits(31)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
@@ -69,7 +69,7 @@ def wait_agent(ping: Callable[[float], object], timeout_s: float = START_TIMEOUT
     """Wait until the agent answers.
 
     Args:
-        ping: asks it for guest-ping within so many seconds; raises MachineError.
+        ping: sends guest-ping with the given timeout in seconds; raises MachineError.
 
     Raises:
         MachineError: it did not answer in time.

@@ -1,4 +1,4 @@
-"""What the Linux guest needs for a QEMU guest agent: the program, its libraries, and a disk."""
+"""The Linux guest's files for a QEMU guest agent: the program, its libraries, and a disk."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ INSTALLED = Path("/usr/sbin/qemu-ga")
 PACKAGE = "qemu-guest-agent"
 WANTED = Wanted("a QEMU guest agent for the guest", f"or install {PACKAGE}")
 DISK_SERIAL = "sf-data"
-"""By which the guest's init knows the disk (``linux/agent.h``)."""
+"""The serial by which the guest's init recognizes the disk (``linux/agent.h``)."""
 DISK_BYTES = 16 << 20
 LDD_TIMEOUT_S = 30
 
 
 def agent_files() -> dict[str, Path]:
-    """The program and all libraries it needs, by their names in the guest (relative to its root).
+    """Return the program and its libraries by their names in the guest (relative to its root).
 
-    The program is the installed one, else the one fetched earlier, else that of the distribution's
-    package, fetched into the cache. Libraries are the host's; those it lacks are fetched also.
+    The program is the installed one, or the one fetched earlier, or the distribution's package,
+    fetched into the cache. Libraries are the host's; missing ones are fetched, too.
 
     Raises:
-        HostError: something cannot be fetched.
+        HostError: a file cannot be fetched.
     """
     cache = cache_directory("agent")
     program = INSTALLED if INSTALLED.is_file() else cache / "qemu-ga"
@@ -51,13 +51,13 @@ def agent_files() -> dict[str, Path]:
 
 
 def missing_libraries(listing: str) -> list[str]:
-    """Names of libraries that ldd(1) did not find."""
+    """Return the names of the libraries that ldd(1) did not find."""
     return re.findall(r"^\s*(\S+) => not found$", listing, re.MULTILINE)
 
 
 def needed_libraries(listing: str) -> dict[str, Path]:
-    """The files that ldd(1) found, by their names in the guest: the loader has to be where the
-    program says, the others are told to it by LD_LIBRARY_PATH."""
+    """Return the files that ldd(1) found, by their names in the guest: the loader at the path that
+    the program names, the others where LD_LIBRARY_PATH points."""
     found = {
         f"lib/{name}": Path(path)
         for name, path in re.findall(r"^\s*(\S+) => (/\S+) \(0x", listing, re.MULTILINE)
@@ -85,7 +85,7 @@ def _ldd(program: Path, libraries: Path) -> str:
 
 
 def _fetch_libraries(names: list[str], cache: Path) -> None:
-    """Look for them in the packages that the agent's one depends on."""
+    """Fetch libraries from the packages that the agent's package depends on."""
     packages = re.findall(r"Depends: (lib\S+)", dependencies(PACKAGE, WANTED))
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
         for package in packages:
@@ -93,12 +93,12 @@ def _fetch_libraries(names: list[str], cache: Path) -> None:
             for name in names:
                 for path in tree.rglob(name):
                     beside = Path(scratch) / name
-                    shutil.copyfile(path, beside)  # it may be a link to another name
+                    shutil.copyfile(path, beside)  # the path may be a symbolic link
                     beside.rename(cache / name)
 
 
 def data_disk_image() -> Path:
-    """A small disk with an empty ext4, in the cache.
+    """Return a small disk with an empty ext4 file system, made in the cache.
 
     Raises:
         HostError: mkfs.ext4 is missing or fails, or the cache cannot be written.
@@ -108,7 +108,7 @@ def data_disk_image() -> Path:
         with output.open("wb") as file:
             file.truncate(DISK_BYTES)
         program = shutil.which("mkfs.ext4") or "/usr/sbin/mkfs.ext4"  # not in every user's PATH
-        # what is left to be initialized, the guest's kernel would write at some time
+        # initialize everything now: the guest's kernel would otherwise write it at some point
         options = "lazy_itable_init=0,lazy_journal_init=0"
         command = [program, "-q", "-F", "-E", options, str(output)]
         run_tool(command, "make the guest agent's disk", package="e2fsprogs")
@@ -117,10 +117,10 @@ def data_disk_image() -> Path:
 
 
 def data_disk(path: Path) -> Path:
-    """Make ``path`` a copy of it, for a guest to mount, and freeze.
+    """Copy the data disk to ``path``, for a guest to mount and freeze.
 
     Raises:
-        HostError: there is none, or the file cannot be written.
+        HostError: the disk cannot be made, or the file cannot be written.
     """
     source = data_disk_image()
     try:

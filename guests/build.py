@@ -1,4 +1,4 @@
-"""Compiles the guests with the host's gcc, once per content of their sources."""
+"""The build of the guests with the host's gcc, cached by the content of their sources."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ FREESTANDING = (
     "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables",
     "-fcf-protection=none",
-    # gcc would turn loops into calls of memset and memcpy, which nobody provides
+    # gcc would turn loops into calls of memset and memcpy, which do not exist here
     "-fno-tree-loop-distribute-patterns",
     "-mgeneral-regs-only",
     "-Wl,--build-id=none",
     "-Wl,-z,noexecstack",
     "-Wl,--strip-all",
 )
-"""A program without C library and start files, also without the FPU's registers."""
+"""gcc options for a program without C library, start files and FPU registers."""
 
 
 def cache_directory(kind: str) -> Path:
-    """``$XDG_CACHE_HOME/stillframe/<kind>``, made if it is missing.
+    """Return ``$XDG_CACHE_HOME/stillframe/<kind>``; make it if it is missing.
 
     Raises:
-        HostError: it cannot be made.
+        HostError: the directory cannot be made.
     """
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     directory = Path(root).expanduser() / "stillframe" / kind
@@ -60,15 +60,15 @@ def cache_directory(kind: str) -> Path:
 
 
 def common_headers() -> list[Path]:
-    """Every header that both guests include."""
+    """Return the headers that both guests include."""
     return [*(SOURCES / "common").glob("*.h"), SOURCES.parent / _PAGE_HEADER]
 
 
 def run_tool(command: list[str], purpose: str, *, package: str) -> None:
-    """Run a build tool; its last words go into the error.
+    """Run a build tool; an error contains the end of its output.
 
     Raises:
-        HostError: the tool is missing (``package`` has it), failed, or took too long.
+        HostError: the tool is missing (``package`` provides it), failed, or took too long.
     """
     if shutil.which(command[0]) is None:
         raise HostError(
@@ -93,10 +93,11 @@ def run_tool(command: list[str], purpose: str, *, package: str) -> None:
 
 
 def built(name: str, sources: list[Path], make: Callable[[Path, Path], None]) -> Path:
-    """The cached result of ``make(scratch directory, output)``, made anew when a source changed.
+    """Return the cached result of ``make(scratch directory, output)``; remake it if a source has
+    changed.
 
     Args:
-        name: of the output file; it goes into the cache beside its content's hash.
+        name: the output file's name; the cached file's name is a hash of the sources plus this.
         sources: every file that the output depends on, and the module that builds it.
 
     Raises:

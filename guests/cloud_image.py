@@ -1,7 +1,7 @@
-"""A Debian system as cloud images have it: systemd, cloud-init, the guest agent; built as root.
+"""A Debian system like a cloud image: systemd, cloud-init, the guest agent. Building needs root.
 
-It prints ``tick N`` on its serial line every second once cloud-init is through, and keeps N in a
-file that it syncs.
+Once cloud-init is done, the guest prints ``tick N`` on its serial line every second, and keeps N in
+a file that it syncs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ runcmd:
 
 
 class CloudImage(NamedTuple):
-    """``disk``: a raw image whose whole is one ext4. ``kernel``, ``initrd``: its own."""
+    """A built image. ``disk``: a raw image of one ext4 file system, without partitions.
+    ``kernel``, ``initrd``: the system's own."""
 
     disk: Path
     kernel: Path
     initrd: Path
 
     def arguments(self, disk: Path, size_bytes: int) -> list[str]:
-        """QEMU's, for a VM whose disk is a new overlay at ``disk``."""
+        """Make an overlay at ``disk``; return QEMU's arguments for a VM on it."""
         words = ["-f", "qcow2", "-b", str(self.disk), "-F", "raw", str(disk), str(size_bytes)]
         _run("qemu-img", "create", "-q", *words)
         append = "root=/dev/vda ro console=ttyS0 mitigations=off"
@@ -55,7 +56,7 @@ class CloudImage(NamedTuple):
 
 
 def cloud_image() -> CloudImage:
-    """Built with debootstrap into the cache, if it is not there.
+    """Return the cached image; build it with debootstrap if there is none.
 
     Raises:
         HostError: a tool is missing, the packages cannot be fetched, or we are not root.
@@ -78,7 +79,7 @@ def _build(scratch: Path) -> None:
     words = ["--variant=minbase", "--include=systemd-sysv", _RELEASE, str(root)]
     _run("debootstrap", *words)
     with _proc(root):
-        # In a second step, since debootstrap knows no alternatives.
+        # In a second step, because debootstrap does not resolve alternatives.
         _run("chroot", str(root), "apt-get", "update", "-q")
         install = ["apt-get", "install", "-yq", "--no-install-recommends", *_PACKAGES.split()]
         _run("chroot", str(root), *install)

@@ -1,9 +1,9 @@
-"""Tells from the RAM in a snapshot whether it shows one instant of the guest's writing.
+"""The check whether the RAM in a snapshot shows one instant of the guest's writing.
 
 The guest writes in a known order (``guests/common/page.h``): the changing words of a page by
-address, the pages by index, one pass after another, each with its own counter. So at one instant
-the words hold two neighbouring counters at most, the larger first, with one edge. Anything else
-is a torn snapshot. The edge may lie inside a page: there the guest was stopped while it wrote.
+address, the pages by index, one pass after another, each with its own counter. So at any instant
+the words hold at most two consecutive counters, the larger one first, with one edge. Anything else
+is a torn snapshot. The edge may lie inside a page that the guest was writing when it was stopped.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _RUNS_KEPT = 4
 
 
 class ConsistencyReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What :func:`check_pages` found.
+    """The result of :func:`check_pages`.
 
-    ``pages``: of the guest's working set, found; ``expected_pages``: as the pages themselves say.
+    ``pages``: pages found of the guest's working set; ``expected_pages``: as the pages declare.
     ``newer``: the counter at the beginning; the rest may hold ``newer - 1``.
     ``edge_page``, ``edge_word``: the first word with the older counter; None if all are newer.
     ``problems``: the first of ``problem_count`` reasons why this is not one instant.
@@ -68,7 +68,7 @@ class ConsistencyReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def page_content(index: int, counter: int, pages: int, *, whole: bool = False) -> bytearray:
-    """A page as the guest writes it in the pass ``counter``; for tests and for comparison."""
+    """Make a page as the guest writes it in pass ``counter``, for tests and for comparison."""
     page = bytearray(PAGE_BYTES)
     page[:16] = MAGIC
     _HEADER.pack_into(page, 16, index, counter, pages, FLAG_WHOLE if whole else 0)
@@ -84,16 +84,16 @@ def _mix(counter: int, index: int, word: int) -> int:
 
 
 def _counter_of(value: int, index: int, word: int) -> int:
-    """The counter in a check word: the inverse of :func:`_mix`."""
+    """Return the counter in a check word: the inverse of :func:`_mix`."""
     base = (value - word * _WORD_FACTOR) & _WORD
     return (base ^ (index * _INDEX_FACTOR & _WORD)) * _COUNTER_INVERSE & _WORD
 
 
 def guest_pages(image: Buffer) -> Iterator[bytes]:
-    """The guest's pages in a piece of RAM that begins at a page boundary; any others are skipped.
+    """Yield the guest's pages in a piece of RAM that starts at a page boundary; skip all others.
 
     Args:
-        image: bytes, a memory map, ... A trailing part of a page is ignored.
+        image: bytes, a memory map, ... A trailing partial page is ignored.
     """
     with memoryview(image).cast("B") as view:
         whole_bytes = len(view) // PAGE_BYTES * PAGE_BYTES
@@ -106,8 +106,8 @@ def check_pages(pages: Iterable[Buffer]) -> ConsistencyReport:
     """Check the RAM of one snapshot, page by page, in any order.
 
     Args:
-        pages: 4096 bytes each; those without the guest's magic are skipped. Every page of the
-            snapshot must come once: a page that came twice is a problem.
+        pages: 4096 bytes each; those without the guest's magic are skipped. Pass every page of the
+            snapshot exactly once: a repeated page is a problem.
     """
     found: dict[int, _Page] = {}
     problems = _Problems()
@@ -136,15 +136,15 @@ def check_pages(pages: Iterable[Buffer]) -> ConsistencyReport:
 
 
 class _Page(NamedTuple):
-    """``constants``: total pages and flags. ``runs``: (first word, counter) of each stretch of
-    words with the same counter, in the order of writing, the first few of them."""
+    """A page's summary. ``constants``: total pages and flags. ``runs``: (first word, counter) of
+    the first few stretches of words with the same counter, in the order of writing."""
 
     constants: tuple[int, int]
     runs: tuple[tuple[int, int], ...]
 
 
 class _Problems:
-    """Collects problems; the count goes on when the texts are full."""
+    """A list of problems, of limited length; the count is not limited."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -184,7 +184,7 @@ def _check_indices(ordered: list[int], expected: int, problems: _Problems) -> No
 def _check_order(
     found: dict[int, _Page], ordered: list[int], newer: int, problems: _Problems
 ) -> tuple[int, int] | None:
-    """Go through all words in the order of writing; the edge as (page, word), if there is one."""
+    """Check all words in the order of writing; return the edge as (page, word), if any."""
     constants = found[ordered[0]].constants
     edge: tuple[int, int] | None = None
     for index in ordered:
@@ -219,7 +219,7 @@ def _runs(content: bytes, index: int, counter: int, flags: int) -> tuple[tuple[i
 
 
 def _check_words(content: bytes, flags: int) -> Iterator[tuple[int, int]]:
-    """(number, value) of each changing word after the counter, in the order of writing."""
+    """Yield (number, value) of each changing word after the counter, in the order of writing."""
     if flags & FLAG_WHOLE:
         yield from enumerate(_WHOLE.unpack_from(content, FIRST_FREE_WORD * 8), FIRST_FREE_WORD)
     else:

@@ -1,4 +1,4 @@
-"""Starts a domain of libvirt with the Linux guest of this directory, and ends it."""
+"""A libvirt domain with this directory's Linux guest."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ while True:
     except ChildProcessError:
         break
 """
-"""libvirt's QEMUs are orphans, and in a container nobody may reap them; libvirtd waits for that."""
+"""A subreaper: libvirt's QEMUs are orphans, and libvirtd waits until they are reaped, which
+nothing may do in a container."""
 
 
 def ensure_libvirtd() -> None:
-    """Start virtlogd and libvirtd where they do not run (needs root, no systemd).
+    """Start virtlogd and libvirtd if they do not run (needs root, no systemd).
 
     Raises:
         HostError: they are not installed, or do not start.
@@ -67,7 +68,7 @@ def ensure_libvirtd() -> None:
         try:
             virsh("uri")
             return
-        except subprocess.CalledProcessError as error:  # not there yet, or a dead one's socket
+        except subprocess.CalledProcessError as error:  # no socket yet, or a dead daemon's
             if time.monotonic() > deadline:
                 raise HostError("libvirtd does not start", why=error.stderr) from error
         time.sleep(0.1)
@@ -89,7 +90,8 @@ def domain_xml(
     own_monitor: Path | None = None,
     iothreads: int = 0,
 ) -> str:
-    """A domain as virt-install makes them, but for its kernel: balloon, RNG, agent channel, VNC."""
+    """Make a domain's XML as virt-install does, except for the kernel: balloon, RNG, agent channel,
+    VNC."""
     append = escape(f"{KERNEL_ARGUMENTS} {arguments}")
     words = () if own_monitor is None else ("-qmp", f"unix:{own_monitor},server=on,wait=off")
     options = "".join(f"<qemu:arg value='{word}'/>" for word in words)
@@ -122,7 +124,7 @@ def domain_xml(
 
 
 class Session(Protocol):
-    """A session libvirt: its URI, its user, and where it keeps its pid files."""
+    """A session libvirt: its URI, its user, and the directory of its pid files."""
 
     uri: str
     uid: int
@@ -130,15 +132,15 @@ class Session(Protocol):
 
 
 class GuestDomain:
-    """A domain in a temp directory of its own; on ``qemu:///system`` a transient one.
+    """A domain in its own temp directory; transient on ``qemu:///system``.
 
     Args:
-        ram_mib: RAM; ``mem_mib`` of it are written, at ``rate_mib_per_s`` (0: full speed).
-        extra_devices: more XML below ``<devices>``. disks: the guest has drivers for disks.
-        agent: with a QEMU guest agent, and a disk of its own that it can freeze.
-        session: a session libvirt to run it on, and to define it.
-        emulator: another QEMU than the host's. own_monitor: it has one beside libvirt's.
-        iothreads: how many it has, for its disks.
+        ram_mib: RAM; the guest writes ``mem_mib`` of it, at ``rate_mib_per_s`` (0: full speed).
+        extra_devices: more XML below ``<devices>``. disks: give the guest drivers for disks.
+        agent: include a QEMU guest agent, and a disk that it can freeze.
+        session: a session libvirt to define and run the domain on.
+        emulator: another QEMU than the host's. own_monitor: add a monitor beside libvirt's.
+        iothreads: number of I/O threads for the disks.
     """
 
     def __init__(
@@ -185,14 +187,14 @@ class GuestDomain:
 
     @property
     def own_monitor(self) -> Path:
-        """Its monitor beside libvirt's, where QEMU's user may make it."""
+        """The socket of its monitor beside libvirt's, in a directory that QEMU's user may write."""
         return self.directory / "own" / "qmp.sock"
 
     def start(self) -> Self:
-        """Define nothing, start it, wait until the guest is ready.
+        """Start the domain, and wait until the guest is ready.
 
         Raises:
-            HostError: libvirt is missing. MachineError: it does not start.
+            HostError: libvirt is missing. MachineError: the domain does not start.
         """
         if self._session is None:
             ensure_libvirtd()
@@ -246,11 +248,11 @@ class GuestDomain:
     </disk>"""
 
     def ask_agent(self, command: str, *, timeout_s: float = 60.0) -> Any:
-        """Give the guest agent a command without arguments, through libvirt, which holds its
-        socket; what it returns.
+        """Send the guest agent a command without arguments, through libvirt, which holds the
+        socket; return its answer.
 
         Raises:
-            MachineError: it did not answer in time, or with an error.
+            MachineError: it did not answer in time, or answered with an error.
         """
         request = json.dumps({"execute": command})
         words = ("--timeout", str(max(1, round(timeout_s))), self.name, request)
@@ -267,7 +269,7 @@ class GuestDomain:
 
     @property
     def qmp_path(self) -> Path:
-        """What ``take`` is given: its name, since its monitor is libvirt's."""
+        """The argument for ``take``: the domain's name, because libvirt holds its monitor."""
         return Path(self.name)
 
     @property
@@ -276,7 +278,7 @@ class GuestDomain:
         return int((run / f"{self.name}.pid").read_text())
 
     def state(self) -> str:
-        """As ``virsh domstate`` has it."""
+        """Return the state that ``virsh domstate`` prints."""
         return self.virsh("domstate", self.name).strip()
 
     def virsh(self, *words: str, check: bool = True) -> str:
@@ -290,7 +292,7 @@ class GuestDomain:
         return self.console.is_progressing(within_s)
 
     def stop(self) -> None:
-        """Destroy it and remove its files. Does nothing the second time."""
+        """Destroy the domain and remove its files. A second call does nothing."""
         with contextlib.suppress(subprocess.CalledProcessError, subprocess.TimeoutExpired):
             self.virsh("destroy", self.name)
         if self._session is not None:
@@ -311,7 +313,7 @@ class GuestDomain:
 
 
 def virsh(*words: str, check: bool = True, uri: str = URI) -> str:
-    """Run virsh; returns what it prints."""
+    """Run virsh, and return what it prints."""
     command: Sequence[str] = ["virsh", "-q", "-c", uri, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     if check and done.returncode:

@@ -1,4 +1,4 @@
-"""The initramfs of the Linux guest: one static program and three empty things beside it."""
+"""The Linux guest's initramfs: one static program, directories, and optional modules and agent."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Entry(NamedTuple):
 
 
 def newc_archive(entries: list[Entry]) -> bytes:
-    """A cpio archive in the "newc" format, which the kernel unpacks as an initramfs.
+    """Make a cpio archive in the "newc" format, which the kernel unpacks as an initramfs.
 
-    Everything belongs to root and has no time stamp, so equal input gives equal bytes.
+    All files belong to root and have no timestamp, so equal input gives equal bytes.
     Source: Linux ``Documentation/driver-api/early-userspace/buffer-format.rst``.
     """
     archive = bytearray()
@@ -45,15 +45,14 @@ AGENT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "crc32c_generic",
 
 
 def linux_initramfs(*, disks: bool = False, agent: bool = False) -> Path:
-    """The gzipped initramfs of the Linux guest, compiled when its sources have changed.
+    """Return the Linux guest's gzipped initramfs; build it if its sources have changed.
 
     Args:
-        disks: with the kernel's modules for virtio disks.
-        agent: with a QEMU guest agent, and the modules for its port and a disk with ext4.
+        disks: include the kernel's modules for virtio disks.
+        agent: include a QEMU guest agent, and the modules for its port and an ext4 disk.
 
     Raises:
-        HostError: gcc is missing or fails, the cache cannot be written, or there is no agent to
-            be had.
+        HostError: gcc is missing or fails, the cache cannot be written, or no agent is available.
     """
     main = SOURCES / "linux" / "init.c"
     headers = [*common_headers(), main.with_name("journal.h"), main.with_name("agent.h")]
@@ -84,7 +83,7 @@ def linux_initramfs(*, disks: bool = False, agent: bool = False) -> Path:
 
 
 def _tree(files: dict[str, Path]) -> list[Entry]:
-    """The agent's files, and the directories for them and for what it wants mounted."""
+    """Return the entries of the agent's files, of their directories, and of its mount points."""
     if not files:
         return []
     directories = {parent for name in files for parent in Path(name).parents if parent.name}

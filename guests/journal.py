@@ -1,4 +1,4 @@
-"""Tells whether RAM and disks of a snapshot are of one instant, by the journal in them.
+"""The check, by the guest's journal, that a snapshot's RAM and disks show the same instant.
 
 The guest's workers (``guests/linux/journal.h``) write one sequence number to RAM and to two disks.
 """
@@ -14,14 +14,14 @@ BLOCK_BYTES = 4096
 RING = 64
 DISKS = 2
 DISK_BYTES = (32 << 20, 36 << 20)
-"""The guest tells them by their size."""
+"""Sizes of the two disks, by which the guest recognizes them."""
 _MAGIC = 0x4C414E52554F4A46
 _PAGE = struct.Struct("<6Q")
 _WORDS = struct.Struct(f"<{BLOCK_BYTES // 8}Q")
 
 
 class Worker(NamedTuple):
-    """What a worker's page in RAM says: it was about to write ``intent``, and has written
+    """A worker's page in RAM: the worker was about to write ``intent``, and has written
     ``done[disk]``."""
 
     number: int
@@ -31,7 +31,7 @@ class Worker(NamedTuple):
 
 
 def workers_in(pages: Iterable[bytes]) -> list[Worker]:
-    """The workers' pages among those of a snapshot's RAM."""
+    """Find the workers' pages among those of a snapshot's RAM."""
     found = []
     for page in pages:
         magic, number, workers, intent, *done = _PAGE.unpack_from(page)
@@ -41,7 +41,7 @@ def workers_in(pages: Iterable[bytes]) -> list[Worker]:
 
 
 def problems(workers: list[Worker], disks: list[Path]) -> list[str]:
-    """Why this is not one instant; empty if it is.
+    """Return the reasons why RAM and disks do not show one instant; empty if they do.
 
     Args:
         disks: the content of each disk, raw.

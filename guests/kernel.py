@@ -1,4 +1,4 @@
-"""Finds a Linux kernel for the guest, and fetches the distribution's one if there is none."""
+"""The guest's Linux kernel: found on the host, or fetched from the distribution."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ WANTED = Wanted("a Linux kernel for the guest", OTHERWISE)
 
 
 def find_kernel() -> Path:
-    """A bootable x86-64 Linux image that this user can read.
+    """Find a bootable x86-64 Linux image that this user can read.
 
     In this order: ``$STILLFRAME_KERNEL``, the newest ``/boot/vmlinuz-*``, one fetched earlier
-    (``$XDG_CACHE_HOME/stillframe/kernel``), Debian's cloud kernel fetched with apt into that
+    (``$XDG_CACHE_HOME/stillframe/kernel``), Debian's cloud kernel, fetched with apt into that
     cache. Nothing is installed, and root is not needed.
 
     Raises:
-        HostError: none of them works; the error says what to do.
+        HostError: none of these works; the error says what to do.
     """
     named = os.environ.get("STILLFRAME_KERNEL")
     if named:
@@ -52,7 +52,7 @@ def _version_key(path: Path) -> list[int]:
 
 
 def _fetch(cache: Path) -> Path:
-    """Download and unpack the kernel package; only the image stays."""
+    """Download and unpack the kernel package; keep only the image."""
     for tool in ("apt-get", "apt-cache", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise HostError(
@@ -72,10 +72,10 @@ def _fetch(cache: Path) -> Path:
 
 
 def kernel_modules(names: Sequence[str]) -> list[Path]:
-    """These modules of the kernel that :func:`find_kernel` finds, each after those it needs.
+    """Return modules of the kernel that :func:`find_kernel` finds, each after its dependencies.
 
-    From ``/lib/modules``, else from the kernel's package, fetched into the cache. A module that is
-    not there is taken for built in.
+    They come from ``/lib/modules``, or from the kernel's package, fetched into the cache. A missing
+    module is taken to be built in.
 
     Raises:
         HostError: the package cannot be fetched.
@@ -91,7 +91,7 @@ def kernel_modules(names: Sequence[str]) -> list[Path]:
                     next(tree.glob("lib/modules/*")).rename(root)
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise  # else another has put them there meanwhile
+                        raise  # otherwise another process has put them there
     found = {path.stem.replace("-", "_"): path for path in root.rglob("*.ko")}
     ordered: dict[str, Path] = {}
 
@@ -110,7 +110,7 @@ def kernel_modules(names: Sequence[str]) -> list[Path]:
 
 
 def _concrete_package() -> str:
-    """The package with the image that the meta package depends on."""
+    """Return the image package that the meta package depends on."""
     listing = dependencies(META_PACKAGE, WANTED)
     match = re.search(r"Depends: (linux-image-\S*\d\S*)", listing)
     if match is None:

@@ -1,6 +1,6 @@
-"""One command to a QEMU monitor, for tests and benchmarks that need QEMU's own answer.
+"""A minimal QMP client, for tests and benchmarks that need QEMU's own answer.
 
-Independent of ``stillframe.qmp``, so that tests do not check a thing with itself.
+Independent of ``stillframe.qmp``, so that tests do not check code against itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from stillframe.errors import MachineError
 def qmp_execute(
     path: Path, command: str, arguments: dict[str, object] | None = None, *, timeout_s: float = 60.0
 ) -> Any:
-    """Connect, give one command, and return its ``return`` value. Events are skipped.
+    """Connect, send one command, and return its ``return`` value. Events are skipped.
 
-    The monitor takes one client at a time: while another is connected, this waits.
+    The monitor serves one client at a time: while another is connected, this waits.
 
     Raises:
-        MachineError: nobody answers in time, or QEMU answers with an error.
+        MachineError: no answer in time, or QEMU answers with an error.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.settimeout(timeout_s)

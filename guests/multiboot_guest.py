@@ -8,9 +8,9 @@ from guests.build import FREESTANDING, SOURCES, built, common_headers, run_tool
 
 
 def multiboot_image() -> Path:
-    """The ELF image, compiled when its sources have changed.
+    """Return the ELF image; build it if its sources have changed.
 
-    The code is of 64 bits; QEMU takes 32-bit ELF files only, so the file is relabelled.
+    The code is 64-bit, but QEMU boots only 32-bit ELF files this way, so the file is relabelled.
 
     Raises:
         HostError: gcc or objcopy is missing or fails, or the cache cannot be written.

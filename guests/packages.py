@@ -1,4 +1,4 @@
-"""Files of the distribution's packages, fetched with apt. Nothing is installed, and by any user."""
+"""Files from the distribution's packages, fetched with apt. Installs nothing, needs no root."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ APT_TIMEOUT_S = 180
 
 
 class Wanted(NamedTuple):
-    """What a package is fetched for, for errors: ``what``, and an alternative as "or do so"."""
+    """The purpose of a package, for error messages: ``what``, and an alternative ("or do so")."""
 
     what: str
     otherwise: str = ""
 
 
 def unpacked(package: str, scratch: str, wanted: Wanted) -> Path:
-    """A package's files, in a directory of their own below the directory ``scratch``.
+    """Download and unpack a package in a new directory below ``scratch``; return its tree.
 
     Raises:
         HostError: apt or dpkg is missing or fails.
@@ -36,7 +36,7 @@ def unpacked(package: str, scratch: str, wanted: Wanted) -> Path:
 
 
 def dependencies(package: str, wanted: Wanted) -> str:
-    """What ``apt-cache depends`` says; empty if the package is not known.
+    """Return the output of ``apt-cache depends``; empty if the package is unknown.
 
     Raises:
         HostError: apt is missing or takes too long.
@@ -52,10 +52,10 @@ def run_apt(
     check: bool = True,
     timeout_s: float = APT_TIMEOUT_S,
 ) -> str:
-    """What a tool of the distribution's prints.
+    """Run one of the distribution's tools, and return its output.
 
     Raises:
-        HostError: there is none, it fails (unless not ``check``), or takes too long.
+        HostError: the tool is missing, fails (with ``check``), or takes too long.
     """
     try:
         done = subprocess.run(

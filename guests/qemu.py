@@ -1,4 +1,4 @@
-"""Starts a stock QEMU with one of the guests, and ends it."""
+"""A stock QEMU with one of the guests."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ RAM_ID = "ram0"
 KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet panic=0 tsc=reliable no_timer_check mitigations=off nokaslr"
     " random.trust_cpu=on init_on_alloc=0"
-    # both move pages about, and leave old copies of them in free memory, which a checker that
-    # looks for pages would find
+    # both move pages and leave stale copies in free memory, which a checker that searches for
+    # pages would find
     " transparent_hugepage=never sysctl.vm.compaction_proactiveness=0"
 )
 SMALLEST_LINUX_MIB = 128
@@ -48,7 +48,7 @@ STOP_TIMEOUT_S = 10.0
 
 
 def qemu_binary() -> str:
-    """``$STILLFRAME_QEMU``, else ``qemu-system-x86_64`` from the PATH.
+    """Return ``$STILLFRAME_QEMU``, or ``qemu-system-x86_64`` from the PATH.
 
     Raises:
         HostError: there is none.
@@ -64,28 +64,28 @@ def qemu_binary() -> str:
 
 
 class _SilentGuestError(MachineError):
-    """QEMU runs, and its guest has printed nothing."""
+    """QEMU runs, but its guest has printed nothing."""
 
 
 class GuestVm:
-    """One QEMU with a guest that writes memory, in a temp directory of its own.
+    """A QEMU with a guest that writes memory, in its own temp directory.
 
     Args:
         guest: ``linux`` (a real kernel and our init) or ``multiboot`` (bare metal).
-        ram_mib: RAM of the VM; ``mem_mib`` of it are written, ``populate_mib`` filled once.
+        ram_mib: RAM of the VM; the guest writes ``mem_mib`` of it, and fills ``populate_mib`` once.
         rate_mib_per_s: pages written per second times 4096; 0 is full speed, -1 writes nothing.
-        whole: write the pages' every word, not just header and check words.
-        fill: with what the populated memory is filled.
+        whole: write every word of a page, not just header and check words.
+        fill: the content of the populated memory.
         tick_ms: time between tick lines.
-        clock_pages: pages written between two readings of the clock; more than 1 where reading
+        clock_pages: pages written between two readings of the clock; use more than 1 where reading
             the TSC is slow (a VM in a VM).
-        memory, accelerator, machine, vcpus: of QEMU.
-        agent: with a QEMU guest agent, and a disk of its own with a file system that it can freeze
-            (Linux only).
-        name: ``-name`` of the VM; None gives none.
+        memory, accelerator, machine, vcpus: QEMU's.
+        agent: include a QEMU guest agent, and a disk with a file system that it can freeze (Linux
+            only).
+        name: ``-name`` of the VM; None for none.
         extra: more arguments for QEMU. ``append``: more for the guest's command line.
-        binary: QEMU's program, else :func:`qemu_binary`.
-        directory: where to put sockets and files, else a fresh temp directory.
+        binary: QEMU's program; default :func:`qemu_binary`.
+        directory: where to put sockets and files; default a new temp directory.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class GuestVm:
 
     @property
     def directory(self) -> Path:
-        """Where the VM's sockets and files are.
+        """The directory of the VM's sockets and files.
 
         Raises:
             UsageError: the VM was not started.
@@ -152,22 +152,22 @@ class GuestVm:
 
     @property
     def qmp_path(self) -> Path:
-        """The Unix socket of the monitor; it takes one client at a time."""
+        """The Unix socket of the monitor; it serves one client at a time."""
         return self.directory / "qmp.sock"
 
     @property
     def serial_path(self) -> Path:
-        """The Unix socket of the serial line, which this object is connected to."""
+        """The Unix socket of the serial line, to which this object is connected."""
         return self.directory / "serial.sock"
 
     @property
     def agent_path(self) -> Path:
-        """The Unix socket of the guest agent (``agent=True``); it takes one client at a time."""
+        """The Unix socket of the guest agent (``agent=True``); it serves one client at a time."""
         return self.directory / "qga.sock"
 
     @property
     def log_path(self) -> Path:
-        """What QEMU printed to its standard output and error."""
+        """The file with QEMU's standard output and error."""
         return self.directory / "qemu.log"
 
     @property
@@ -197,7 +197,7 @@ class GuestVm:
         return self._console
 
     def command_line(self) -> list[str]:
-        """The arguments QEMU is started with. Builds the guest if that is needed.
+        """Return QEMU's command line; build the guest if needed.
 
         Raises:
             HostError: QEMU, a kernel or a build tool is missing.
@@ -220,7 +220,7 @@ class GuestVm:
             command += ["-append", f"{KERNEL_ARGUMENTS} {self.guest_arguments}"]
         else:
             command += ["-kernel", str(multiboot_image()), "-append", self.guest_arguments]
-        # the agent's disk is the last one, so that the others keep the names that they had
+        # the agent's disk comes last, so that the other disks keep their names
         return [*command, *self.extra, *(self._agent_arguments() if self.agent else ())]
 
     def _agent_arguments(self) -> list[str]:
@@ -257,11 +257,11 @@ class GuestVm:
     def start(self, *, wait_ready: bool = True, timeout_s: float = START_TIMEOUT_S) -> Self:
         """Start QEMU; with ``wait_ready``, wait until the guest has prepared its memory.
 
-        A guest that printed nothing is started once more, with a warning that tells where it stood:
-        about one in several thousand boots under TCG ends so on a loaded host.
+        If the guest prints nothing, start it once more, with a warning that shows where it hung:
+        under TCG on a loaded host that happens in about one of several thousand boots.
 
         Raises:
-            HostError: something that is needed is missing.
+            HostError: a program, kernel or file is missing.
             MachineError: QEMU ended at once, or the guest was not ready in time.
         """
         try:
@@ -319,7 +319,7 @@ class GuestVm:
             raise MachineError("the guest did not start", why=line)
 
     def _where_it_stands(self) -> str:
-        """State and registers of the vCPUs, twice: whether it waits or goes round in circles."""
+        """Return the run state, and the vCPUs' registers twice: they show a wait or a loop."""
         said = []
         try:
             for question in ("info status", "info registers -a", "info registers -a"):
@@ -334,15 +334,15 @@ class GuestVm:
         return text.splitlines()[-1] if text else "it said nothing"
 
     def alive(self) -> bool:
-        """Whether the QEMU process runs."""
+        """Return whether the QEMU process runs."""
         return self._process is not None and self._process.poll() is None
 
     def wait_tick(self, timeout_s: float = 60.0) -> Tick:
-        """The next tick; see :meth:`SerialConsole.wait_tick`."""
+        """Wait for the next tick; see :meth:`SerialConsole.wait_tick`."""
         return self.console.wait_tick(timeout_s)
 
     def ticks(self, since: int = 0) -> list[Tick]:
-        """All ticks since a :meth:`SerialConsole.mark`."""
+        """Return all ticks since a :meth:`SerialConsole.mark`."""
         return self.console.ticks(since)
 
     def command(self, text: str, *, timeout_s: float = 60.0) -> str:
@@ -350,7 +350,7 @@ class GuestVm:
         return self.console.command(text, timeout_s=timeout_s)
 
     def ask_agent(self, command: str, *, timeout_s: float = 60.0) -> Any:
-        """Give the guest agent a command without arguments; see :func:`agent_execute`."""
+        """Send the guest agent a command without arguments; see :func:`agent_execute`."""
         return agent_execute(self.agent_path, command, timeout_s=timeout_s)
 
     def wait_agent(self, timeout_s: float = AGENT_TIMEOUT_S) -> None:
@@ -362,7 +362,7 @@ class GuestVm:
         return self.alive() and self.console.is_progressing(within_s)
 
     def stop(self) -> None:
-        """Kill QEMU, wait for it, remove its files. Does nothing the second time."""
+        """Kill QEMU, wait for it, and remove its files. A second call does nothing."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""Talks with a guest over its serial line: tick records, answers, commands.
+"""The dialogue with a guest over its serial line: tick records, commands, answers.
 
-The lines are those of ``guests/common/guest.h``.
+``guests/common/guest.h`` defines the lines.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _FIELD = re.compile(r"(\w+)=(\d+)")
 
 
 class Tick(msgspec.Struct, frozen=True, kw_only=True):
-    """One tick line. All values are the guest's own, ``received_s`` is our monotonic clock.
+    """One tick line. All values are the guest's own, except ``received_s`` (our monotonic clock).
 
-    ``n``: number of the tick. ``t_ms``: the guest's TSC since its start; it stands still in a stop
-    under TCG. ``passes``: complete passes after the first. ``pages``: pages written.
-    ``gap_us``: longest time between two readings of the TSC since the tick before;
-    ``gap_max_us``: since the start or ``reset``; ``over_1ms``: gaps of 1 ms and more.
-    ``stop_us``: how long the TSC stood still, found since the tick before by comparing it with the
-    host's clock at each change of second; ``stop_max_us``: the most in one second.
-    ``stall_max_us``: the most in one second of longest gap plus stop: no stall was longer.
-    ``seconds``: changes of second seen; values with "stop" and "stall" are settled after two.
+    ``n``: number of the tick. ``t_ms``: the guest's TSC since its start; under TCG it stands still
+    in a stop. ``passes``: complete passes after the first. ``pages``: pages written.
+    ``gap_us``: longest time between two TSC readings since the previous tick; ``gap_max_us``: since
+    the start or ``reset``; ``over_1ms``: number of gaps of 1 ms or more.
+    ``stop_us``: how long the TSC stood still since the previous tick, found by comparing it with
+    the host's clock at each change of second; ``stop_max_us``: the most in one second.
+    ``stall_max_us``: the most of longest gap plus stop in one second: no stall was longer.
+    ``seconds``: changes of second seen; the "stop" and "stall" values are settled after two.
     """
 
     n: int
@@ -50,7 +50,7 @@ class Tick(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_tick(line: str, received_s: float = 0.0) -> Tick | None:
-    """The record of a tick line, or None for any other or a mutilated line."""
+    """Parse a tick line; return None for any other line, or a garbled one."""
     if not line.startswith("tick "):
         return None
     fields: dict[str, object] = {name: int(value) for name, value in _FIELD.findall(line)}
@@ -61,16 +61,16 @@ def parse_tick(line: str, received_s: float = 0.0) -> Tick | None:
 
 
 class SerialConsole:
-    """A connection to the Unix socket of a serial line; a thread of its own reads it.
+    """A connection to the Unix socket of a serial line, with its own reader thread.
 
-    Lines that the guest prints while nobody is connected are lost, by QEMU's rules.
+    QEMU drops the lines that the guest prints while no client is connected.
 
     Args:
         path: the socket of QEMU's ``-chardev socket,server=on``.
         timeout_s: how long to wait for the socket to appear and accept.
 
     Raises:
-        MachineError: nobody listens there.
+        MachineError: nothing listens there.
     """
 
     def __init__(self, path: Path, *, timeout_s: float = 60.0) -> None:
@@ -119,34 +119,34 @@ class SerialConsole:
 
     @property
     def closed(self) -> bool:
-        """Whether the other side has gone away."""
+        """Whether the other side has closed the connection."""
         return self._closed
 
     def mark(self) -> int:
-        """A position: the number of lines that have arrived up to now."""
+        """Return the current position: the number of lines received so far."""
         with self._news:
             return self._count
 
     def lines(self, since: int = 0) -> list[str]:
-        """The lines that arrived after the mark ``since`` (old ones are forgotten in the end)."""
+        """Return the lines received after the mark ``since``; very old lines are discarded."""
         with self._news:
             return [text for number, _, text in self._lines if number >= since]
 
     def timed_lines(self, since: int = 0) -> list[tuple[float, str]]:
-        """As :meth:`lines`, each with the moment (monotonic) at which it arrived."""
+        """As :meth:`lines`, each with the time (monotonic) at which it arrived."""
         with self._news:
             return [(at, text) for number, at, text in self._lines if number >= since]
 
     def ticks(self, since: int = 0) -> list[Tick]:
-        """The tick records among :meth:`lines`."""
+        """Return the tick records among :meth:`lines`."""
         kept = self.timed_lines(since)
         return [tick for at, text in kept if (tick := parse_tick(text, at))]
 
     def wait_line(self, pattern: str, *, timeout_s: float, since: int = 0) -> str:
-        """The first line after ``since`` that the regular expression finds a match in.
+        """Wait for the first line after ``since`` that contains a match of the regular expression.
 
         Raises:
-            MachineError: none came in time, or the line was closed.
+            MachineError: none came in time, or the connection was closed.
         """
         wanted = re.compile(pattern)
         deadline = time.monotonic() + timeout_s
@@ -168,7 +168,7 @@ class SerialConsole:
                 self._news.wait(left)
 
     def wait_tick(self, timeout_s: float = 60.0, *, since: int | None = None) -> Tick:
-        """The next tick after now (or after the mark ``since``).
+        """Wait for the next tick after now, or after the mark ``since``.
 
         Raises:
             MachineError: none came in time.
@@ -181,7 +181,7 @@ class SerialConsole:
         """Type a line.
 
         Raises:
-            MachineError: the line is closed.
+            MachineError: the connection is closed.
         """
         try:
             self._socket.sendall(text.encode("ascii") + b"\n")
@@ -189,10 +189,10 @@ class SerialConsole:
             raise MachineError(f"cannot send '{text}' to the guest", why=error.strerror) from error
 
     def command(self, text: str, *, timeout_s: float = 60.0) -> str:
-        """Give ``audit``, ``reset`` or ``quit``; the guest's one line of answer.
+        """Send ``audit``, ``reset`` or ``quit``; return the guest's answer, one line.
 
         Raises:
-            MachineError: no answer in time, or the line is closed.
+            MachineError: no answer in time, or the connection is closed.
         """
         start = self.mark()
         self.send(text)
@@ -201,7 +201,7 @@ class SerialConsole:
         )
 
     def is_progressing(self, within_s: float = 60.0) -> bool:
-        """Whether the guest's clock is seen to go on within that time: two new ticks."""
+        """Return whether the guest's clock advances within that time, by two new ticks."""
         deadline = time.monotonic() + within_s
         start = self.mark()
         with self._news:
@@ -219,7 +219,7 @@ class SerialConsole:
                 self._news.wait(left)
 
     def settled_stall_us(self, timeout_s: float = 60.0) -> int:
-        """The longest stall up to now, after every stop up to now has been accounted.
+        """Return the longest stall up to now, with every stop up to now included.
 
         Waits for two changes of second in the guest (see :class:`Tick`).
 
@@ -234,7 +234,7 @@ class SerialConsole:
                 return max(tick.stall_max_us, tick.gap_max_us)
 
     def close(self) -> None:
-        """Disconnect. The guest goes on."""
+        """Disconnect. The guest runs on."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(timeout=5)
