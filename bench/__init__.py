@@ -1,1 +1,1 @@
-"""Benchmarks: they run the peers beside us, record, and never fail on a figure."""
+"""Benchmarks: they run Stillframe beside its peers, record, and never fail because of a figure."""

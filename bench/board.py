@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the arguments ask for; prints tables, and writes the JSON after each case."""
+    """Run the selected cases; print tables, and write the JSON after each case."""
     parser = _parser()
     options = parser.parse_args(arguments)
     unknown = [name for name in options.methods.split(",") if name not in METHODS]

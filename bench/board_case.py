@@ -1,4 +1,4 @@
-"""One case: boards of one kind, and every method on them in turns."""
+"""One case: boards of one kind, on which all methods take turns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PARTS = ("stop_ms", "devices_ms", "protect_ms", "cont_ms")
 
 
 class BoardCase(msgspec.Struct, frozen=True, kw_only=True):
-    """What is saved. ``rate_mib_per_s`` 0 is full speed; ``whole``: RAM does not compress."""
+    """The guest to save. ``rate_mib_per_s`` 0 is full speed; ``whole``: incompressible RAM."""
 
     ram_mib: int
     rate_mib_per_s: int
@@ -30,7 +30,7 @@ class BoardCase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BoardFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One save by one method; docs/reference/measurements.md says what each figure means."""
+    """Figures of one save by one method; docs/reference/measurements.md defines each."""
 
     downtime_ms: float | None
     own_downtime_ms: float | None
@@ -55,7 +55,7 @@ NAMES = BoardFigures.__struct_fields__
 
 
 class BoardMethodResult(msgspec.Struct, kw_only=True):
-    """All repetitions of one method in one case. ``ratios``: over ``PEER``."""
+    """All repetitions of one method in one case. ``ratios``: to the method ``PEER``."""
 
     repetitions: list[BoardFigures] = []
     failures: list[str] = []
@@ -64,7 +64,7 @@ class BoardMethodResult(msgspec.Struct, kw_only=True):
 
 
 class BoardCaseResult(msgspec.Struct, kw_only=True):
-    """A case and what came of it."""
+    """A case and its results."""
 
     case: BoardCase
     methods: dict[str, BoardMethodResult]
@@ -74,11 +74,11 @@ class BoardCaseResult(msgspec.Struct, kw_only=True):
 
 
 def figures(saved: BoardSaved, during: View, before: View, after: View) -> BoardFigures:
-    """Put together what was measured of one save.
+    """Combine the measurements of one save.
 
     Args:
-        during: from the moment the guest could feel it until the file was durable.
-        before, after: the guest left alone, right before and right after.
+        during: from the first possible effect on the guest until the file was durable.
+        before, after: the undisturbed guest, right before and right after.
     """
     parts = saved.own.get("downtime") or {}
     stop_ms, devices_ms, protect_ms, cont_ms = (parts.get(name) for name in _PARTS)
@@ -114,13 +114,13 @@ def run_case(
 ) -> BoardCaseResult:
     """Start a board for each protection, and run the methods in turns: A B C, A B C, ...
 
-    The other boards are stopped meanwhile. A method that fails is recorded as failed, and the
-    others go on.
+    The boards not in use are stopped. A method that fails is recorded as failed, and the others
+    continue.
 
     Args:
-        methods: by name, with the protection of the board that it works on.
+        methods: by name, each with the protection of the board that it works on.
         directory: where all methods save to.
-        free_s: how long the guest is left alone before and after each.
+        free_s: how long the guest runs undisturbed before and after each save.
     """
     result = BoardCaseResult(case=case, methods={name: BoardMethodResult() for name in methods})
     try:
@@ -163,7 +163,7 @@ def run_case(
 def _once(vm: BoardVm, method: Method, directory: Path, free_s: float) -> BoardFigures | str:
     out = directory / f"stillframe-bench-{vm.pid}"
     vm.go_on()
-    os.sync()  # what others left to be written is not to be in anybody's time
+    os.sync()  # keep earlier dirty pages out of the measured time
     try:
         before = vm.alone(free_s)
         since = vm.console.mark()

@@ -1,4 +1,4 @@
-"""The ways to save a running board that are compared. Each saves into one new file, synced."""
+"""The compared ways to save a running board. Each saves into one new file, synced."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ENDS = ("completed", "failed", "cancelled")
 
 
 class BoardSaved(msgspec.Struct, frozen=True, kw_only=True):
-    """One save. Moments: our monotonic clock.
+    """One save. Moments are on our monotonic clock.
 
-    ``began_s``: the command was given; ``touched_s``: the guest could first feel it;
+    ``began_s``: the command was given; ``touched_s``: its first possible effect on the guest;
     ``durable_s``: the file is synced under its name, and the command has ended.
-    ``downtime_ms``: between the STOP and RESUME events. ``grew_bytes``: by how much the board's
-    process grew at most; ``peak_bytes``: that, and the peak of other processes of ours.
+    ``downtime_ms``: between the STOP and RESUME events. ``grew_bytes``: the greatest growth of the
+    board's process; ``peak_bytes``: that plus the peak of other processes of ours.
     ``own``: the snapshot's own statistics; empty with stop-and-save.
     """
 
@@ -46,7 +46,7 @@ Method = Callable[[BoardVm, Path], BoardSaved]
 
 
 def inside(vm: BoardVm, out: Path) -> BoardSaved:
-    """The board's capability ``background-snapshot``, into a file."""
+    """Save with the board's capability ``background-snapshot``, into a file."""
     _background(vm, on=True)
     try:
         with _account(vm, out) as saved:
@@ -57,7 +57,7 @@ def inside(vm: BoardVm, out: Path) -> BoardSaved:
 
 
 def stop_and_save(vm: BoardVm, out: Path) -> BoardSaved:
-    """Stop the board, migrate it into a file without a limit, let it go on."""
+    """Stop the board, migrate it into a file without a bandwidth limit, and resume it."""
     vm.observer.execute("migrate-set-parameters", {"max-bandwidth": 0})
     with _account(vm, out, has_statistics=False) as saved:
         vm.stop()
@@ -69,8 +69,8 @@ def stop_and_save(vm: BoardVm, out: Path) -> BoardSaved:
 
 
 def take(arguments: Sequence[str]) -> Method:
-    """``stillframe take``, a process of its own, as users run it: the start of Python is in its
-    times."""
+    """Save with ``stillframe take`` as its own process, as users run it: its times include the
+    start of Python."""
 
     def save(vm: BoardVm, out: Path) -> BoardSaved:
         events = vm.observer.mark()
@@ -104,10 +104,10 @@ def _background(vm: BoardVm, *, on: bool) -> None:
 
 
 def _migrate(vm: BoardVm, out: Path) -> None:
-    """Migrate into a file, which the board syncs before it says that it is complete."""
+    """Migrate into a file, which the board syncs before it reports completion."""
     events = vm.observer.mark()
     vm.observer.execute("migrate", {"uri": f"file:{out}"})
-    # Not asked for again and again: the answers would take processor time in the downtime.
+    # Wait for the event instead of polling, which would take CPU time in the downtime.
     end = vm.observer.wait_event("MIGRATION", events, TIMEOUT_S, status=_ENDS)
     if end.data["status"] != "completed":
         numbers = vm.observer.execute("query-migrate")
@@ -116,7 +116,7 @@ def _migrate(vm: BoardVm, out: Path) -> None:
 
 @contextmanager
 def _account(vm: BoardVm, out: Path, *, has_statistics: bool = True) -> Iterator[list[BoardSaved]]:
-    """Account for what the board does meanwhile; the list gets its one item at the end."""
+    """Measure the board's part of a save; the list gets its one item at the end."""
     events = vm.observer.mark()
     reset_peak(vm.pid)
     resident, written = status_bytes(vm.pid, "VmRSS"), written_bytes(vm.pid)

@@ -1,4 +1,4 @@
-"""The results on boards as plain text, and beside what the project set out to reach."""
+"""The results on boards as plain text, and compared with the project's targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _title(result: BoardCaseResult) -> str:
 
 
 def case_table(result: BoardCaseResult) -> str:
-    """One case: a column per method with median [least greatest], and their ratios to ``PEER``."""
+    """Format one case: a column per method with median [min max], and the ratios to ``PEER``."""
     rows = [["", *result.methods]]
     for title, figure, factor, digits in _LINES:
         cells = (
@@ -74,8 +74,8 @@ def case_table(result: BoardCaseResult) -> str:
 
 
 def targets_text(results: Sequence[BoardCaseResult]) -> str:
-    """A line for each aim, case and method inside the board that it is about. It decides
-    nothing."""
+    """Return a line for each target and each case and inside method that it concerns. A missed
+    target has no effect."""
     lines = ["Targets (medians):"]
     for result in results:
         for name in ("inside", "inside-mprotect"):

@@ -1,4 +1,4 @@
-"""A board with the writer in a process of its own, as users run it, and what is seen of it."""
+"""A board with the writer guest, in its own process as users run it, and its observation."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class BoardTick(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    """A stretch of time: what the guest wrote and its longest gap; ``cpu_wait``: the part of it in
-    which its vCPU was ready to run and had no processor."""
+    """The guest over a stretch of time: its write rate and its longest gap; ``cpu_wait``: the share
+    of the time in which its vCPU was runnable but had no CPU."""
 
     pages_per_s: float
     gap_max_ms: float
@@ -44,19 +44,19 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BoardVm:
-    """One running board; the guest waits for ``go_on``. Use it as a context manager.
+    """One running board, a context manager; the guest waits for ``go_on``.
 
     Args:
         directory: for its sockets.
         protection: as ``stillframe board run --protection``.
-        rate_mib_per_s: what the guest writes; 0 is full speed.
-        whole: it writes every word of a page, so that RAM does not compress.
+        rate_mib_per_s: the guest's write rate; 0 is full speed.
+        whole: write every word of a page, so that RAM does not compress.
     """
 
     def __init__(
         self, directory: Path, *, protection: str, ram_mib: int, rate_mib_per_s: int, whole: bool
     ) -> None:
-        """Start it, and wait until the guest has populated its RAM.
+        """Start the board, and wait until the guest has populated its RAM.
 
         Raises:
             MachineError: it does not start.
@@ -114,7 +114,7 @@ class BoardVm:
         self.observer.execute("cont")
 
     def audit(self) -> str:
-        """What the guest says of its RAM."""
+        """Return the guest's own report on its RAM."""
         since = self.console.mark()
         self.console.send("a")
         return self.console.wait_line("^AUDIT ", timeout_s=_PREPARE_S, since=since)
@@ -127,7 +127,7 @@ class BoardVm:
         ]
 
     def wait_tick(self) -> None:
-        """Until the guest prints a tick.
+        """Wait until the guest prints a tick.
 
         Raises:
             MachineError: it does not.
@@ -136,10 +136,10 @@ class BoardVm:
         self.console.wait_line(r"^tick .*gap_us=\d+$", timeout_s=_TICK_WAIT_S, since=since)
 
     def view(self, since: int, from_s: float, to_s: float) -> View:
-        """What was seen between two moments of our monotonic clock.
+        """Summarize the time between two moments of our monotonic clock.
 
         Args:
-            since: a mark of the console from at least a tick before.
+            since: a mark of the console from at least one tick earlier.
 
         Raises:
             MachineError: the guest printed no ticks around them.
@@ -152,7 +152,7 @@ class BoardVm:
         )
 
     def alone(self, seconds: float) -> View:
-        """What is seen of it when nobody saves it for so long."""
+        """Observe the undisturbed guest for some seconds."""
         since = self.console.mark()
         self.wait_tick()
         began_s = time.monotonic()
@@ -167,7 +167,7 @@ class BoardVm:
         self._process.wait()
 
     def close(self) -> None:
-        """End it."""
+        """End the board."""
         self._cleanup.close()
 
     def __enter__(self) -> BoardVm:

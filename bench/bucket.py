@@ -35,16 +35,16 @@ _FACTS = ("bare start", "folder", "bucket", "plain upload")
 
 
 def _take(vm: GuestVm, place: str) -> tuple[float, int]:
-    """Milliseconds until durable, and bytes."""
+    """Take a snapshot; return the milliseconds until it was durable, and its bytes."""
     began_s = time.monotonic()
-    # A fixed level: an adaptive one would send more or fewer bytes, as the way there is.
+    # A fixed level: with an adaptive one the number of bytes would depend on the destination.
     taken = api.take(vm.pid, place, level=1, disks="none").wait(_TIMEOUT_S)
     ms = (time.monotonic() - began_s) * 1000
     return ms, taken.statistics.file_bytes
 
 
 def _upload(size_bytes: int, url: str) -> float:
-    """A plain upload, in the parts and so many at once as a take uses; milliseconds."""
+    """Upload as many bytes directly, with a take's part size and concurrency; milliseconds."""
     store = from_url(url, client_options={"allow_http": True})
     content = os.urandom(size_bytes)
     began_s = time.monotonic()
@@ -53,7 +53,8 @@ def _upload(size_bytes: int, url: str) -> float:
 
 
 def _takes(vm: GuestVm, places: dict[str, str], repeat: int, times: dict[str, list[float]]) -> int:
-    """The length of a snapshot, bytes; ``0.still`` is one, in each place."""
+    """Measure takes; return the last snapshot's bytes. Each place keeps ``0.still`` and the
+    others."""
     size_bytes = 0
     with vm.start(timeout_s=_TIMEOUT_S):
         for number in range(repeat):
@@ -73,7 +74,7 @@ def _restores(
     program: str,
     times: dict[str, list[float]],
 ) -> int:
-    """How many requests a restore makes until its guest runs, at the most."""
+    """Measure restores; return the most requests that one made before its guest ran."""
     folder = Path(places["folder"])
     bench = Bench(folder / "0.still", folder / "no-stream", program)
     most = 0
@@ -96,7 +97,7 @@ def _restores(
 
 
 def run(ram_mib: int, fill: Fill, repeat: int, program: str) -> dict[str, Any]:
-    """All of it, by turns."""
+    """Run all measurements of one guest, taking turns."""
     times: dict[str, dict[str, list[float]]] = {
         what: {fact: [] for fact in _FACTS} for what in ("durable_ms", "running_ms")
     }
@@ -151,7 +152,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; the exit code tells only whether it could."""
+    """Run the benchmark; the exit code depends on no figure."""
     parser = sizes_parser("bucket", __doc__)
     parser.add_argument("--fill", choices=_FILLS, default=None, help="of the guest's RAM, not both")
     options = parser.parse_args(arguments)

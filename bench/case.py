@@ -1,4 +1,4 @@
-"""One case: a VM of one kind, and every method on it in turns."""
+"""One case: a VM of one kind, on which all methods take turns."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _TICK_MS = 20
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """What is saved. ``rate_mib_per_s`` 0 is full speed, over a working set of ``mem_mib``.
+    """The guest to save. ``rate_mib_per_s`` 0 is full speed, over a working set of ``mem_mib``.
 
-    ``rest_us``: how long the guest rests when it has nothing to write; 0: it never does.
+    ``rest_us``: how long the guest rests when it has nothing to write; 0: it never rests.
     """
 
     guest: GuestKind
@@ -47,11 +47,11 @@ class MethodResult(msgspec.Struct, kw_only=True):
     failures: list[str] = []
     spreads: dict[str, Spread] = {}
     ratios: dict[str, float] = {}
-    """Ours over QEMU's own; of our methods only."""
+    """Our methods' ratios to QEMU's own."""
 
 
 class CaseResult(msgspec.Struct, kw_only=True):
-    """A case and what came of it."""
+    """A case and its results."""
 
     case: Case
     methods: dict[str, MethodResult]
@@ -72,11 +72,11 @@ def run_case(
 ) -> CaseResult:
     """Start the VM, and run the methods in turns: A B C, A B C, ...
 
-    A method that fails is recorded as failed, and the others go on.
+    A method that fails is recorded as failed, and the others continue.
 
     Args:
         directory: where all methods save to.
-        free_s: how long the guest is left alone between two saves.
+        free_s: how long the guest runs undisturbed between two saves.
         peer: the method that ours are compared with.
     """
     result = CaseResult(case=case, methods={name: MethodResult() for name in methods})
@@ -154,7 +154,7 @@ def _once(
 ) -> tuple[Figures | str, FreeRun]:
     vm = subject.vm
     vm.command("reset")
-    os.sync()  # what others left to be written is not to be in anybody's time
+    os.sync()  # keep earlier dirty pages out of the measured time
     since = vm.console.mark()
     vm.wait_tick()
     out = directory / f"stillframe-bench-{vm.pid}"

@@ -32,7 +32,7 @@ _WRITTEN_MIB = 32
 
 
 def build(root: Path, options: argparse.Namespace) -> tuple[Store, Path]:
-    """A store with a chain, and a file with a full snapshot."""
+    """Make a store with a chain, and a file with a full snapshot."""
     populate_mib = int(options.ram * options.populate) - _WRITTEN_MIB
     vm = GuestVm(
         options.guest,
@@ -55,8 +55,8 @@ def build(root: Path, options: argparse.Namespace) -> tuple[Store, Path]:
 
 
 def measure(files: dict[str, Path], repeat: int) -> dict[str, list[dict[str, Any]]]:
-    """By turns, so that what else the host does falls on all alike; the first of each is not
-    counted: it makes the page cache and the working set."""
+    """Restore the files in turns, so that other load on the host affects all alike. The first
+    restore of each does not count: it fills the page cache and makes the working set."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
     for turn in range(repeat + 1):
         for name, file in files.items():
@@ -68,7 +68,7 @@ def measure(files: dict[str, Path], repeat: int) -> dict[str, list[dict[str, Any
 
 
 def longest(store: Store) -> tuple[int, Entry]:
-    """The newest of those with the longest chain."""
+    """Return the longest chain's length, and the newest snapshot with such a chain."""
     catalog = store.catalog()
     lengths = [(len(catalog.chain(one)), one) for one in catalog.entries.values()]
     return max(lengths, key=lambda pair: (pair[0], pair[1].time))

@@ -94,7 +94,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the arguments ask for; prints tables, and writes the JSON after each case."""
+    """Run the selected cases; print tables, and write the JSON after each case."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:

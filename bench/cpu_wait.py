@@ -1,4 +1,4 @@
-"""How long a VM's vCPU threads were ready to run and had no processor: the host's own noise.
+"""The run delay of a VM's vCPU threads, in which they were runnable but had no CPU: host noise.
 
 From /proc/PID/task/TID/schedstat, second field (kernel Documentation/scheduler/sched-stats.rst).
 """
@@ -16,7 +16,7 @@ _SAMPLE_S = 0.02
 
 
 class CpuWait:
-    """Follows the vCPU threads of a VM until it is closed; takes about no time itself."""
+    """A sampler of a VM's vCPU threads, until it is closed; its own cost is negligible."""
 
     def __init__(self, pid: int, thread_ids: Sequence[int]) -> None:
         self._paths = [Path(f"/proc/{pid}/task/{tid}/schedstat") for tid in thread_ids]
@@ -36,8 +36,8 @@ class CpuWait:
             self._samples.append((time.monotonic(), waited_ns / 1e9))
 
     def share(self, from_s: float, to_s: float) -> float:
-        """The part of that stretch of our monotonic clock that a vCPU waited, on average: 0 to 1;
-        0 where the kernel does not count it."""
+        """Return the share of the time between two moments of our monotonic clock that a vCPU
+        waited on average, 0 to 1; 0 if the kernel does not count it."""
         if len(self._samples) < 2:
             return 0.0
         moments = [moment for moment, _ in self._samples]

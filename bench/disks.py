@@ -117,7 +117,7 @@ def _with_qemu(directory: Path, count: int, takes: int, workers: int) -> None:
 
 def _in_flight(directory: Path, count: int, takes: int, workers: int) -> None:
     append = f"sf.load={workers} sf.load_disks={count} sf.rest_us=2000"
-    # QEMU lifts its own limits while it drains: what is left is what the host needs for them.
+    # QEMU lifts its own throttling while it drains, so the host's time for the requests remains.
     with _guest(directory, count, append, ",throttling.iops-total=20").start() as vm:
         for kind, taken in _downtimes(str(vm.qmp_path), directory, _KINDS, takes).items():
             print(f"{workers} requests in flight, ", _row(count, kind, taken))

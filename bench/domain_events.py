@@ -1,4 +1,4 @@
-"""When a libvirt domain stood still: QEMU's STOP and RESUME, with QEMU's own time in them."""
+"""A libvirt domain's downtime, from QEMU's STOP and RESUME events and their own timestamps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PATIENCE_S = 10.0
 
 
 class DomainEvents:
-    """Watches one domain until the process ends."""
+    """A watch over one domain's events, until the process ends."""
 
     def __init__(self, uri: str, name: str) -> None:
         self._news = threading.Condition()
@@ -36,10 +36,10 @@ class DomainEvents:
             self._news.notify_all()
 
     def stopped_ms(self, since_s: float) -> float:
-        """How long the guest stood still after a moment of the wall clock, in its first stop.
+        """Return the length of the guest's first stop after a moment of the wall clock.
 
         Raises:
-            MachineError: it did not stop and go on.
+            MachineError: the guest did not stop and resume.
         """
 
         def found(name: str, after_s: float) -> float | None:

@@ -32,8 +32,8 @@ TARGET_RATIO = 1.5
 
 @dataclass(frozen=True)
 class Shape:
-    """Writes every ``stride_bytes``, ``count`` times. Both copy ``window_bytes`` a fault: ours
-    takes as much once it has seen writes in address order, and one page for others."""
+    """A pattern of ``count`` writes, one every ``stride_bytes``. Both sides copy ``window_bytes``
+    per fault: ours copies so much after it has seen writes in address order, otherwise one page."""
 
     name: str
     window_bytes: int
@@ -49,7 +49,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Latency:
-    """Of the writes of one round that faulted, as the writer sees them."""
+    """Latencies of one round's faulting writes, as the writer sees them."""
 
     p50_us: float
     p99_us: float
@@ -100,7 +100,7 @@ def _capture_of(victim: Victim, uffd: Userfaultfd) -> RamCapture:
 
 
 def measure_ours(victim: Victim, shape: Shape) -> Latency:
-    """One round through the core's own fault thread."""
+    """Run one round through the core's own fault thread."""
     before = new_core.MAX_WINDOW_BYTES
     new_core.MAX_WINDOW_BYTES = shape.window_bytes
     try:
@@ -119,7 +119,7 @@ def measure_ours(victim: Victim, shape: Shape) -> Latency:
 
 
 def measure_plain(program: Path, victim: Victim, shape: Shape) -> Latency:
-    """One round through the plain C loop."""
+    """Run one round through the plain C loop."""
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
     with attach(victim.pid) as uffd:
         uffd.register(victim.hva, RAM_MIB * MIB)
@@ -151,7 +151,7 @@ def measure_plain(program: Path, victim: Victim, shape: Shape) -> Latency:
 
 
 def run(rounds: int) -> list[dict[str, object]]:
-    """Measure every shape; one record each, with medians over the rounds and their ratios."""
+    """Measure every shape; return a record for each, with medians over the rounds and ratios."""
     records: list[dict[str, object]] = []
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -167,7 +167,7 @@ def run(rounds: int) -> list[dict[str, object]]:
         for shape in SHAPES:
             found: dict[str, list[Latency]] = {name: [] for name in methods}
             for turn in range(rounds):
-                # Who goes first changes, so that nobody always finds the caches warm.
+                # Alternate the order, so that neither side always finds the caches warm.
                 for name in sorted(methods, reverse=bool(turn % 2)):
                     found[name].append(methods[name](shape))
             pairs = list(zip(found["ours"], found["plain"], strict=True))

@@ -16,7 +16,7 @@ _MIB = float(1 << 20)
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """One save by one method; docs/reference/measurements.md says what each figure means."""
+    """Figures of one save by one method; docs/reference/measurements.md defines each."""
 
     downtime_ms: float | None
     gap_max_ms: float
@@ -43,12 +43,12 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 def figures(
     saved: Saved, during: GuestView, before: FreeRun, after: FreeRun, cpu_wait: float
 ) -> Figures:
-    """Put together what was measured of one save.
+    """Combine the measurements of one save.
 
     Args:
-        during: from the moment the guest could feel it until the file was durable.
-        before, after: the guest left alone, right before and right after.
-        cpu_wait: part of the time of the save in which a vCPU was ready and had no processor.
+        during: from the first possible effect on the guest until the file was durable.
+        before, after: the undisturbed guest, right before and right after.
+        cpu_wait: share of the save in which a vCPU was runnable but had no CPU.
     """
     free_rate = (before.view.pages_per_s + after.view.pages_per_s) / 2
     progress = during.pages_per_s / free_rate
@@ -57,7 +57,7 @@ def figures(
         downtime_ms=saved.downtime_ms,
         gap_max_ms=during.gap_max_ms,
         gaps_over_1ms=during.gaps_over_1ms,
-        # The guest's own maximum since the reset: it also holds the free run after.
+        # The guest's own maximum since the reset, which includes the free run afterwards.
         stall_max_ms=after.stall_max_ms,
         free_gap_max_ms=max(before.view.gap_max_ms, after.view.gap_max_ms),
         progress=progress,
@@ -79,7 +79,7 @@ def figures(
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """Median, least and greatest of the repetitions."""
+    """Median, minimum and maximum of the repetitions."""
 
     median: float
     least: float
@@ -92,7 +92,7 @@ NUMBERS = tuple(name for name in Figures.__struct_fields__ if name != "own")
 def spreads(
     repetitions: Sequence[msgspec.Struct], names: Sequence[str] = NUMBERS
 ) -> dict[str, Spread]:
-    """By the figure's name; figures that a method does not have are left out."""
+    """Return the spreads by figure name, without figures that the method does not have."""
     result: dict[str, Spread] = {}
     for name in names:
         values = [float(v) for r in repetitions if (v := getattr(r, name)) is not None]
@@ -118,7 +118,8 @@ _COMPARED = (
 def ratios(
     ours: dict[str, Spread], theirs: dict[str, Spread], names: Sequence[str] = _COMPARED
 ) -> dict[str, float]:
-    """Ours over theirs, of medians, where a ratio says something; not of figures that are 0."""
+    """Return the ratios of our medians to theirs, for figures where a ratio is meaningful; leave
+    out those where theirs is 0."""
     return {
         name: ours[name].median / theirs[name].median
         for name in names

@@ -40,12 +40,13 @@ _ALONE_S = 2.0
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True):
-    """One way. Milliseconds from the command on: ``running_ms``, ``tick_ms``: until all run, have
-    printed a line; ``resident_ms``: until all of RAM is there. Of the source: ``downtime_ms``;
-    ``fault_max_ms``, the longest that a write of its waited; ``gap_ms``, the longest that it did
-    not run, as it saw that itself; ``progress``, pages that it wrote per second meanwhile, of those
-    that it writes when it is left alone. Of one clone when all run: ``private_mib``,
-    ``shared_mib``; most of all. None: no figure."""
+    """The figures of one method; None: no figure.
+
+    Milliseconds from the command on: ``running_ms``: until all clones run; ``tick_ms``: until all
+    have printed a line; ``resident_ms``: until all of RAM is resident. The source: ``downtime_ms``;
+    ``fault_max_ms``: its longest wait for a write; ``gap_ms``: its longest gap, as it saw itself;
+    ``progress``: its write rate meanwhile, relative to the undisturbed rate. The most of any one
+    clone, when all run: ``private_mib``, ``shared_mib``."""
 
     running_ms: float | None = None
     tick_ms: float | None = None
@@ -59,7 +60,7 @@ class Forked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bare(vm: GuestVm, count: int) -> Forked:
-    """N QEMUs with the clones' command lines, and nothing comes in."""
+    """Start N QEMUs with the clones' command lines, without any incoming state."""
     with connect(str(vm.qmp_path)) as machine:
         _, plans = plan_live(machine, CloneOptions(count=count))
     assert plans
@@ -88,7 +89,7 @@ def bare(vm: GuestVm, count: int) -> Forked:
 
 
 def snapshot(vm: GuestVm, _count: int) -> Forked:
-    """What a snapshot without any clone costs the source."""
+    """Measure what a snapshot without any clone costs the source."""
     mark, alone = vm.console.mark(), _alone(vm)
     began_s = time.monotonic()
     with connect(str(vm.qmp_path)) as machine:
@@ -100,7 +101,7 @@ def snapshot(vm: GuestVm, _count: int) -> Forked:
 
 
 def fork(vm: GuestVm, count: int) -> Forked:
-    """N clones."""
+    """Fork N clones."""
     seen: list[Statistics] = []
     memory: list[tuple[float, float]] = []
     ticks: list[float] = []
@@ -132,7 +133,7 @@ def fork(vm: GuestVm, count: int) -> Forked:
 
 
 def _alone(vm: GuestVm) -> float:
-    """Pages that it writes per second, left alone for a while."""
+    """Return the pages that the undisturbed guest writes per second."""
     first = vm.wait_tick().received_s
     mark = vm.console.mark()
     while vm.wait_tick().received_s < first + _ALONE_S:
@@ -175,7 +176,7 @@ def _all_ticked(vms: list[RestoredVm]) -> float:
 
 
 def _memory(pid: int) -> tuple[float, float]:
-    """Private, and shared, in MiB (proc_pid_smaps(5))."""
+    """Return a process's private and shared memory, MiB (proc_pid_smaps(5))."""
     sizes: dict[str, int] = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, size = line.split()[:2]
@@ -188,7 +189,7 @@ _METHODS = {"bare start": bare, "snapshot": snapshot, "fork": fork}
 
 
 def run(ram_mib: int, count: int, repeat: int, program: str) -> dict[str, Any]:
-    """All ways, by turns, so that what else the host does falls on all alike."""
+    """Run all methods in turns, so that other load on the host affects all alike."""
     populate = (ram_mib - 128) * 3 // 4
     runs: dict[str, list[Forked]] = {name: [] for name in _METHODS}
     with GuestVm(
@@ -235,7 +236,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; the exit code tells only whether it could."""
+    """Run the benchmark; the exit code depends on no figure."""
     parser = sizes_parser("forks", __doc__)
     parser.add_argument("--clones", type=numbers, default=[1, 8], help="a list with commas")
     options = parser.parse_args(arguments)

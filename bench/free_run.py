@@ -1,4 +1,4 @@
-"""The guest left alone, between two saves."""
+"""Free runs: the undisturbed guest between two saves."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bench.methods import Subject
 
 
 class FreeRun(msgspec.Struct, frozen=True, kw_only=True):
-    """The guest left alone.
+    """The undisturbed guest.
 
-    ``stall_max_ms`` also holds what came before, since the guest's ``reset``. ``cpu_wait``: part of
-    the time in which a vCPU was ready and had no processor.
+    ``stall_max_ms`` covers all the time since the guest's ``reset``. ``cpu_wait``: share of the
+    time in which a vCPU was runnable but had no CPU.
     """
 
     view: GuestView
@@ -21,7 +21,7 @@ class FreeRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def free_run(subject: Subject, seconds: float) -> FreeRun:
-    """Leave the guest alone for some seconds, and until its clocks have settled.
+    """Leave the guest undisturbed for some seconds, and until its clocks have settled.
 
     Raises:
         MachineError: the guest does not tick.

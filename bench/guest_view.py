@@ -1,4 +1,4 @@
-"""What the guest saw of a stretch of time, from its tick lines."""
+"""The guest's view of a stretch of time, from its tick lines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stillframe.errors import MachineError
 class GuestView(msgspec.Struct, frozen=True, kw_only=True):
     """One stretch of time, as the guest saw it.
 
-    ``pages_per_s``: pages written by the guest per second of the host's monotonic clock.
-    ``gap_max_ms``: longest time between two of its readings of the TSC (under TCG without stops
-    of the VM, in which the TSC stands still; under KVM with them).
-    ``gaps_over_1ms``: how many gaps of 1 ms and more there were.
+    ``pages_per_s``: pages that the guest wrote per second of the host's monotonic clock.
+    ``gap_max_ms``: longest time between two of its TSC readings; includes stops of the VM under
+    KVM, but not under TCG, where the TSC stands still in a stop.
+    ``gaps_over_1ms``: number of gaps of 1 ms or more.
     """
 
     seconds: float
@@ -28,7 +28,7 @@ class GuestView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PageCount(Protocol):
-    """A tick of a guest that counts the pages it has written."""
+    """A tick of a guest that counts the pages that it has written."""
 
     @property
     def received_s(self) -> float: ...
@@ -44,16 +44,16 @@ AnyTick = TypeVar("AnyTick", bound=PageCount)
 
 
 def pages_per_s(ticks: Sequence[PageCount], from_s: float, to_s: float) -> float:
-    """How fast the guest wrote between two moments of our monotonic clock.
+    """Return the guest's write rate between two moments of our monotonic clock.
 
     Raises:
-        MachineError: the ticks do not cover it.
+        MachineError: the ticks do not cover that time.
     """
     return (_pages_at(ticks, to_s) - _pages_at(ticks, from_s)) / (to_s - from_s)
 
 
 def _pages_at(ticks: Sequence[PageCount], moment_s: float) -> float:
-    """Pages written up to a moment, interpolated between two ticks."""
+    """Return the pages written up to a moment, interpolated between two ticks."""
     after = bisect.bisect_left(ticks, moment_s, key=lambda tick: tick.received_s)
     if after == 0 or after == len(ticks):
         raise MachineError("the guest printed no ticks around the measurement")
@@ -63,18 +63,18 @@ def _pages_at(ticks: Sequence[PageCount], moment_s: float) -> float:
 
 
 def ticks_about(ticks: Sequence[AnyTick], from_s: float, to_s: float) -> Sequence[AnyTick]:
-    """The ticks that tell of the gaps between two moments."""
+    """Return the ticks that report the gaps between two moments."""
     first = bisect.bisect_left(ticks, from_s, key=lambda tick: tick.received_s)
     last = bisect.bisect_left(ticks, to_s, key=lambda tick: tick.received_s)
-    # The tick after the end is the first that can tell of a gap that ended within the stretch.
+    # The first tick after the end also reports gaps that ended before it.
     return ticks[first : last + 1]
 
 
 def guest_view(ticks: Sequence[Tick], from_s: float, to_s: float) -> GuestView:
-    """The stretch between two moments of our monotonic clock.
+    """Return the guest's view of the time between two moments of our monotonic clock.
 
     Raises:
-        MachineError: the ticks do not cover it.
+        MachineError: the ticks do not cover that time.
     """
     inside = ticks_about(ticks, from_s, to_s)
     return GuestView(

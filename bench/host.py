@@ -1,4 +1,4 @@
-"""What every benchmark tells of the host, and how it takes lists of numbers."""
+"""Facts about the host, and the parsing of number lists, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def host_facts() -> dict[str, Any]:
-    """The machine that the figures are of."""
+    """Describe the host that the figures come from."""
     return {
         "kernel": platform.release(),
         "processors": len(os.sched_getaffinity(0)),
@@ -19,9 +19,9 @@ def host_facts() -> dict[str, Any]:
 
 
 def numbers(text: str) -> list[int]:
-    """``256,1024`` as an option's value.
+    """Parse an option's value such as ``256,1024``.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is not such a list.
     """
     return [int(part) for part in text.split(",")]

@@ -29,7 +29,8 @@ _CHUNK = 65536
 
 
 def take_two(root: Path, ram_mib: int) -> list[Path]:
-    """One that has written 64 MiB and little else; one that was filled and writes fast."""
+    """Take snapshots of two guests: one that has written 64 MiB and little else, and one whose RAM
+    was filled and that writes fast."""
     uses: list[dict[str, Any]] = [
         {"mem_mib": 64, "rate_mib_per_s": 20},
         {"mem_mib": 16, "rate_mib_per_s": 60, "populate_mib": ram_mib // 2, "fill": "random"},
@@ -46,7 +47,7 @@ def take_two(root: Path, ram_mib: int) -> list[Path]:
 
 
 def pages(snapshot: Snapshot) -> Iterator[tuple[str, int, bytes]]:
-    """Data pages, block by block in their order."""
+    """Yield the data pages in order, block by block."""
     for block in snapshot.blocks:
         found = [(n, bytes(c)) for n, c in snapshot.iter_pages(block.idstr) if c and any(c)]
         for number, content in sorted(found):
@@ -58,7 +59,7 @@ def digest(content: bytes) -> bytes:
 
 
 def chunks(snapshot: Snapshot) -> dict[tuple[str, int], bytes]:
-    """Aligned 64 KiB that are all data, by block and number."""
+    """Return the digests of aligned 64 KiB chunks that are all data, by block and number."""
     found: dict[tuple[str, int], list[bytes]] = {}
     for block, number, content in pages(snapshot):
         found.setdefault((block, number * _PAGE // _CHUNK), []).append(content)

@@ -1,4 +1,4 @@
-"""The ways to save a running VM that are compared. Each saves into one new file, synced."""
+"""The compared ways to save a running VM. Each saves into one new file, synced."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _NO_LIMIT = 1 << 40
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """One save. Moments: our monotonic clock.
+    """One save. Moments are on our monotonic clock.
 
-    ``began_s``: the command was given; ``touched_s``: the guest could first feel it;
+    ``began_s``: the command was given; ``touched_s``: its first possible effect on the guest;
     ``durable_s``: the file is synced under its name, and the command has ended.
     ``downtime_ms``: between QEMU's STOP and RESUME events. ``own``: the method's own numbers.
-    ``peak_bytes``: of our processes; with QEMU's methods, by how much QEMU's resident memory grew
-    at most, and its child's. ``cpu_s``: of our processes; None with QEMU's methods, whose work is
-    not told apart from the guest's.
+    ``peak_bytes``: peak memory of our processes; with QEMU's methods, the greatest growth of QEMU's
+    resident memory plus its children's peak. ``cpu_s``: CPU time of our processes; None with QEMU's
+    methods, whose work cannot be told apart from the guest's.
     """
 
     began_s: float
@@ -54,7 +54,7 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """The VM to save, the benchmark's own connection to its monitor, and its vCPUs' waiting."""
+    """The VM to save, the benchmark's own connection to its monitor, and its vCPUs' run delay."""
 
     vm: GuestVm
     observer: Observer
@@ -65,7 +65,8 @@ Method = Callable[[Subject, Path], Saved]
 
 
 def take(program: Sequence[str], arguments: Sequence[str]) -> Method:
-    """Our own, as a process of its own, as users run it: the start of Python is in its times."""
+    """Save with Stillframe as its own process, as users run it: its times include the start of
+    Python."""
 
     def save(subject: Subject, out: Path) -> Saved:
         vm, observer = subject.vm, subject.observer
@@ -94,7 +95,7 @@ def take(program: Sequence[str], arguments: Sequence[str]) -> Method:
 
 
 def qemu_background(writer: str) -> Method:
-    """QEMU's own ``background-snapshot``.
+    """Save with QEMU's own ``background-snapshot``.
 
     Args:
         writer: the program that takes the stream, in shell words (``cat``, ``zstd -1``).
@@ -116,7 +117,7 @@ def qemu_background(writer: str) -> Method:
 
 
 def stop_and_save(writer: str) -> Method:
-    """Stop the VM, migrate it into a file, let it go on."""
+    """Stop the VM, migrate it into a file, and resume it."""
 
     def save(subject: Subject, out: Path) -> Saved:
         observer = subject.observer
@@ -126,7 +127,7 @@ def stop_and_save(writer: str) -> Method:
             try:
                 _migrate(observer, writer, out)
             finally:
-                observer.execute("cont")  # takes the disks back as well
+                observer.execute("cont")  # also reactivates the disks
         return account[0]
 
     return save
@@ -134,7 +135,7 @@ def stop_and_save(writer: str) -> Method:
 
 @contextmanager
 def _account(subject: Subject, out: Path) -> Iterator[list[Saved]]:
-    """Account for what QEMU does meanwhile; the list gets its one item at the end."""
+    """Measure QEMU's part of a save; the list gets its one item at the end."""
     pid, observer = subject.vm.pid, subject.observer
     events = observer.mark()
     reset_peak(pid)
@@ -167,7 +168,7 @@ def _account(subject: Subject, out: Path) -> Iterator[list[Saved]]:
 
 
 def _migrate(observer: Observer, writer: str, out: Path) -> None:
-    """Migrate into a file, and sync it. It gets its name when its writer has written all.
+    """Migrate into a file, and sync it. The file gets its name once the writer has ended.
 
     Raises:
         MachineError: the migration failed, or took too long.

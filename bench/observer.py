@@ -1,7 +1,7 @@
-"""A QMP connection of the benchmark's own: it watches the VM while others use the first monitor.
+"""The benchmark's own QMP connection: it watches the VM while others use the first monitor.
 
-Independent of ``stillframe.qmp``, so that our own code is not timed with itself. QEMU, like the
-board, sends every event to every monitor, with the host's wall clock in it (QEMU
+Independent of ``stillframe.qmp``, so that our own code does not time itself. QEMU, like the board,
+sends every event to every monitor, with the host's wall clock time in it (QEMU
 ``qapi/qapi-schema``: events).
 """
 
@@ -22,7 +22,7 @@ from stillframe.errors import MachineError
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """An event of the VM. ``sent_s``: its wall clock; ``received_s``: our monotonic clock."""
+    """An event of the VM. ``sent_s``: its own wall clock; ``received_s``: our monotonic clock."""
 
     name: str
     sent_s: float
@@ -31,10 +31,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Observer:
-    """One client of a ``-qmp`` Unix socket, with a thread that reads.
+    """A client of a ``-qmp`` Unix socket, with its own reader thread.
 
     Raises:
-        MachineError: nobody answers there.
+        MachineError: nothing answers there.
     """
 
     def __init__(self, path: Path, *, timeout_s: float = 10.0) -> None:
@@ -79,7 +79,7 @@ class Observer:
             self._news.notify_all()
 
     def execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
-        """Give a command and wait for its answer; one at a time.
+        """Send a command and wait for its answer; one at a time.
 
         Raises:
             MachineError: the VM refused it, did not answer in time, or went away.
@@ -101,22 +101,22 @@ class Observer:
         return answer["return"]
 
     def mark(self) -> int:
-        """A position: the number of events up to now."""
+        """Return the current position: the number of events so far."""
         with self._news:
             return len(self._events)
 
     def events(self, since: int) -> list[Event]:
-        """The events after a :meth:`mark`."""
+        """Return the events after a :meth:`mark`."""
         with self._news:
             return self._events[since:]
 
     def wait_event(
         self, name: str, since: int, timeout_s: float, *, status: Collection[str] = ()
     ) -> Event:
-        """The first event of that name after a mark.
+        """Wait for the first event of a name after a mark.
 
         Args:
-            status: only with one of these states in its data.
+            status: accept only events with one of these states in their data.
 
         Raises:
             MachineError: it did not come in time.
@@ -146,7 +146,8 @@ class Observer:
 
 
 def stopped_ms(events: list[Event]) -> float | None:
-    """Time between STOP and RESUME by the VM's clock, summed over all such pairs; None if none."""
+    """Return the time between STOP and RESUME by the events' own clock, summed over all pairs; None
+    without a pair."""
     total_s: float | None = None
     stop_s: float | None = None
     for event in events:

@@ -1,4 +1,4 @@
-"""Memory, bytes written and time of other processes, from /proc (proc(5))."""
+"""Memory, written bytes and CPU time of other processes, from /proc (proc(5))."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLE_S = 0.02
 
 
 def status_bytes(pid: int, field: str) -> int:
-    """A size of /proc/PID/status (``VmRSS``, ``VmHWM``), bytes; 0 if the process has none."""
+    """Read a size from /proc/PID/status (``VmRSS``, ``VmHWM``), bytes; 0 if it is not there."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
@@ -28,12 +28,12 @@ def status_bytes(pid: int, field: str) -> int:
 
 
 def reset_peak(pid: int) -> None:
-    """Let VmHWM of a process start anew at its VmRSS (proc_pid_clear_refs(5), value 5)."""
+    """Reset a process's VmHWM to its VmRSS (proc_pid_clear_refs(5), value 5)."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def written_bytes(pid: int) -> int:
-    """What the process, and its children that it has waited for, caused to be written to disk."""
+    """Return the bytes that the process and its reaped children caused to be written to disk."""
     for line in Path(f"/proc/{pid}/io").read_text().splitlines():
         if line.startswith("write_bytes:"):
             return int(line.split()[1])
@@ -41,7 +41,7 @@ def written_bytes(pid: int) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """Its child processes now, of all its threads."""
+    """Return a process's current children, of all its threads."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -51,9 +51,9 @@ def children(pid: int) -> list[int]:
 
 
 class PeakSampler:
-    """Follows the peak memory of processes and their children until it is stopped.
+    """A sampler of the peak memory of a process's descendants, and with ``itself`` of the process.
 
-    Each process's own peak counts (VmHWM, kept by the kernel), so the sum is an upper bound.
+    It sums each process's own peak (VmHWM, kept by the kernel), so the sum is an upper bound.
     """
 
     def __init__(self, pid: int, *, itself: bool) -> None:
@@ -76,14 +76,14 @@ class PeakSampler:
                 self._sample(child, True, depth - 1)
 
     def stop_bytes(self) -> int:
-        """End the sampling; the sum of all peaks, bytes."""
+        """End the sampling; return the sum of all peaks, bytes."""
         self._end.set()
         self._thread.join()
         return sum(self._peaks.values())
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
-    """A program that ran to its end. Times: our monotonic clock; ``cpu_s``: with its children."""
+    """A program that has ended. Times are on our monotonic clock; ``cpu_s`` includes children."""
 
     started_s: float
     ended_s: float
@@ -94,10 +94,10 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_program(command: Sequence[str], *, timeout_s: float) -> Finished:
-    """Run a program as a user would, and account for it.
+    """Run a program as a user would, and measure it.
 
     Raises:
-        MachineError: it failed, or took too long (then it was killed).
+        MachineError: it failed, or took too long and was killed.
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as complaints:
         started_s = time.monotonic()
@@ -107,7 +107,7 @@ def run_program(command: Sequence[str], *, timeout_s: float) -> Finished:
         sampler = PeakSampler(process.pid, itself=True)
         killer = threading.Timer(timeout_s, process.kill)
         killer.start()
-        # Left as a zombie for a moment: its account in /proc is complete then, and still there.
+        # Keep it a zombie for a moment: its numbers in /proc are then final, and still there.
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         ended_s = time.monotonic()
         killer.cancel()

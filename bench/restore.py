@@ -50,8 +50,8 @@ BARE = "bare start"
 
 
 class Back(msgspec.Struct, frozen=True, kw_only=True):
-    """One restore, milliseconds from the command on. ``gap_ms``: the longest time in which the
-    guest did not run, as it saw that itself, in its first second. None: no figure."""
+    """One restore, in milliseconds from the command on. ``gap_ms``: the guest's longest gap in its
+    first second, as it saw itself. None: no figure."""
 
     running_ms: float
     output_ms: float | None = None
@@ -60,7 +60,7 @@ class Back(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bench:
-    """One snapshot, and the ways to bring it back."""
+    """One snapshot, and the ways to restore it."""
 
     def __init__(self, file: Path, stream: Path, program: str) -> None:
         self.file = file
@@ -69,7 +69,7 @@ class Bench:
 
     @contextlib.contextmanager
     def plan(self) -> Iterator[RestorePlan]:
-        """A command line with places of its own, which are removed, its VM's end included."""
+        """Plan a restore in its own directory; on exit, kill its VM and remove the directory."""
         root = Path(tempfile.mkdtemp(prefix="bench-restore-"))
         try:
             with open_snapshot(self.file) as snapshot:
@@ -83,7 +83,7 @@ class Bench:
             shutil.rmtree(root, ignore_errors=True)
 
     def qemu(self, *more: str) -> Back:
-        """A QEMU by itself; with an incoming stream or with nothing."""
+        """Start QEMU alone, with ``more`` arguments: an incoming stream, or none."""
         with self.plan() as plan:
             Path(plan.directory).mkdir(parents=True)
             began_s = time.monotonic()
@@ -98,7 +98,7 @@ class Bench:
                 process.wait()
 
     def by_stream(self) -> Back:
-        """Stillframe, all of RAM through QEMU's incoming stream."""
+        """Restore with Stillframe, all of RAM through QEMU's incoming stream."""
         with self.plan() as plan:
             began_s = time.monotonic()
             vm = restore(
@@ -110,7 +110,7 @@ class Bench:
             return msgspec.structs.replace(back, resident_ms=back.running_ms)
 
     def by_image(self, *, working_set: bool) -> Back:
-        """Stillframe, RAM on an image."""
+        """Restore with Stillframe, RAM on an image that is filled."""
         with self.plan() as plan:
             if not working_set:
                 working_set_path(self.file).unlink(missing_ok=True)
@@ -119,7 +119,7 @@ class Bench:
             try:
                 assert vm.image_path, vm.notes
                 assert vm.first_instruction_ms
-                with ThreadPoolExecutor(1) as pool:  # not only once the first second has passed
+                with ThreadPoolExecutor(1) as pool:  # wait in parallel with _seen's first second
                     resident = pool.submit(_resident_ms, vm, began_s)
                     back = self._seen(plan, began_s, began_s + vm.first_instruction_ms / 1000)
                     return msgspec.structs.replace(back, resident_ms=resident.result())
@@ -127,7 +127,7 @@ class Bench:
                 vm.kill()
 
     def by_complete_image(self, image: Path) -> Back:
-        """Stillframe, RAM on the complete image of the cache."""
+        """Restore with Stillframe, RAM on the cached complete image."""
         with self.plan() as plan, _cache_at(image):
             began_s = time.monotonic()
             vm = restore(self.file, directory=Path(plan.directory), program=self.program)
@@ -161,7 +161,7 @@ class Bench:
         )
 
     def cool(self, *more: Path) -> None:
-        """Take the snapshot, and other files, out of the page cache."""
+        """Evict the snapshot and other files from the page cache."""
         for file in (self.file, *more):
             fd = os.open(file, os.O_RDONLY)
             os.fsync(fd)
@@ -169,7 +169,7 @@ class Bench:
             os.close(fd)
 
     def warm(self) -> None:
-        """Take it into the page cache."""
+        """Read the snapshot into the page cache."""
         with self.file.open("rb") as file:
             while file.read(1 << 20):
                 pass
@@ -193,7 +193,7 @@ def _resident_ms(vm: RestoredVm, began_s: float) -> float | None:
 
 
 def wait_running(address: str) -> float:
-    """When its vCPUs run (monotonic clock)."""
+    """Wait until the VM's vCPUs run; return the moment (monotonic clock)."""
     deadline_s = time.monotonic() + _TIMEOUT_S
     qmp: QmpClient | None = None
     try:
@@ -258,7 +258,7 @@ def _run(ram_mib: int, populate: int, repeat: int, program: str) -> dict[str, An
         with _cache_at(cache):
             api.add_image(file)
         results: dict[str, list[dict[str, Any]]] = {}
-        # By turns, so that what else the host does falls on all alike.
+        # In turns, so that other load on the host affects all alike.
         for _ in range(repeat):
             for name, method in _methods(bench, cache).items():
                 run = method()
@@ -310,7 +310,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; the exit code tells only whether it could."""
+    """Run the benchmark; the exit code depends on no figure."""
     options = sizes_parser("restore", __doc__).parse_args(arguments)
     program = options.qemu or qemu_binary()
     results = [

@@ -1,4 +1,4 @@
-"""What the benches that go over sizes of RAM have in common: options, and the end."""
+"""The options and the output of benchmarks that run over several sizes of RAM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.host import host_facts, numbers
 
 
 def sizes_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """With ``--ram``, ``--repeat``, ``--qemu`` and ``--json``."""
+    """Make a parser with ``--ram``, ``--repeat``, ``--qemu`` and ``--json``."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     parser.add_argument("--ram", type=numbers, default=[256, 1024], help="MiB, a list with commas")
     parser.add_argument("--repeat", type=int, default=3)
@@ -26,7 +26,7 @@ def show(
     table: Callable[[dict[str, Any]], str],
     json_path: Path | None,
 ) -> None:
-    """Print a table of each, and write them all."""
+    """Print a table of each result, and write all results as JSON."""
     for result in results:
         print(table(result), end="\n\n")
     if json_path is not None:

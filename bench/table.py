@@ -26,7 +26,7 @@ _LINES = (
 
 
 def spread_text(spread: Spread | None, factor: float, digits: int) -> str:
-    """``median [least greatest]``, times a factor; ``-`` for none."""
+    """Format a spread, times a factor, as ``median [min max]``; ``-`` for none."""
     if spread is None:
         return "-"
     values = (spread.median, spread.least, spread.greatest)
@@ -35,7 +35,7 @@ def spread_text(spread: Spread | None, factor: float, digits: int) -> str:
 
 
 def grid(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; the first column to the left, the others to the right."""
+    """Return the lines of a table, the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -47,7 +47,7 @@ def grid(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def case_table(result: CaseResult, peer: str) -> str:
-    """One case: a column per method with median [least greatest], then ours over QEMU's own."""
+    """Format one case: a column per method with median [min max], then our ratios to the peer."""
     case = result.case
     rate = "full speed" if case.rate_mib_per_s == 0 else f"{case.rate_mib_per_s} MiB/s"
     if case.rest_us:

@@ -1,4 +1,4 @@
-"""The figures beside what the project set out to reach. It tells; it decides nothing."""
+"""The figures compared with the project's targets. A missed target has no effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _line(what: str, reached: bool | None, value: str) -> str:
 
 
 def targets_text(results: Sequence[CaseResult], peer: str) -> str:
-    """A line for each target and case that it is about."""
+    """Return a line for each target and each case that it concerns."""
     lines = ["Targets (medians):"]
     for result in results:
         ours, theirs = result.methods.get(_OURS), result.methods.get(peer)

@@ -33,7 +33,7 @@ MIB = 1 << 20
 
 
 class WatchFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Medians over the tracked snapshots of one VM; ``first_ms`` is the whole one's."""
+    """Medians over the tracked snapshots of one VM; ``first_ms``: the first, whole one."""
 
     ram_mib: int
     populated_mib: int
@@ -48,7 +48,7 @@ class WatchFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Snapshots(api.Follower):
-    """Keeps what was taken, and when it ended."""
+    """A follower that records each snapshot and when it ended."""
 
     def __init__(self) -> None:
         self.taken_at: list[tuple[api.TakenSnapshot, bool, float]] = []
@@ -64,8 +64,8 @@ def _pages_per_s(ticks: list[Tick], begin_s: float, end_s: float) -> float:
 
 
 def _between(ticks: list[Tick], seen: _Snapshots) -> float:
-    """Pages per second, of the time between the end of one snapshot and the beginning of the next,
-    from the second on: what came before was not tracked."""
+    """Return the guest's median write rate, pages/s, between the end of one snapshot and the start
+    of the next. Before the first snapshot RAM was not tracked, so that time does not count."""
     rates = []
     for (_, _, end_s), (following, _, next_end_s) in zip(
         seen.taken_at, seen.taken_at[1:], strict=False
@@ -77,7 +77,7 @@ def _between(ticks: list[Tick], seen: _Snapshots) -> float:
 
 
 def measure(ram_mib: int, options: argparse.Namespace) -> WatchFigures:
-    """One VM, watched."""
+    """Watch one VM, and return its figures."""
     populate_mib = int(ram_mib * options.populate) - _WRITTEN_MIB
     vm = GuestVm(
         options.guest,
