@@ -243,7 +243,7 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     line with the devices and media of the instant; empty if ``argv`` is. ``cwd``: the directory
     that relative paths in both refer to. ``config_files``: what ``-readconfig`` read.
     ``differences``: what ``command_line`` does not express of the running VM, each with its name.
-    ``cpu_ties``: why the guest can only go on on a CPU like ``host_cpu``; usually empty.
+    ``cpu_ties``: why the guest can only continue on a CPU like ``host_cpu``; usually empty.
     """
 
     name: str

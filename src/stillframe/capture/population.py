@@ -1,6 +1,6 @@
-"""Finds the pages of a RAM block that were ever populated; the others are zero and never read.
+"""The search for a RAM block's pages that were ever populated; the others are zero and never read.
 
-Call it after the block was protected: a page that is populated later then faults first.
+It must follow the block's protection: a page that is populated later then faults first.
 Source: Linux ``Documentation/admin-guide/mm/pagemap.rst``, lseek(2) (SEEK_DATA), cachestat(2).
 """
 

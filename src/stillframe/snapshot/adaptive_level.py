@@ -1,4 +1,4 @@
-"""Adapts the compression level during a snapshot, so that the snapshot is durable soonest.
+"""The adaptive compression level, which changes during a snapshot to make it durable soonest.
 
 While the destination keeps up, encoding is the bottleneck, and the level gets faster; while the
 destination falls behind, the level gets slower and leaves it less to write. Content has its effect

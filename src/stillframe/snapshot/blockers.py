@@ -1,4 +1,4 @@
-"""Judges what makes a snapshot unsafe or wrong: found by the pre-flight, or while RAM was saved."""
+"""The judgement on what makes a snapshot unsafe, before it, or wrong, while RAM was saved."""
 
 from __future__ import annotations
 

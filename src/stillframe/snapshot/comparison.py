@@ -20,7 +20,7 @@ _STRIDE = record_bytes(KIND_DATA, TARGET_PAGE_BYTES)
 
 
 class Comparison:
-    """Compares batches with a parent. Thread-safe.
+    """The comparison of batches with a parent. Thread-safe.
 
     Args:
         blocks: the VM's. compared: names of the blocks to compare; the others are kept whole.
