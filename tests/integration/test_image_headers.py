@@ -107,6 +107,22 @@ def test_a_circle_ends(planner: Planner) -> None:
     assert read(planner.plan("-hda", "a")) == {f"{here}/a", f"{here}/b"}
 
 
+def test_a_circle_by_way_of_a_node_on_a_network_ends(planner: Planner) -> None:
+    here = planner.directory
+    own = '{"driver":"qcow2","file":{"driver":"file","filename":"PLACE/a"},"backing":REMOTE}'
+    remote = '{"driver":"nbd","server":{"type":"inet","host":"10.0.0.1","port":"1"}}'
+    name = "json:" + own.replace("PLACE", str(here)).replace("REMOTE", remote)
+    create("-f", "qcow2", "-o", "data_file=x,data_file_raw=on", "a", "4K", at=here)
+    data = bytearray((here / "a").read_bytes())
+    at = data.index(b"DATA")
+    text = name.encode() + bytes(-len(name) % 8)
+    data[at : at + 8 + len(text) + 8] = (
+        b"DATA" + len(name).to_bytes(4, "big") + text + bytes(8)  # and the end of the extensions
+    )
+    (here / "a").write_bytes(data)
+    assert any("10.0.0.1" in touch.target for touch in planner.plan("-hda", "a").touches)
+
+
 def test_the_command_line_goes_before_the_header(planner: Planner) -> None:
     here = planner.directory
     create("-f", "qcow2", "-u", "-b", "below", "-F", "raw", "image", "1M", at=here)

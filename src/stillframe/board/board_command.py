@@ -194,7 +194,8 @@ def _resolution(text: str, _cwd: str) -> tuple[int, int]:
     match = _RESOLUTION.fullmatch(text)
     if match is None or not all(0 < int(side) <= DISPLAY_LIMIT_PIXELS for side in match.groups()):
         raise ValueError(
-            f"no resolution; write one such as 640x480, each side 1 to {DISPLAY_LIMIT_PIXELS} pixels"
+            "no resolution; write one such as 640x480, each side 1 to"
+            f" {DISPLAY_LIMIT_PIXELS} pixels"
         )
     return int(match[1]), int(match[2])
 

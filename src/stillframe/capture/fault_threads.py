@@ -19,7 +19,11 @@ class FaultThreads:
 
     def __init__(self) -> None:
         self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.asked_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.asked_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            os.close(self.stop_fd)
+            raise
         self._core: Capture | None = None
         self._threads: list[threading.Thread] = []
 

@@ -19,7 +19,14 @@ from contextlib import ExitStack
 
 import msgspec
 
-from stillframe.errors import HostError, MachineError, RefusedError, StillframeError, UsageError
+from stillframe.errors import (
+    HostError,
+    MachineError,
+    RefusedError,
+    StillframeError,
+    UsageError,
+    host_error,
+)
 from stillframe.machine.finding import find_human
 from stillframe.machine.qemu import human_guard
 from stillframe.machine.qemu.human_monitor import HumanMonitor
@@ -147,7 +154,10 @@ class _Migration:
         raise_first(monitor.blockers(self._options.mode))
         check_room_for_swap(monitor.info.pid)  # QEMU reads all of RAM
         key = self._host_key()
-        self._stream, end = os.pipe()
+        try:
+            self._stream, end = os.pipe()
+        except OSError as error:
+            raise host_error("cannot make a pipe for the VM's stream", error) from error
         self._cleanup.callback(self._close_stream)
         try:
             self._begin(end)
@@ -208,7 +218,9 @@ class _Migration:
 
     def read(self, size: int, /) -> bytes:
         """Read the next bytes of QEMU's stream. Raises SnapshotCancelled."""
-        while not select.select([self._stream], [], [], _WAIT_S)[0]:
+        waiting = select.poll()  # select(2) takes no descriptor above 1023
+        waiting.register(self._stream, select.POLLIN)
+        while not waiting.poll(_WAIT_S * 1000):
             self._control.check_cancelled()
             self._control.tell()
         self._control.check_cancelled()

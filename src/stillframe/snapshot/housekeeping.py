@@ -46,7 +46,8 @@ class Housekeeping:
 
     def errors(self) -> list[StillframeError]:
         """Return the failures since the previous call."""
-        found, self._errors = self._errors, []
+        with self._lock:
+            found, self._errors = self._errors, []
         return found
 
     def end(self, *, give_up: bool) -> None:
@@ -73,9 +74,11 @@ class Housekeeping:
         try:
             done = self._compact(self._stopped)
         except StillframeError as error:
-            self._errors.append(error)
+            with self._lock:
+                self._errors.append(error)
             return
-        self._errors += [
-            HostError(f"cannot compact snapshot {one[:8]}", why=why)
-            for one, why in done.failed.items()
-        ]
+        with self._lock:
+            self._errors += [
+                HostError(f"cannot compact snapshot {one[:8]}", why=why)
+                for one, why in done.failed.items()
+            ]

@@ -234,6 +234,10 @@ class Watching:
             except TimeoutError:
                 if job.done():
                     return job.wait()
+            except KeyboardInterrupt:  # the job's thread must not outlive the hold
+                job.cancel()
+                job.finish()
+                raise
             if self._stop.is_set():
                 job.cancel()
 

@@ -33,9 +33,7 @@ def test_a_pin_that_cannot_be_read_holds(tmp_path: Path, content: bytes) -> None
     assert not is_nobodys(overlay)
 
 
-def test_one_that_fails_leaves_the_old_pin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_fails_leaves_the_old_pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = str(tmp_path / "disk.qcow2")
     (tmp_path / "x.still").touch()
     pin(overlay, str(tmp_path / "x.still"), pending=False)
@@ -53,7 +51,7 @@ def test_one_that_fails_leaves_the_old_pin(
 
 def test_a_snapshot_whose_disk_is_not_mounted_holds(tmp_path: Path) -> None:
     overlay, place = str(tmp_path / "disk.qcow2"), tmp_path / "backup"
-    with mounted_tmpfs(place, 1 << 20):
+    with mounted_tmpfs(place, "size=1m"):
         (place / "x.still").touch()
         pin(overlay, str(place / "x.still"), pending=True)
     place.mkdir(exist_ok=True)

@@ -100,8 +100,8 @@ def test_an_ejected_medium(planner: Planner, image: Path) -> None:
 def test_a_medium_that_was_changed_in_a_drive_without_an_id(planner: Planner, image: Path) -> None:
     new = planner.directory / "new.iso"
     new.write_bytes(bytes(4096))
-    now = disk(str(new), device="ide1-cd0", driver="raw", removable=True)
-    plan = planner.plan("-M", "pc", "-cdrom", str(image), disks=[now])
+    now = disk(str(new), device="ide2-cd0", driver="raw", removable=True)
+    plan = planner.plan("-cdrom", str(image), disks=(now,))
     assert any(f"file={new}" in word for word in plan.argv)
     assert any("at the instant" in note for note in plan.notes)
 

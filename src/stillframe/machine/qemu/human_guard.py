@@ -13,7 +13,6 @@ stopped guest continues at once.
 """
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -104,9 +103,13 @@ def main() -> None:
     if not armed:
         return
     give_up(monitor, stream, mode)
+    monitor.settimeout(QUIET_S)
+    try:
+        while monitor.recv(65536):
+            pass  # answers to earlier commands
+    except TimeoutError:
+        pass
     monitor.settimeout(ANSWER_S)
-    while select.select([monitor], [], [], QUIET_S)[0] and monitor.recv(65536):
-        pass  # answers to earlier commands
     go_on(monitor, mode)
 
 
