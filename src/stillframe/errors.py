@@ -3,20 +3,20 @@
 ::
 
     StillframeError
-    ├── UsageError          2   mend the call
-    ├── RefusedError        3   change the VM, or choose another mode; it is not safe as it is
-    ├── BusyError           4   wait, then try again: somebody snapshots, migrates or dumps this VM
-    ├── HostError           5   mend the host: a kernel feature, permission or program is missing
-    ├── MachineError        6   look at the VM: its monitor or the process itself went away
-    ├── SinkError           7   mend the destination: disk full, no permission, a closed pipe
+    ├── UsageError          2   correct the call
+    ├── RefusedError        3   change the VM, or choose another mode: this one is not safe
+    ├── BusyError           4   wait and try again: this VM is being snapshotted, migrated or dumped
+    ├── HostError           5   fix the host: a kernel feature, permission or program is missing
+    ├── MachineError        6   look at the VM: its monitor or its process went away
+    ├── SinkError           7   fix the destination: disk full, no permission, a closed pipe
     ├── DataError           8   the snapshot or stream is damaged, truncated or hostile
     │   └── UnreadableError 8   try again when it can be read
     ├── NotFoundError       9   name another VM, file or block
-    ├── TrustError         10   read the snapshot's command line, then say --trust
-    ├── SnapshotFailed     11   the snapshot would have been wrong; the guest is fine, take another
-    ├── LockedError        12   give the right passphrase or identity: it is encrypted
-    ├── SnapshotCancelled 130   nothing: the caller asked for it
-    └── InternalError      70   report it: a bug of ours
+    ├── TrustError         10   read the snapshot's command line, then pass --trust
+    ├── SnapshotFailed     11   take another: this one would have been wrong; the guest is fine
+    ├── LockedError        12   give the right passphrase or identity: the data is encrypted
+    ├── SnapshotCancelled 130   do nothing: the caller asked for it
+    └── InternalError      70   report it: a bug in Stillframe
 
 Every error carries ``guest_state``: what the guest does *now*, after the error.
 The numbers are the exit codes of the command line; they never change their meaning.
@@ -184,7 +184,7 @@ class DataError(StillframeError):
 
 
 class UnreadableError(DataError):
-    """It could not be reached or read now; nothing says that it is damaged."""
+    """The data cannot be reached or read now; it may be intact."""
 
     kind = "unreadable"
 
@@ -197,21 +197,21 @@ class NotFoundError(StillframeError):
 
 
 class TrustError(StillframeError):
-    """A snapshot that is not the caller's own wants to start a program."""
+    """A snapshot that is not the caller's own would start a program."""
 
     exit_code = 10
     kind = "trust"
 
 
 class SnapshotFailed(StillframeError):  # noqa: N818 - a state of the job, in QEMU's word
-    """The snapshot would not have shown one instant, so it was given up."""
+    """The job gave up because the snapshot would not show one instant."""
 
     exit_code = 11
     kind = "failed"
 
 
 class LockedError(StillframeError):
-    """It is encrypted, and no key that was given opens it."""
+    """The snapshot or store is encrypted, and none of the given keys opens it."""
 
     exit_code = 12
     kind = "locked"
