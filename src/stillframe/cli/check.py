@@ -40,8 +40,8 @@ def command(
 ) -> None:
     """Check the store: structure, digests, chains, leftovers. Nothing is changed.
 
-    Says which snapshots are affected by what. Ends with 8 if something is lost or the catalog is
-    wrong; 'stillframe repair' mends what can be mended.
+    Says which snapshots are affected by what. Ends with 8 unless the store is sound; 'stillframe
+    repair' mends what can be mended.
     """
     from stillframe import api
 

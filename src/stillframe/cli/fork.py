@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 @click.command("fork", short_help="Start clones of a snapshot or a running VM.")
 @click.argument("target", metavar="FILE|VM", type=VmType())
 @click.argument("qemu_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGUMENTS]")
-@click.option("-n", "--count", type=int, default=1, show_default=True, help="How many clones.")
+@click.option(
+    "-n", "--count", type=int, default=1, show_default=True, help="How many clones, 1 to 1000."
+)
 @click.option(
     "--name", metavar="PATTERN", help="Of the clones; {n} in it is the number of each."
     "  [default: the VM's, and -{n}]",
@@ -83,7 +85,8 @@ def command(
     as_json: bool,
     keys: Keys,
 ) -> None:
-    """Start clones of a snapshot's FILE, or of a running VM, which goes on.
+    """Start clones of a snapshot (a FILE, or its name in the store) or of a running VM, which goes
+    on.
 
     All share one image of its RAM; each has its own monitor, serial lines and overlays on the
     disks. A running VM stands still as for 'take'. 'stillframe kill' ends clones.

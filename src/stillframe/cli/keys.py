@@ -25,7 +25,10 @@ _READS = ("parent", "keys_of")
 """Options of encrypting commands that name inputs, which may themselves be encrypted."""
 
 _password_file = click.option(
-    "--password-file", type=FILE, metavar="FILE", help="The passphrase of an encrypted snapshot."
+    "--password-file",
+    type=FILE,
+    metavar="FILE",
+    help="The passphrase of an encrypted snapshot or store.",
 )
 _identities = click.option(
     "--identity",
@@ -33,7 +36,7 @@ _identities = click.option(
     type=FILE,
     multiple=True,
     metavar="FILE",
-    help="An age identity or SSH key that opens an encrypted snapshot.",
+    help="An age identity or SSH key that opens an encrypted snapshot or store.",
 )
 
 
@@ -55,13 +58,13 @@ def key_options(command: Command) -> Command:
 def encrypt_options(command: Command) -> Command:
     """Add the options that encrypt the output; the command gets ``key``."""
 
-    @click.option("--encrypt", is_flag=True, help="Encrypt the snapshot with a passphrase.")
+    @click.option("--encrypt", is_flag=True, help="Encrypt with a passphrase.")
     @click.option(
         "--recipient",
         "recipients",
         multiple=True,
         metavar="AGE|SSH",
-        help="Encrypt the snapshot, so that this age recipient or public SSH key opens it.",
+        help="Encrypt for this age recipient or public SSH key.",
     )
     @_password_file
     @functools.wraps(command)

@@ -28,7 +28,7 @@ store_option = click.option(
     expose_value=False,
     is_eager=True,
     callback=_use_store,
-    help="The store that names are looked up in.  [default: $STILLFRAME_STORE, else your own]",
+    help="The store of snapshots and their names.  [default: $STILLFRAME_STORE, else your own]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Show the result as JSON.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
@@ -86,8 +86,7 @@ def parent_dir_option(command: Command) -> Command:
         metavar="DIR",
         expose_value=False,
         callback=_also_look_in,
-        help="Where the parents of an increment are, if neither where they were nor beside it;"
-        f" also {PARENTS}.",
+        help=f"Look here first for the parents of an increment; also {PARENTS}.",
     )(command)
 
 

@@ -126,6 +126,8 @@ class DomainStart:
         feed.write(STREAM_START)
         feed.wait_until_read()  # by QEMU: nothing of its start touches RAM any more
         pid = self.find_pid()
+        if pid == 0:
+            raise MachineError("the domain's QEMU has ended, or is not visible from here")
         filling.begin({pid: None})
         place.is_open()
         pidfd = os.pidfd_open(pid)

@@ -56,6 +56,7 @@ class VmSet:
         self._snapshot_id = snapshot_id
         self._parent = parent
         self._leases = leases
+        self._made_leases: list[Path] = []
         self._forwards: dict[int, tuple[Forward, ...]] = {}
         self._own_locks: list[tuple[int, ...]] = []
 
@@ -113,6 +114,8 @@ class VmSet:
     ) -> RestoredVm:
         """Return the record of one VM that runs, and make its leases."""
         plan, emulator = self.plans[number], self.emulators[number]
+        leases = [make_lease(directory, plan.directory) for directory in self._leases]
+        self._made_leases += leases
         words = emulator.last_words() if started.state != "running" else ""
         lead_ms = (emulator.began_s - self.began_s) * 1000
         return RestoredVm(
@@ -138,7 +141,7 @@ class VmSet:
             snapshot_id=self._snapshot_id,
             began_s=self.began_s,
             image_files=image_files,
-            leases=tuple(str(make_lease(directory, plan.directory)) for directory in self._leases),
+            leases=tuple(map(str, leases)),
             first_instruction_ms=None
             if started.running_ms is None
             else lead_ms + started.running_ms,
@@ -149,12 +152,14 @@ class VmSet:
         return (time.monotonic() - self.began_s) * 1000
 
     def kill(self) -> None:
-        """End all VMs that were started."""
+        """End all VMs that were started, and give their leases up."""
         for emulator in self.emulators:
             emulator.kill()
         self.emulators.clear()
         for plan in self.plans:
             Path(plan.qmp_address).unlink(missing_ok=True)
+        for lease in self._made_leases:
+            lease.unlink(missing_ok=True)
 
 
 def image_files(image: ImageFiles) -> tuple[ImageFile, ...]:

@@ -56,7 +56,7 @@ class GuestType(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--incoming",
     metavar="FILE|URI",
-    help="Begin with what comes from a snapshot, a stream in a file, or tcp:, unix:, fd:.",
+    help="Load a snapshot, or a stream from a file, tcp:, unix: or fd:; 'defer' waits for QMP.",
 )
 @click.option(
     "--display",
