@@ -25,7 +25,7 @@ from stillframe.model import CapturedDisk
 from stillframe.qmp.client import AddedFd, QmpClient
 from stillframe.qmp.command import QmpCommandError
 from stillframe.qmp.events import QmpEvent
-from stillframe.qmp.replies import as_list, as_map
+from stillframe.qmp.replies import as_int, as_list, as_map
 
 _MARGIN_BYTES = 64 << 20
 """Room for the guest's writes between the measurement and the instant."""
@@ -262,8 +262,8 @@ class DiskCopies:
             done = total = 0
             for name, copy in list(waiting.items()):
                 job = jobs.get(name, {})
-                done += _number(job.get("current-progress"))
-                total += _number(job.get("total-progress"))
+                done += as_int(job.get("current-progress"))
+                total += as_int(job.get("total-progress"))
                 if self._broken is not None:
                     raise self._failure(self._broken)
                 if not job:
@@ -407,7 +407,3 @@ def _takes_break_snapshot(qmp: QmpClient) -> bool:
     arguments = by_name.get(str(by_name.get("blockdev-backup", {}).get("arg-type")), {})
     members = map(as_map, as_list(arguments.get("members")))
     return any(member.get("name") == "on-cbw-error" for member in members)
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0

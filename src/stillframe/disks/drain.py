@@ -17,7 +17,7 @@ import msgspec
 from stillframe.disks.drives import Drive
 from stillframe.errors import RefusedError
 from stillframe.qmp.client import QmpClient
-from stillframe.qmp.replies import as_list, as_map
+from stillframe.qmp.replies import as_int, as_list, as_map
 
 _KINDS = ("rd", "wr", "flush")
 _WINDOW_S = 0.15
@@ -77,8 +77,8 @@ class DrainForecast:
             idle_ns = stats.get("idle_time_ns")
             found[str(entry.get("device") or entry.get("qdev"))] = [
                 _Counters(
-                    _number(stats.get(f"{kind}_operations")),
-                    _number(stats.get(f"{kind}_total_time_ns")),
+                    as_int(stats.get(f"{kind}_operations")),
+                    as_int(stats.get(f"{kind}_total_time_ns")),
                     idle_ns if isinstance(idle_ns, int) else _LATELY_NS,
                 )
                 for kind in _KINDS
@@ -88,7 +88,3 @@ class DrainForecast:
 
 def _key(drive: Drive) -> str:
     return drive.device or drive.qdev
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0

@@ -13,8 +13,9 @@ import msgspec
 from stillframe.machine.process.inspection import ask
 from stillframe.machine.process.vm_info import reachable_path
 from stillframe.machine.qemu.drive_names import device_id
+from stillframe.machine.qemu.live_rest import THROTTLE_LIMITS
 from stillframe.qmp.client import QmpClient
-from stillframe.qmp.replies import as_list, as_map
+from stillframe.qmp.replies import as_int, as_list, as_map
 
 OURS = "still."
 """The prefix of all our job and node names. Short: QEMU reads a transaction's names byte by byte,
@@ -22,7 +23,6 @@ in the stop."""
 _FILTERS = frozenset({"throttle", "copy-on-read", "compress", "blkdebug", "blklogwrites"})
 _LOCAL = frozenset({"file", "host_device"})
 _FLASH = "flash"
-_LIMITS = ("iops", "iops_rd", "iops_wr", "bps", "bps_rd", "bps_wr")
 
 
 class Drive(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +127,7 @@ def _drive(
     image = as_map(info.get("image"))
     file_node = below.get(top, {}).get("file", "")
     filename = plain_name(str(image.get("filename") or info.get("file") or ""))
-    limited = any(medium.get(key) for key in _LIMITS)
+    limited = any(medium.get(key) for key in THROTTLE_LIMITS)
     protocol = str(nodes.get(file_node, {}).get("drv") or info.get("drv"))
     cache = as_map(info.get("cache"))
     layers = tuple(_layers(image, info))
@@ -146,8 +146,8 @@ def _drive(
         else None,
         layers=tuple((kind, plain_name(name)) for kind, name in layers),
         plain=not any(name.startswith("json:") for _, name in layers),
-        virtual_size_bytes=_number(image.get("virtual-size")),
-        actual_size_bytes=_number(image.get("actual-size")),
+        virtual_size_bytes=as_int(image.get("virtual-size")),
+        actual_size_bytes=as_int(image.get("actual-size")),
         direct=cache.get("direct") is True,
         no_flush=cache.get("no-flush") is True,
         encrypted=info.get("encrypted") is True or "encrypt" in str(image.get("format-specific")),
@@ -183,10 +183,6 @@ def file_is_gone(process: Path, filename: str) -> bool:
     """Return whether an image has no name any more."""
     reachable = reachable_path(process, filename)
     return reachable is None or not Path(reachable).exists()
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def own_name(token: str, number: int) -> str:

@@ -25,7 +25,7 @@ from stillframe.model import BlockRecord
 from stillframe.restore.on_image import plan_image
 from stillframe.restore.option import Option, split_options
 from stillframe.restore.option_value import OptionValue
-from stillframe.restore.private_directories import make_owned, remove, sweep
+from stillframe.restore.private_directories import PASSABLE, make_owned, remove, sweep
 from stillframe.restore.records import ImagePlan
 
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -34,7 +34,6 @@ _LIBVIRTS, _OURS = "pc.ram", "sf.ram"
 _MACHINE = f"memory-backend={_OURS}"
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "stillframe-image-"
-_PASSABLE = 0o711
 ElementTree.register_namespace("qemu", _QEMU)
 
 
@@ -128,7 +127,7 @@ class ImagePlace:
             )
         self._directory = SHARED_MEMORY / f"{_PREFIX}{secrets.token_hex(8)}"
         self._lock_fd = make_owned(self._directory)
-        self._directory.chmod(_PASSABLE)
+        self._directory.chmod(PASSABLE)
 
     def make_file(self, number: int) -> int:
         """Make a block's file and return its descriptor, as ``RamImage.make`` wants it."""

@@ -17,6 +17,7 @@ from stillframe.machine.process.machine import ProcessMachine
 from stillframe.restore.available import check_memory
 from stillframe.restore.clones import CloneOptions, names_of_restored
 from stillframe.restore.domain_plan import plan_domain
+from stillframe.restore.private_directories import PASSABLE
 from stillframe.restore.restore_domain import start_domain
 from stillframe.restore.restored import RestoredVm, find_restored
 from stillframe.restore.untouched import memory_needed_bytes
@@ -24,9 +25,6 @@ from stillframe.still.host_mark import state_directory
 from stillframe.store import open_snapshot
 from stillframe.store.keys import Keys
 from stillframe.store.locations import Location
-
-_PASSABLE = 0o711
-"""QEMU runs as another user, and has to reach the copies of the disks."""
 
 
 def is_of_domain(path: Location, keys: Keys | None) -> bool:
@@ -122,7 +120,7 @@ def _place() -> Iterator[Path]:
     try:
         for directory in (place.parent.parent, place.parent, place):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory.chmod(_PASSABLE)
+            directory.chmod(PASSABLE)
     except OSError as error:
         raise host_error(f"cannot make the directory {place}", error) from error
     try:

@@ -23,6 +23,8 @@ from stillframe.errors import HostError
 from stillframe.restore.records import RunAs
 
 _LOCK = "owner.lock"
+PASSABLE = 0o711
+"""The mode of a directory that another user, as whom QEMU runs, may pass through."""
 ROOTS_RUN = Path("/run/stillframe")
 """Root's own; a VM that root restores for another user has a directory there, of that user."""
 ROOTS_STATE = Path("/var/lib/stillframe")
@@ -184,7 +186,7 @@ def make_directory(path: Path, run_as: RunAs | None = None) -> None:
         if run_as is not None:
             for above in (ROOTS_RUN, ROOTS_STATE, ROOTS_STATE / "restored"):
                 if above in path.parents:
-                    above.chmod(0o711)
+                    above.chmod(PASSABLE)
             os.chown(path, run_as.uid, run_as.gid)
     except OSError as error:
         raise HostError(f"cannot make the directory {path}", why=error.strerror) from error

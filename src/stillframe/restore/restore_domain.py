@@ -22,7 +22,7 @@ from stillframe.restore.domain_plan import DomainPlan, plan_domain
 from stillframe.restore.domain_start import DomainStart
 from stillframe.restore.overlays import make_overlays
 from stillframe.restore.plan import check_required
-from stillframe.restore.private_directories import make_directory, remove
+from stillframe.restore.private_directories import PASSABLE, make_directory, remove
 from stillframe.restore.read_right import let_read
 from stillframe.restore.records import DiskOverlay, RunAs, streamed_note
 from stillframe.restore.restored import (
@@ -42,9 +42,6 @@ from stillframe.store.keys import Keys
 from stillframe.store.locations import Location, real
 from stillframe.store.named import open_named
 from stillframe.store.processes import start_ticks
-
-_PASSABLE = 0o711
-"""QEMU runs as another user, and has to reach its own files."""
 
 
 class RestoredDomain(msgspec.Struct, frozen=True, kw_only=True):
@@ -279,8 +276,8 @@ def _make_directory(
             if not above.is_dir():
                 above.mkdir(mode=0o700, parents=True, exist_ok=True)
             if above.name in ("stillframe", "restored"):
-                above.chmod(_PASSABLE)
-        directory.mkdir(mode=_PASSABLE)
+                above.chmod(PASSABLE)
+        directory.mkdir(mode=PASSABLE)
         if run_as is not None:
             os.chown(directory, run_as.uid, run_as.gid)
     except OSError as error:

@@ -20,7 +20,6 @@ from contextlib import ExitStack
 import msgspec
 
 from stillframe.errors import (
-    HostError,
     MachineError,
     RefusedError,
     StillframeError,
@@ -39,10 +38,9 @@ from stillframe.snapshot.guard import Guard
 from stillframe.snapshot.job import JobControl
 from stillframe.snapshot.memory_limit import check_room_for_swap
 from stillframe.snapshot.options import SnapshotOptions
-from stillframe.snapshot.take import sees_our_files
+from stillframe.snapshot.take import mark_key
 from stillframe.snapshot.taken import TakenSnapshot
 from stillframe.still.frames import LEVEL_DEFAULT, LEVEL_NONE
-from stillframe.still.host_mark import HostKey
 from stillframe.still.import_stream import Imported, import_into, import_writer
 from stillframe.still.sinks import Sink
 from stillframe.store.store import Store
@@ -153,7 +151,7 @@ class _Migration:
         self._cleanup.callback(VmLock(monitor.lock_name).close)
         raise_first(monitor.blockers(self._options.mode))
         check_room_for_swap(monitor.info.pid)  # QEMU reads all of RAM
-        key = self._host_key()
+        key = mark_key(monitor.info.pid, self._notes)
         try:
             self._stream, end = os.pipe()
         except OSError as error:
@@ -292,10 +290,3 @@ class _Migration:
                 guest_state="running",
             )
         return told
-
-    def _host_key(self) -> HostKey | None:
-        try:
-            return HostKey.load_or_make() if sees_our_files(self._monitor.info.pid) else None
-        except (HostError, OSError) as error:
-            self._notes.append(f"it has no mark, so its restore will ask for trust: {error}")
-            return None

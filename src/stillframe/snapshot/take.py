@@ -131,6 +131,16 @@ def sees_our_files(pid: int) -> bool:
     return os.path.samefile(f"/proc/{pid}/root", "/")  # noqa: PTH121
 
 
+def mark_key(pid: int, notes: list[str]) -> HostKey | None:
+    """Return the key that marks a VM's snapshot as taken on this host, if possible; else note
+    why."""
+    try:
+        return HostKey.load_or_make() if sees_our_files(pid) else None
+    except (HostError, OSError) as error:
+        notes.append(f"it has no mark, so its restore will ask for trust: {error}")
+        return None
+
+
 class _Taking:
     """One job, step by step, with the state that the steps share."""
 
@@ -263,7 +273,7 @@ class _Taking:
                 "the guest's file systems are frozen in it: restore and fork have its agent thaw"
                 " them, any other loader has to ask for that (guest-fsfreeze-thaw)"
             )
-        key = self._host_key()
+        key = mark_key(self._machine.pid, self._notes)
         manifest = msgspec.structs.replace(
             self._manifest(blocks, hold.memory_map, record),
             stream_bytes=self._output.stream_bytes,
@@ -305,14 +315,6 @@ class _Taking:
             machine=record,
             for_analysis=self._options.for_analysis,
         )
-
-    def _host_key(self) -> HostKey | None:
-        """Return the key that marks the snapshot as taken on this host, if possible."""
-        try:
-            return HostKey.load_or_make() if sees_our_files(self._machine.pid) else None
-        except (HostError, OSError) as error:
-            self._notes.append(f"it has no mark, so its restore will ask for trust: {error}")
-            return None
 
     def _prepare_disks(self, guard: Guarding) -> Disks:
         self._control.enter("setup", "preparing disks")

@@ -22,11 +22,10 @@ from stillframe.kernel.proc_maps import proc_error
 from stillframe.machine.process.vm_info import same_files
 from stillframe.qmp.client import AddedFd, QmpClient
 from stillframe.qmp.command import Command
-from stillframe.vmstate.wire import STREAM_MAGIC
+from stillframe.vmstate.wire import STREAM_START
 
 _COMMAND = "xen-save-devices-state"
 _MAX_BYTES = 1 << 30
-_STREAM_MAGIC = STREAM_MAGIC.to_bytes(4, "big")
 
 
 class DeviceStateSaver:
@@ -134,7 +133,7 @@ class DeviceStateSaver:
             parts.append(part)
             start, length = start + len(part), length - len(part)
         data = b"".join(parts)
-        if data[:4] != _STREAM_MAGIC:
+        if data[: len(STREAM_START)] != STREAM_START:
             raise MachineError("the VM's device state is no stream", guest_state="unknown")
         return data
 

@@ -9,7 +9,8 @@ from stillframe.machine.qemu.options import Option
 from stillframe.qmp.client import QmpClient
 from stillframe.qmp.replies import as_list, as_map
 
-_LIMITS = ("iops", "iops_rd", "iops_wr", "bps", "bps_rd", "bps_wr")
+THROTTLE_LIMITS = ("iops", "iops_rd", "iops_wr", "bps", "bps_rd", "bps_wr")
+"""The keys of ``query-block`` (QEMU qapi/block-core.json: BlockDeviceInfo)."""
 
 
 def unsaid(
@@ -27,7 +28,7 @@ def unsaid(
     if not any(word in option.value for option in line for word in ("throttl", "iops", "bps")):
         for entry in map(as_map, as_list(ask(qmp, "query-block"))):
             limits = as_map(entry.get("inserted"))
-            if any(limits.get(key) for key in _LIMITS):
+            if any(limits.get(key) for key in THROTTLE_LIMITS):
                 name = entry.get("device") or entry.get("qdev")
                 yield f"disk {name} has I/O limits that were set later: they are not recorded"
     started = sum(_makes_nic(option) for option in line)
