@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import threading
@@ -116,7 +117,11 @@ class Agent(threading.Thread):
                 request = json.loads(line.lstrip(b"\xff"))
                 self.asked.append(request)
                 name = request["execute"]
-                answer: dict[str, Any] = {"return": request.get("arguments", {}).get("id", 7)}
+                arguments = request.get("arguments", {})
+                answer: dict[str, Any] = {"return": arguments.get("id", 7)}
+                if name == "guest-file-write":
+                    count = len(base64.b64decode(arguments["buf-b64"]))
+                    answer = {"return": {"count": count, "eof": False}}
                 if name == self._refuses:
                     answer = {"error": {"class": "CommandNotFound", "desc": f"{name} is disabled"}}
                 stream.write(json.dumps(answer).encode() + b"\n")
