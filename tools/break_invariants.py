@@ -55,6 +55,25 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(
+        "unreadable-pin-is-none",
+        11,
+        "src/stillframe/disks/pins.py",
+        "        return _UNREADABLE",
+        "        return None",
+        ("tests/unit/disks/test_pins.py::test_a_pin_that_cannot_be_read_holds",),
+    ),
+    Mutation(
+        "late-answer-of-an-agent-is-the-next-ones",
+        11,
+        "src/stillframe/disks/agent_channel.py",
+        "        self._socket.sendall(mark + text if was_owed else text)\n        if was_owed:",
+        "        self._socket.sendall(text)\n        if False:",
+        (
+            "tests/unit/disks/test_guest_agent.py::"
+            "test_an_answer_that_comes_late_is_not_taken_for_the_next_ones",
+        ),
+    ),
+    Mutation(
         "restored-guest-stays-frozen",
         7,
         "src/stillframe/restore/start.py",

@@ -24,7 +24,9 @@ def test_a_snapshot_that_was_removed_needs_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\0" * 50])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", bytes(50)], ids=["empty", "cut off", "other", "zeroes"]
+)
 def test_a_pin_that_cannot_be_read_holds(tmp_path: Path, content: bytes) -> None:
     """Such as one of a host that went down as it was written."""
     overlay = str(tmp_path / "disk.qcow2")
