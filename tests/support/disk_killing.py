@@ -10,19 +10,24 @@ import time
 from pathlib import Path
 
 from guests.qemu import GuestVm
+from guests.serial import parse_tick
 from stillframe import api
 from stillframe.snapshot.faultpoints import POINTS
 from tests.support.journal_vm import assert_writes_on, nodes_of_ours, take_with_disks, torn
 from tests.support.taking import finish, start_take
 
 
-def kill_takes(vm: GuestVm, disks: list[Path], directory: Path, kind: str, kills: int) -> None:
+def kill_takes(vm: GuestVm, disks: list[Path], directory: Path, kind: str, kills: int) -> float:
     """Kill takes, at fault points and at random moments; each time the guest writes on, the next
     take works and is of one instant, and in the end nothing of ours is left.
 
     Args:
         directory: with the disks, and nothing else.
+
+    Returns:
+        The longest time from a take's death to the guest's next tick, seconds.
     """
+    longest_s = 0.0
     out = directory / "out"
     out.mkdir()
     chance = random.Random(7)
@@ -38,7 +43,10 @@ def kill_takes(vm: GuestVm, disks: list[Path], directory: Path, kind: str, kills
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL)
         finish(process)
+        dead_s, mark = time.monotonic(), vm.console.mark()
         assert vm.is_progressing(), f"the guest does not go on after kill {number}"
+        ticks = (at for at, text in vm.console.timed_lines(mark) if parse_tick(text))
+        longest_s = max(longest_s, next(ticks) - dead_s)
         assert_writes_on(vm)
         if kind == "copy":
             deadline = time.monotonic() + 60
@@ -55,3 +63,4 @@ def kill_takes(vm: GuestVm, disks: list[Path], directory: Path, kind: str, kills
     assert nodes_of_ours(vm) == []
     assert {p.name for p in directory.iterdir() if p.is_file()} == {disk.name for disk in disks}
     assert_writes_on(vm)
+    return longest_s
