@@ -26,6 +26,7 @@ from tests.support.disk_killing import kill_takes
 from tests.support.journal_vm import (
     assert_writes_on,
     disk_arguments,
+    fill_disk,
     journal_options,
     make_disks,
     nodes_of_ours,
@@ -122,7 +123,7 @@ def test_a_target_that_fills_up_never_reaches_the_guest(
     """The reservation is left out, so that writes to the copy really fail."""
     disks, small = make_disks(tmp_path, "raw"), tmp_path / "small"
     for disk in disks:
-        disk.write_bytes(os.urandom(disk.stat().st_size))
+        fill_disk(disk)
     vm = linux_guest(**journal_options(disk_arguments(disks, "raw")))
     assert_writes_on(vm)
     with mounted_tmpfs(small, "size=1m"):
@@ -145,7 +146,7 @@ def test_a_target_that_hangs_is_given_up(
     """Its file system is frozen (fsfreeze(8)), and no write to it comes back. The take ends; the
     guest's processor runs, and once the file system answers, so does its disk."""
     (place, _image), disks = small_ext4, make_disks(tmp_path, "raw")
-    disks[0].write_bytes(os.urandom(disks[0].stat().st_size))
+    fill_disk(disks[0])
     vm = linux_guest(**journal_options(disk_arguments(disks, "raw")))
     assert_writes_on(vm)
     with ExitStack() as stack:
@@ -181,7 +182,7 @@ def test_a_source_that_fails_is_named(linux_guest: GuestFactory, tmp_path: Path)
     rules.write_text(f'[inject-error]\nevent = "read_aio"\nsector = "{sector}"\nerrno = "5"\n')
     words: list[str] = []
     for number, disk in enumerate(disks):
-        disk.write_bytes(os.urandom(disk.stat().st_size))
+        fill_disk(disk)
         words += ["-blockdev", f"file,node-name=f{number},filename={disk}"]
         words += ["-blockdev", f"blkdebug,node-name=b{number},image=f{number},config={rules}"]
         words += ["-blockdev", f"raw,node-name=n{number},file=b{number}"]
@@ -206,7 +207,7 @@ def test_a_target_that_vanishes(
 ) -> None:
     """What its file system is on is gone while the copy is made, or it is mounted no more."""
     (place, image), disks = small_ext4, make_disks(tmp_path, "raw")
-    disks[0].write_bytes(os.urandom(disks[0].stat().st_size))
+    fill_disk(disks[0])
     vm = linux_guest(**journal_options(disk_arguments(disks, "raw")))
     assert_writes_on(vm)
     go = DiskCopies.go
@@ -241,7 +242,7 @@ def test_a_disk_that_fails_under_the_guest_meanwhile(
     )
     words: list[str] = []
     for number, disk in enumerate(disks):
-        disk.write_bytes(os.urandom(disk.stat().st_size))
+        fill_disk(disk)
         drive = f"if=none,id=d{number},format=raw,werror=stop,rerror=stop,file.align=4096"
         drive += f",file.driver=blkdebug,file.config={rules},file.image.filename={disk}"
         words += ["-drive", drive, "-device", f"virtio-blk-pci,drive=d{number}"]

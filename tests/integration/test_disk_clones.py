@@ -27,6 +27,7 @@ from tests.support.journal_vm import (
     check_images,
     disk_arguments,
     export_stream,
+    fill_disk,
     journal_options,
     make_disks,
     manifest_of,
@@ -257,7 +258,7 @@ def full_disks(place: Path) -> list[Path]:
     """With room of their own for all that the guest may write."""
     disks = make_disks(place, "raw")
     for disk in disks:
-        disk.write_bytes(os.urandom(disk.stat().st_size))
+        fill_disk(disk)
     return disks
 
 

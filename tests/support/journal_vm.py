@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -138,6 +139,13 @@ def export_stream(file: Path, stream: Path) -> None:
     with open_snapshot(file) as snapshot:
         sink = LocalSink(stream)
         export_qemu(snapshot, sink)
+
+
+def fill_disk(disk: Path) -> None:
+    """Make a raw disk take long to copy: random, but for the rings, where the guest may not have
+    been yet when it is taken."""
+    rings = WORKERS * journal.RING * journal.BLOCK_BYTES
+    disk.write_bytes(bytes(rings) + os.urandom(disk.stat().st_size - rings))
 
 
 def overlays_over(file: Path, directory: Path) -> list[Path]:
