@@ -236,7 +236,8 @@ class Watching:
                     return job.wait()
             except KeyboardInterrupt:  # the job's thread must not outlive the hold
                 job.cancel()
-                job.finish()
+                with suppress(StillframeError):
+                    job.wait()
                 raise
             if self._stop.is_set():
                 job.cancel()
